@@ -1,0 +1,39 @@
+# make demo   set up, run the whole comparison on a small dataset that needs no download, and plot it
+# make test   set up, then lint and the whole test suite
+# make lint | format | clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO_DIR = experiments/demo
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/installed
+	$(BIN)/python run_experiments.py --gpus 0 --dataset digits --expansion_steps '[1, 2]' --output_dir $(DEMO_DIR) -- \
+		--model vit_micro --img_size 16 --patch_size 2 --epochs 12 --batch_size 64 --lr 2e-3 --dropout 0 --weight_decay 0.05
+	$(BIN)/python plot_result.py --results_path $(DEMO_DIR)/digits
+
+test: $(VENV)/installed-dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The markers are newer than the requirements that they stand for, so that a changed requirement installs again.
+$(VENV)/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO_DIR) .pytest_cache .ruff_cache .hypothesis

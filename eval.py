@@ -1,0 +1,143 @@
+"""Evaluate a model: loss, top-1 and top-5, per-class accuracy, confusion matrix, throughput.
+
+python eval.py --checkpoint experiments/cifar10/full/seed_0/last.pt
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import data
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attention
+import device as machine
+import utils
+from checkpoint import load_checkpoint, rebuild_model
+
+SPLITS = ("test", "train")
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device, precision: str
+) -> dict:
+    """Run the model over batches of (images [B, C, height, width], labels [B]).
+
+    Nothing is read from the device before the end. Returns `loss` (mean cross-entropy, nats), `top1_accuracy`,
+    `top5_accuracy` (percent; None with 5 classes or fewer), `per_class_accuracy` (percent; None for a class without
+    images), `confusion_matrix` (rows true, columns predicted), `num_images`, `seconds`, `images_per_second`.
+    """
+    was_training = model.training
+    model.eval()
+    start = time.perf_counter()
+    loss_sum = torch.zeros((), device=device)
+    top5_hits = torch.zeros((), dtype=torch.int64, device=device)
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    for images, labels in batches:
+        with machine.autocast(device, precision):
+            logits = model(images)
+        logits = logits.float()  # [B, classes]
+        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
+        confusion += torch.bincount(labels * num_classes + logits.argmax(1), minlength=num_classes**2)
+        if num_classes > 5:
+            top5_hits += (logits.topk(5).indices == labels[:, None]).sum()
+    confusion = confusion.view(num_classes, num_classes).cpu()  # waits for the device
+    seconds = time.perf_counter() - start
+    model.train(was_training)
+    num_images, correct, per_class = int(confusion.sum()), confusion.diag(), confusion.sum(1)
+    return {
+        "loss": loss_sum.item() / num_images,
+        "top1_accuracy": 100 * int(correct.sum()) / num_images,
+        "top5_accuracy": 100 * top5_hits.item() / num_images if num_classes > 5 else None,
+        "per_class_accuracy": [
+            100 * hits / count if count else None
+            for hits, count in zip(correct.tolist(), per_class.tolist(), strict=True)
+        ],
+        "confusion_matrix": confusion.tolist(),
+        "num_images": num_images,
+        "seconds": seconds,
+        "images_per_second": num_images / seconds,
+    }
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(description="Evaluate a checkpoint; the model is rebuilt from what it says.")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a run folder")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="images to evaluate on")
+    parser.add_argument("--data_dir", metavar="DIR", help="where the data is (default: as in training)")
+    parser.add_argument("--batch_size", type=utils.number_type(int, minimum=1), default=256, help="images a batch")
+    parser.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
+    parser.add_argument("--precision", choices=machine.PRECISIONS, default="auto", help="auto: bf16 on CUDA from 8.0")
+    parser.add_argument(
+        "--backend", choices=attention.BACKENDS, default="auto", help="how masked attention is computed"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON to write (default: eval_<split>.json beside it)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    machine.keep_freed_memory()
+    state = load_checkpoint(args.checkpoint)
+    settings, config = state["settings"], state["model_config"]
+    device = machine.pick_device(args.device)
+    precision = machine.resolve_precision(args.precision, device)
+    model = rebuild_model(state, args.backend).to(device)
+    dataset = data.load_dataset(settings["dataset"], args.data_dir or settings["data_dir"], config["img_size"], device)
+    if dataset.class_names != state["data"]["class_names"]:
+        raise utils.UserError(
+            f"the data has classes {dataset.class_names}, the checkpoint was trained on "
+            f"{state['data']['class_names']}; point --data_dir at the data that it was trained on"
+        )
+    # Normalized as in training, whatever images lie in the folder now.
+    dataset.mean, dataset.std = state["data"]["mean"], state["data"]["std"]
+    split = getattr(dataset, args.split)
+    batches = data.eval_batches(dataset, split, config["img_size"], args.batch_size, device)
+    result = evaluate(model, batches, config["num_classes"], device, precision)
+    output = args.output or args.checkpoint.with_name(f"eval_{args.split}.json")
+    report = {
+        "checkpoint": str(args.checkpoint),
+        "epoch": state["epoch"],
+        "data": dataset.label,
+        "split": args.split,
+        "precision": precision,
+        "class_names": dataset.class_names,
+        **result,
+        "provenance": utils.provenance(sys.argv[1:] if argv is None else argv, machine.device_name(device)),
+    }
+    utils.write_json(output, report)
+    print(describe(report))
+    print(f"wrote {output}")
+    return 0
+
+
+def describe(report: dict) -> str:
+    """The report as text: totals, then a line a class with its commonest confusion."""
+    top5 = "" if report["top5_accuracy"] is None else f", top-5 {report['top5_accuracy']:.2f}%"
+    lines = [
+        f"{report['data']}, {report['split']}, epoch {report['epoch']}: loss {report['loss']:.4f}, "
+        f"top-1 {report['top1_accuracy']:.2f}%{top5} ({report['num_images']} images, "
+        f"{report['images_per_second']:.0f} images/s)"
+    ]
+    names, width = report["class_names"], max(map(len, report["class_names"]))
+    for name, accuracy, row in zip(names, report["per_class_accuracy"], report["confusion_matrix"], strict=True):
+        if accuracy is None:
+            lines.append(f"  {name:<{width}}  no images")
+            continue
+        wrong = {other: count for other, count in zip(names, row, strict=True) if other != name and count}
+        taken_for = max(wrong, key=wrong.get, default=None)
+        confusion = f"   most often taken for {taken_for} ({wrong[taken_for]})" if taken_for else ""
+        lines.append(f"  {name:<{width}}  {accuracy:6.2f}% of {sum(row)}{confusion}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    utils.run_cli(main)

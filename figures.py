@@ -1,0 +1,220 @@
+"""What every picture shares (style, panels, saving), and the pictures of attention masks.
+
+Colors are those of Okabe and Ito (Color Universal Design, 2008), which the color-blind can tell apart; markers and line
+styles say the same again for print in gray. matplotlib is imported with the first picture, and without pyplot: no
+window opens and none of its global state is changed.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import masks
+import utils
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 160
+MAX_CELLS = 480  # a mask with more rows is reduced by blocks to at most this many, about a pixel each
+MAX_RULED_GRID = 40  # patches a side up to which the patches of a grid are drawn apart
+
+FULL = {"color": "#000000", "marker": "*", "linestyle": "-"}
+# Of each mask type the (color, marker, line style) at its number, around and around; the lengths are chosen so that
+# the combination comes back only after 210 types. Even numbers are 1D and cool at first, odd ones 2D and warm.
+COLORS = ("#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINE_STYLES = ("--", "-.", (0, (1, 1.2)), "-", (0, (5, 1, 1, 1, 1, 1)))
+VARIANT_LINE_STYLES = ("-", "--", (0, (1, 1.2)), "-.")  # of the steps of one mask type, drawn together
+
+ATTENDED, NOT_ATTENDED, QUERY = "#0072B2", "#ECECEC", "#000000"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Style
+
+
+def style_of(mask_type: str, variant: int = 0, num_variants: int = 1) -> dict:
+    """Color, marker and line style of a mask type: `Axes.plot` arguments, the same in every picture.
+
+    A pattern appended to `masks.PATTERNS` changes no other's style. The runs of one type, such as its expansion steps,
+    are `variant` 0, 1, ... of `num_variants`: from light to dark, each with a line style of its own.
+    """
+    if mask_type == "full":
+        style = dict(FULL)
+    else:
+        number = _number_of(mask_type)
+        style = {
+            "color": COLORS[number % len(COLORS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "linestyle": LINE_STYLES[number % len(LINE_STYLES)],
+        }
+    if num_variants > 1:
+        shade = 2 * variant / (num_variants - 1) - 1  # -1 lightest, 0 the color itself, 1 darkest
+        style["color"] = blend(style["color"], "#FFFFFF" if shade < 0 else "#000000", 0.45 * abs(shade))
+        style["linestyle"] = VARIANT_LINE_STYLES[variant % len(VARIANT_LINE_STYLES)]
+    return style
+
+
+def _number_of(mask_type: str) -> int:
+    dimensions, _, pattern = mask_type.partition("_")
+    patterns = list(masks.PATTERNS)
+    # The runs of a pattern that this checkout does not have are drawn too; a checksum of its name never changes.
+    index = patterns.index(pattern) if pattern in patterns else len(patterns) + zlib.crc32(pattern.encode()) % 50
+    return 2 * index + (dimensions == "2d")
+
+
+def blend(color: str, other: str, amount: float) -> str:
+    """`#RRGGBB` colors mixed: 0 = `color`, 1 = `other`."""
+    mixed = (1 - amount) * _rgb(color) + amount * _rgb(other)
+    return "#" + "".join(f"{round(255 * channel):02X}" for channel in mixed)
+
+
+def text_color_on(color: str) -> str:
+    """Black or white, whichever is easier to read on `color`."""
+    return "#000000" if _rgb(color) @ (0.299, 0.587, 0.114) > 0.5 else "#FFFFFF"
+
+
+def _rgb(color: str) -> np.ndarray:
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Panels and files
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
+    from matplotlib.figure import Figure  # deferred: takes longer than all the rest of plot_result.py --help
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def dress(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
+    """The common look of a plot: a light grid, no box."""
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8, color="0.6")
+    axes.grid(color="0.9", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("0.6")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure whole or not at all, in the format of the suffix; the same figure gives the same SVG.
+
+    Raises UserError for a suffix that matplotlib does not know and where the file cannot be written.
+    """
+    import matplotlib
+
+    kind = path.suffix[1:].lower()
+    supported = figure.canvas.get_supported_filetypes()
+    if kind not in supported:
+        raise utils.UsageError(f"cannot draw into {path}: expected a name ending in .{', .'.join(sorted(supported))}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context({"svg.hashsalt": "local attention"}), utils.atomic_path(path) as temporary:
+            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    except OSError as error:
+        raise utils.UserError(f"cannot write {path}: {error}") from error
+
+
+def save_png_and_svg(figure: Figure, path: Path) -> None:
+    """Write `<path>.png` and `<path>.svg`."""
+    for suffix in ("png", "svg"):
+        save(figure, path.with_name(f"{path.name}.{suffix}"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def draw_attention_mask(mask: torch.Tensor | None, height: int, width: int, title: str) -> Figure:
+    """Left the mask (bool [N, N], N = height * width; None = full attention), right three of its rows on the grid."""
+    N = height * width
+    if mask is not None and tuple(mask.shape) != (N, N):
+        raise ValueError(f"the mask of a {height}x{width} grid has shape ({N}, {N}), got {tuple(mask.shape)}")
+    allowed = np.ones((1, 1), dtype=bool) if mask is None else mask.cpu().numpy()
+    block = math.ceil(N / MAX_CELLS)
+
+    figure = new_figure(7.6, 5.6)
+    figure.suptitle(title, fontsize=11)
+    grid = figure.add_gridspec(3, 2, width_ratios=(3.4, 1))
+    axes = figure.add_subplot(grid[:, 0])
+    axes.imshow(_colors(reduce_by_blocks(allowed, block)), extent=(-0.5, N - 0.5, N - 0.5, -0.5))
+    axes.set_title(f"mask over all {N:,} patches" + (f", {block} × {block} to a dot" if block > 1 else ""), fontsize=9)
+    axes.set_xlabel("key patch (attended to)", fontsize=9)
+    axes.set_ylabel("query patch (attends)", fontsize=9)
+    axes.tick_params(labelsize=8)
+    for position, (name, (row, column)) in enumerate(example_patches(height, width).items()):
+        axes = figure.add_subplot(grid[position, 1])
+        num_neighbors = draw_neighborhood(axes, mask, height, width, row, column)
+        axes.set_title(f"{name}: row {row * width + column:,}\n{_count(num_neighbors)}", fontsize=8.5)
+    return figure
+
+
+def draw_mask_types(masks_by_type: dict[str, torch.Tensor | None], height: int, width: int) -> Figure:
+    """A column a mask type, a row each for a patch in the center, on the edge and in the corner."""
+    patches = example_patches(height, width)
+    figure = new_figure(1.75 * len(masks_by_type) + 0.4, (1.75 * min(2.0, height / width) + 0.3) * len(patches) + 0.3)
+    panels = figure.subplots(len(patches), len(masks_by_type), squeeze=False)
+    for j, (mask_type, mask) in enumerate(masks_by_type.items()):
+        for i, (name, (row, column)) in enumerate(patches.items()):
+            color = blend(style_of(mask_type)["color"], "#FFFFFF", 0.4 if mask_type == "full" else 0.0)
+            num_neighbors = draw_neighborhood(panels[i, j], mask, height, width, row, column, color)
+            panels[i, j].set_xlabel(_count(num_neighbors), fontsize=8)
+            if j == 0:
+                panels[i, j].set_ylabel(name, fontsize=10)
+        panels[0, j].set_title(mask_type, fontsize=10)
+    return figure
+
+
+def draw_neighborhood(
+    axes: Axes, mask: torch.Tensor | None, height: int, width: int, row: int, column: int, color: str = ATTENDED
+) -> int:
+    """Draw the patch grid: the query patch at (row, column) black, what it attends to in `color`; returns how many."""
+    allowed = np.ones(height * width, bool) if mask is None else mask[row * width + column].cpu().numpy()
+    cells = _colors(allowed.reshape(height, width), color)
+    cells[row, column] = _rgb(QUERY)
+    axes.imshow(cells, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    if max(height, width) <= MAX_RULED_GRID:
+        axes.set_xticks(np.arange(-0.5, width), minor=True)
+        axes.set_yticks(np.arange(-0.5, height), minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.2 if max(height, width) <= 20 else 0.5)
+        axes.tick_params(which="minor", length=0)
+    return int(allowed.sum())
+
+
+def _count(num_neighbors: int) -> str:
+    return f"{num_neighbors:,} neighbor{'' if num_neighbors == 1 else 's'}"
+
+
+def example_patches(height: int, width: int) -> dict[str, tuple[int, int]]:
+    """(row, column) of a patch in the center, on the left edge (where a 1D window runs on to the row above) and in the
+    corner."""
+    return {"center": (height // 2, width // 2), "edge": (height // 2, 0), "corner": (0, 0)}
+
+
+def reduce_by_blocks(mask: np.ndarray, block: int) -> np.ndarray:
+    """Bool [N, N] -> [ceil(N / block), ceil(N / block)]: whether any of the block x block pairs may attend."""
+    if block == 1 or len(mask) == 1:
+        return mask
+    starts = np.arange(0, len(mask), block)
+    return np.logical_or.reduceat(np.logical_or.reduceat(mask, starts, axis=0), starts, axis=1)
+
+
+def _colors(allowed: np.ndarray, color: str = ATTENDED) -> np.ndarray:
+    """Bool [height, width] -> RGB [height, width, 3]."""
+    return np.where(allowed[..., None], _rgb(color), _rgb(NOT_ATTENDED))

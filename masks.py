@@ -1,0 +1,219 @@
+"""Local attention patterns on the patch grid, and the boolean masks made from them.
+
+A mask is a `torch.bool` tensor of shape [N, N] over the N = height * width patches in row-major order; True = query
+patch i (row) may attend to key patch j (column). The diagonal is always True. Neighborhoods are truncated at the
+border: a border patch has fewer neighbors, nothing wraps around in 2D. Masks know no class token, no model, no device.
+
+Each 2D pattern is one line, a condition on the offset (dy, dx) from the query patch to the key patch; a pattern added
+to `PATTERNS` is at once a `--mask_type` of every script, together with its 1D twin: a window on the flattened sequence
+with the same nominal number of neighbors, so that shapes are compared at equal budget.
+
+    python masks.py --mask_type 2d_cardinal --expansion_step 2 --grid 7x10
+"""
+
+from __future__ import annotations
+
+import argparse
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np  # numpy makes the masks, so that the launcher can list the mask types without loading torch
+
+import utils
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A 2D neighborhood: which offsets it allows, and how many patches that makes away from the border."""
+
+    allows: Callable  # (dy, dx, step) -> bool; dy, dx: integer arrays that broadcast against each other
+    num_neighbors: Callable[[int], int]  # step -> nominal number of neighbors, the patch itself included
+
+
+PATTERNS = {
+    "cardinal": Pattern(
+        allows=lambda dy, dx, s: ((dy == 0) & (abs(dx) <= s)) | ((dx == 0) & (abs(dy) <= s)),
+        num_neighbors=lambda s: 1 + 4 * s,
+    ),
+    "all_neighbors": Pattern(
+        allows=lambda dy, dx, s: (abs(dy) <= s) & (abs(dx) <= s),
+        num_neighbors=lambda s: (2 * s + 1) ** 2,
+    ),
+}
+
+MASK_TYPES = ("full", *(f"{prefix}_{name}" for prefix in ("1d", "2d") for name in PATTERNS))
+
+
+def generate_1d_attention_mask(num_neighbors: int, N: int) -> torch.Tensor:
+    """Window of `num_neighbors` tokens (odd, the token itself included) centered on each of the N tokens.
+
+    The window is taken on the flattened sequence: on a patch grid it runs on over the end of a row; that makes it 1D.
+    Returns bool [N, N]. Raises ValueError if `num_neighbors` is even or not positive, or `N` is not positive.
+    """
+    num_neighbors = _check_integer("num_neighbors", num_neighbors, minimum=1)
+    N = _check_integer("N", N, minimum=1)
+    if num_neighbors % 2 == 0:
+        raise ValueError(f"num_neighbors must be odd, so that the window has a center; got {num_neighbors}")
+    radius = min(num_neighbors // 2, N)
+    return _to_tensor(np.tri(N, N, radius, dtype=bool) & ~np.tri(N, N, -radius - 1, dtype=bool))
+
+
+def generate_2d_attention_mask_cardinal(
+    expansion_step: int, num_patches_height: int, num_patches_width: int
+) -> torch.Tensor:
+    """Plus shape: the patch itself and up to `expansion_step` patches up, down, left and right. Returns bool [N, N]."""
+    return _generate_2d_mask(PATTERNS["cardinal"], expansion_step, num_patches_height, num_patches_width)
+
+
+def generate_2d_attention_mask_all_neighbors(
+    expansion_step: int, num_patches_height: int, num_patches_width: int
+) -> torch.Tensor:
+    """Square of side `2 * expansion_step + 1` centered on the patch. Returns bool [N, N]."""
+    return _generate_2d_mask(PATTERNS["all_neighbors"], expansion_step, num_patches_height, num_patches_width)
+
+
+def compute_num_neighbors_cardinal(expansion_step: int) -> int:
+    """Nominal neighbors (the patch itself included, no border) of the plus shape: 1 + 4 * step."""
+    return PATTERNS["cardinal"].num_neighbors(_check_integer("expansion_step", expansion_step, minimum=0))
+
+
+def compute_num_neighbors_all_neighbors(expansion_step: int) -> int:
+    """Nominal neighbors (the patch itself included, no border) of the square: (2 * step + 1) ** 2."""
+    return PATTERNS["all_neighbors"].num_neighbors(_check_integer("expansion_step", expansion_step, minimum=0))
+
+
+def build_attention_mask(
+    mask_type: str, expansion_step: int, num_patches_height: int, num_patches_width: int
+) -> torch.Tensor | None:
+    """The mask of a `--mask_type`: bool [N, N], or None for `full`, which attends without any mask."""
+    pattern = _pattern_of(mask_type)
+    if pattern is None:
+        return None
+    if mask_type.startswith("2d"):
+        return _generate_2d_mask(pattern, expansion_step, num_patches_height, num_patches_width)
+    height = _check_integer("num_patches_height", num_patches_height, minimum=1)
+    width = _check_integer("num_patches_width", num_patches_width, minimum=1)
+    return generate_1d_attention_mask(nominal_num_neighbors(mask_type, expansion_step, height * width), height * width)
+
+
+def nominal_num_neighbors(mask_type: str, expansion_step: int, num_patches: int) -> int:
+    """Neighbors of a patch away from every border, itself included; all `num_patches` for `full`."""
+    pattern = _pattern_of(mask_type)
+    if pattern is None:
+        return num_patches
+    return pattern.num_neighbors(_check_integer("expansion_step", expansion_step, minimum=0))
+
+
+def _pattern_of(mask_type: str) -> Pattern | None:
+    if mask_type not in MASK_TYPES:
+        raise ValueError(f"unknown mask type {mask_type!r}; expected one of {', '.join(MASK_TYPES)}")
+    return None if mask_type == "full" else PATTERNS[mask_type[len("1d_") :]]
+
+
+def _generate_2d_mask(pattern: Pattern, expansion_step: int, height: int, width: int) -> torch.Tensor:
+    step = _check_integer("expansion_step", expansion_step, minimum=0)
+    height = _check_integer("num_patches_height", height, minimum=1)
+    width = _check_integer("num_patches_width", width, minimum=1)
+    y, x = np.arange(height, dtype=np.int32), np.arange(width, dtype=np.int32)
+    dy = (y[None, :] - y[:, None])[:, None, :, None]  # [H, 1, H, 1]: key row minus query row
+    dx = (x[None, :] - x[:, None])[None, :, None, :]  # [1, W, 1, W]: key column minus query column
+    # Only the last step of the condition broadcasts to [H, W, H, W], and that one is boolean: a byte a pair of patches.
+    allowed = np.broadcast_to(pattern.allows(dy, dx, step), (height, width, height, width))
+    return _to_tensor(allowed.reshape(height * width, height * width))
+
+
+def _to_tensor(mask: np.ndarray) -> torch.Tensor:
+    import torch  # deferred: see the import of numpy
+
+    return torch.from_numpy(np.require(mask, requirements=["C", "W"]))
+
+
+def _check_integer(name: str, value, minimum: int) -> int:
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at a mask without plotting it
+
+
+def format_neighborhood(mask: torch.Tensor, height: int, width: int, row: int, column: int) -> str:
+    """The grid as characters: `@` the patch at (row, column), `#` what it attends to, `.` what it does not."""
+    cells = np.where(mask[row * width + column].reshape(height, width).numpy(), "#", ".")
+    cells[row, column] = "@"
+    return "\n".join(" ".join(line) for line in cells)
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(description="Print the neighborhood of a patch, or draw all mask types.")
+    parser.add_argument("--mask_type", choices=MASK_TYPES, default="2d_cardinal", help="attention pattern")
+    parser.add_argument("--expansion_step", type=int, default=1, metavar="S", help="reach of the pattern, in patches")
+    parser.add_argument("--grid", type=parse_pair, default=(14, 14), metavar="HxW", help="patch grid, rows x columns")
+    parser.add_argument(
+        "--patch", type=parse_pair, metavar="RxC", help="row x column of the patch (default: the center)"
+    )
+    parser.add_argument(
+        "--picture", metavar="FILE", help="draw every mask type of this step and grid into FILE (.png, .svg)"
+    )
+    return parser.parse_args(argv)
+
+
+def parse_pair(text: str) -> tuple[int, int]:
+    """`'7x10'` -> `(7, 10)`."""
+    try:
+        first, second = text.lower().split("x")
+        return int(first), int(second)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected two integers like 7x10, got {text!r}") from None
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    with utils.usage_errors():
+        print(draw_all(args) if args.picture else describe(args))
+    return 0
+
+
+def describe(args) -> str:
+    """The mask's numbers of neighbors, and the neighborhood of one patch as characters."""
+    height, width = args.grid
+    mask = build_attention_mask(args.mask_type, args.expansion_step, height, width)
+    if mask is None:
+        mask = generate_2d_attention_mask_all_neighbors(max(height, width), height, width)
+    row, column = args.patch or (height // 2, width // 2)
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(
+            f"--patch {row}x{column} lies outside the {height}x{width} grid (rows and columns count from 0)"
+        )
+    nominal = nominal_num_neighbors(args.mask_type, args.expansion_step, height * width)
+    return (
+        f"{args.mask_type}, expansion step {args.expansion_step}, grid {height}x{width}: {nominal} neighbors nominal, "
+        f"{mask.sum(1, dtype=float).mean():.1f} on average, "
+        f"{int(mask[row * width + column].sum())} of patch {row}x{column}\n"
+        + format_neighborhood(mask, height, width, row, column)
+    )
+
+
+def draw_all(args) -> str:
+    import figures  # deferred: matplotlib is only needed here
+
+    masks = {name: build_attention_mask(name, args.expansion_step, *args.grid) for name in MASK_TYPES}
+    figures.save(figures.draw_mask_types(masks, *args.grid), Path(args.picture))
+    return f"wrote {args.picture}"
+
+
+if __name__ == "__main__":
+    utils.run_cli(main)

@@ -1,0 +1,287 @@
+"""Runs on disk to rows and tables. Imports neither torch nor matplotlib.
+
+A run is a folder `<run_name>/seed_<n>/` with config.json, metrics.jsonl and, once it is done, summary.json. A row is
+one attention pattern: all the runs, one a seed, that share a run name. Accuracies are those of the FINAL epoch, in
+percent; only finished runs count. A number that a run did not write stays missing (None), it is never 0.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import masks
+import utils
+
+CONFIG_FORMAT = 1
+GIB = 2**30
+
+# What is read from a config.json without asking twice; everything else in it is optional here.
+REQUIRED = {
+    "settings": {
+        "mask_type": str,
+        "expansion_step": (int, type(None)),
+        "run_name": str,
+        "seed": int,
+        "dataset": str,
+        "epochs": int,
+    },
+    "attention": {"num_neighbors_nominal": int, "num_neighbors_mean": (int, float)},
+    "data": {"label": str},
+    "provenance": {},
+}
+# What the runs of a sweep are meant to differ in, and settings that say where a run is, not what it computes. The
+# device is compared by its name, in the provenance.
+MAY_DIFFER = {"mask_type", "expansion_step", "run_name", "seed", "data_dir", "output_dir", "device", "dry_run"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder that could be read."""
+
+    folder: Path
+    config: dict
+    metrics: list[dict]  # a row an epoch
+    summary: dict | None  # None: not finished
+
+    @property
+    def settings(self) -> dict:
+        return self.config["settings"]
+
+    @property
+    def state(self) -> str:
+        """`incomplete` or `done`; where the run is absent there is no Run."""
+        return "incomplete" if self.summary is None else "done"
+
+    @property
+    def name(self) -> str:
+        return f"{self.settings['run_name']} seed {self.settings['seed']}"
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """Epoch -> value, for the epochs that have one."""
+        values = {row.get("epoch"): _number(row, metric) for row in self.metrics}
+        return {epoch: value for epoch, value in values.items() if isinstance(epoch, int) and value is not None}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean of `n` values and their sample standard deviation (ddof = 1), None with a single value."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """None where all values are missing."""
+        values = [value for value in values if value is not None]
+        if not values:
+            return None
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one attention pattern."""
+
+    run_name: str
+    mask_type: str
+    expansion_step: int | None  # None for full
+    num_neighbors_nominal: int  # of a patch far from every border, itself included
+    num_neighbors_mean: float  # over all patches of the grid
+    num_parameters: int | None
+    runs: tuple[Run, ...]  # by seed, finished or not
+
+    @property
+    def is_named_by_default(self) -> bool:
+        return self.run_name == utils.default_run_name(self.mask_type, self.expansion_step)
+
+    @property
+    def label(self) -> str:
+        mask = self.mask_type if self.expansion_step is None else f"{self.mask_type}, step {self.expansion_step}"
+        return mask if self.is_named_by_default else f"{self.run_name} ({mask})"
+
+    @property
+    def done(self) -> list[Run]:
+        return [run for run in self.runs if run.state == "done"]
+
+    @property
+    def accuracy(self) -> Spread | None:
+        """Of the final epoch, in percent."""
+        return Spread.of(_number(run.summary["final"], "eval_accuracy") for run in self.done)
+
+    @property
+    def throughput(self) -> Spread | None:
+        """Training images a second, without the first epoch."""
+        return Spread.of(_number(run.summary, "train_images_per_second") for run in self.done)
+
+    @property
+    def peak_memory_bytes(self) -> float | None:
+        """The highest of all finished runs."""
+        return max(filter(None, (_number(run.summary, "peak_memory_bytes") for run in self.done)), default=None)
+
+    def curve(self, metric: str) -> list[tuple[int, float, float, float]]:
+        """(epoch, mean, lowest, highest) over the seeds that have got to that epoch."""
+        curves = [run.curve(metric) for run in self.runs]
+        points = []
+        for epoch in sorted(set().union(*curves)):
+            values = [curve[epoch] for curve in curves if epoch in curve]
+            points.append((epoch, statistics.fmean(values), min(values), max(values)))
+        return points
+
+
+def _number(values: dict, key: str) -> float | None:
+    value = values.get(key)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_runs(results_path: Path) -> list[Run]:
+    """All runs in `results_path` and below, in order of their paths; other files and folders are passed over."""
+    folders = sorted(path.parent for path in Path(results_path).rglob(utils.CONFIG))
+    folders = [folder for folder in folders if re.fullmatch(r"seed_\d+", folder.resolve().name)]
+    return [run for run in map(load_run, folders) if run is not None]
+
+
+def load_run(folder: Path) -> Run | None:
+    """The run in a folder; None where there is none, and, with a warning, where it cannot be read."""
+    if not (folder / utils.CONFIG).exists():
+        return None
+    try:
+        config = utils.read_json(folder / utils.CONFIG)
+        _check_config(folder / utils.CONFIG, config)
+        metrics = utils.read_json_lines(folder / utils.METRICS) if (folder / utils.METRICS).exists() else []
+        summary = utils.read_json(folder / utils.SUMMARY) if (folder / utils.SUMMARY).exists() else None
+        if summary is not None and not isinstance(summary.get("final"), dict):
+            raise utils.UserError(f"{folder / utils.SUMMARY} has no final metrics")
+    except utils.UserError as error:
+        utils.warn(f"skipped a run: {error}")
+        return None
+    return Run(folder, config, metrics, summary)
+
+
+def _check_config(path: Path, config: dict) -> None:
+    if config.get("format") != CONFIG_FORMAT:
+        raise utils.UserError(f"{path} has format {config.get('format')!r}, expected {CONFIG_FORMAT}")
+    for section, keys in REQUIRED.items():
+        if not isinstance(config.get(section), dict):
+            raise utils.UserError(f"{path} has no {section}")
+        for key, kind in keys.items():
+            if key not in config[section] or not isinstance(config[section][key], kind):
+                raise utils.UserError(f"{path}: {section}.{key} is {config[section].get(key, 'missing')!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
+    """One row a pattern: `full` first, then as in MASK_TYPES, by growing step; names of one's own after the default."""
+    groups = {}
+    for run in runs:
+        settings = run.settings
+        key = (settings["run_name"], settings["mask_type"], settings["expansion_step"])
+        groups.setdefault(key, []).append(run)
+    rows = []
+    for (run_name, mask_type, expansion_step), members in groups.items():
+        members.sort(key=lambda run: run.settings["seed"])
+        config = members[0].config
+        rows.append(
+            Row(
+                run_name=run_name,
+                mask_type=mask_type,
+                expansion_step=expansion_step,
+                num_neighbors_nominal=config["attention"]["num_neighbors_nominal"],
+                num_neighbors_mean=config["attention"]["num_neighbors_mean"],
+                num_parameters=config.get("num_parameters"),
+                runs=tuple(members),
+            )
+        )
+    return sorted(rows, key=_natural_order)
+
+
+def _natural_order(row: Row) -> tuple:
+    known = row.mask_type in masks.MASK_TYPES
+    position = masks.MASK_TYPES.index(row.mask_type) if known else len(masks.MASK_TYPES)
+    return position, row.mask_type, row.expansion_step or 0, not row.is_named_by_default, row.run_name
+
+
+def differing_settings(runs: list[Run]) -> list[str]:
+    """A sentence for everything that makes the runs of one table no clean comparison; [] where they are one."""
+    settings = dict.fromkeys(key for run in runs for key in run.settings if key not in MAY_DIFFER)
+    compared = {f"--{key}": lambda run, key=key: run.settings.get(key, "missing") for key in settings}
+    compared |= {
+        f"data {key}": lambda run, key=key: run.config["data"].get(key, "missing")
+        for key in ("label", "num_train", "num_test", "num_classes")
+    }
+    machines = {
+        "device": lambda run: run.config["provenance"].get("device"),
+        "torch": lambda run: (run.config["provenance"].get("versions") or {}).get("torch"),
+    }
+    notes = [f"{name} differs between the runs: {text}" for name, text in _differing(runs, compared)]
+    return notes + [
+        f"{name} differs between the runs, so that images/s and peak memory do not compare: {text}"
+        for name, text in _differing(runs, machines)
+    ]
+
+
+def _differing(runs: list[Run], compared: dict[str, Callable[[Run], object]]) -> Iterable[tuple[str, str]]:
+    for name, value_of in compared.items():
+        names_by_value = {}
+        for run in runs:
+            names_by_value.setdefault(str(value_of(run)), []).append(run.name)
+        if len(names_by_value) > 1:
+            yield name, "; ".join(
+                f"{value} ({', '.join(names) if len(names) <= 3 else f'{len(names)} runs'})"
+                for value, names in names_by_value.items()
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def format_table(rows: list[Row]) -> str:
+    """The rows as a Markdown table that also reads well as plain text; `–` where a number is missing."""
+    header = ["mask", "neighbors, nominal", "neighbors, mean", "final accuracy, %", "images/s", "peak memory, GiB"]
+    cells = [[*header, "state"]]
+    for row in rows:
+        memory = row.peak_memory_bytes
+        cells.append(
+            [
+                row.label,
+                str(row.num_neighbors_nominal),
+                f"{row.num_neighbors_mean:.1f}",
+                format_accuracy(row.accuracy),
+                "–" if row.throughput is None else f"{row.throughput.mean:,.{0 if row.throughput.mean >= 100 else 1}f}",
+                "–" if memory is None else f"{memory / GIB:.2f}",
+                "done" if len(row.done) == len(row.runs) else f"{len(row.done)} of {len(row.runs)} done",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    words = (0, len(widths) - 1)  # the columns of words are aligned left, those of numbers right
+    lines = [
+        " | ".join(
+            cell.ljust(width) if column in words else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    rule = " | ".join("-" * width if i in words else "-" * (width - 1) + ":" for i, width in enumerate(widths))
+    return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def format_accuracy(accuracy: Spread | None) -> str:
+    """`93.27 ± 0.41 (n = 3)`: mean ± sample standard deviation over seeds, in percent."""
+    if accuracy is None:
+        return "–"
+    deviation = "" if accuracy.std is None else f" ± {accuracy.std:.2f}"
+    return f"{accuracy.mean:.2f}{deviation} (n = {accuracy.n})"

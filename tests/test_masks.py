@@ -1,0 +1,191 @@
+"""Every mask against a brute-force oracle with plain loops."""
+
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import masks
+import utils
+
+SIDES = st.integers(1, 6)
+STEPS = st.integers(0, 8)  # beyond every grid
+
+
+def oracle_2d(step, height, width, allows):
+    mask = torch.zeros(height * width, height * width, dtype=torch.bool)
+    for row in range(height):
+        for column in range(width):
+            for other_row in range(height):
+                for other_column in range(width):
+                    if allows(abs(row - other_row), abs(column - other_column), step):
+                        mask[row * width + column, other_row * width + other_column] = True
+    return mask
+
+
+def plus(dy, dx, step):
+    return (dy == 0 and dx <= step) or (dx == 0 and dy <= step)
+
+
+def square(dy, dx, step):
+    return max(dy, dx) <= step
+
+
+@given(STEPS, SIDES, SIDES)
+@settings(max_examples=60, deadline=None)
+def test_2d_masks_match_the_loops(step, height, width):
+    cardinal = masks.generate_2d_attention_mask_cardinal(step, height, width)
+    all_neighbors = masks.generate_2d_attention_mask_all_neighbors(step, height, width)
+    assert torch.equal(cardinal, oracle_2d(step, height, width, plus))
+    assert torch.equal(all_neighbors, oracle_2d(step, height, width, square))
+
+
+@given(st.integers(0, 12), st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_1d_mask_matches_the_loops(radius, num_tokens):
+    mask = masks.generate_1d_attention_mask(2 * radius + 1, num_tokens)
+    expected = [[abs(i - j) <= radius for j in range(num_tokens)] for i in range(num_tokens)]
+    assert torch.equal(mask, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("mask_type", masks.MASK_TYPES[1:])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 1), (3, 8), (8, 3)])
+def test_every_mask_is_boolean_symmetric_and_owns_its_diagonal(mask_type, grid):
+    for step in (0, 1, 2, 20):
+        mask = masks.build_attention_mask(mask_type, step, *grid)
+        assert mask.dtype == torch.bool
+        assert mask.shape == (grid[0] * grid[1],) * 2
+        assert mask.is_contiguous()
+        assert torch.equal(mask, mask.T)
+        assert mask.diagonal().all()
+        if step == 0:
+            assert torch.equal(mask, torch.eye(len(mask), dtype=torch.bool))
+    if not (mask_type == "2d_cardinal" and min(grid) > 1):
+        assert mask.all()  # the last step, 20, is beyond the grid
+
+
+def test_plus_beyond_the_grid_is_the_whole_row_and_column():
+    mask = masks.generate_2d_attention_mask_cardinal(100, 3, 5)
+    assert mask.sum(1).eq(3 + 5 - 1).all()
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_nominal_neighbors_are_those_of_a_patch_far_from_the_border(step):
+    center = 10 * 21 + 10
+    for name in ("cardinal", "all_neighbors"):
+        nominal = getattr(masks, f"compute_num_neighbors_{name}")(step)
+        for prefix in ("1d", "2d"):
+            mask = masks.build_attention_mask(f"{prefix}_{name}", step, 21, 21)
+            assert mask[center].sum() == nominal == masks.nominal_num_neighbors(f"{prefix}_{name}", step, 441)
+    assert masks.compute_num_neighbors_cardinal(step) == 1 + 4 * step
+    assert masks.compute_num_neighbors_all_neighbors(step) == (2 * step + 1) ** 2
+
+
+def test_true_mean_of_a_nominal_25_on_the_14x14_grid():
+    def mean(mask_type, step):
+        return masks.build_attention_mask(mask_type, step, 14, 14).sum(1, dtype=float).mean().item()
+
+    assert mean("2d_all_neighbors", 2) == pytest.approx(20.9, abs=0.05)
+    assert mean("2d_cardinal", 6) == pytest.approx(19.0, abs=0.05)
+    assert mean("1d_all_neighbors", 2) == pytest.approx(24.2, abs=0.05)
+
+
+def test_1d_window_runs_on_over_the_row_end():
+    mask = masks.build_attention_mask("1d_cardinal", 1, 3, 4)  # window of 5 on rows of 4
+    assert mask[3].nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
+
+
+def test_full_has_no_mask():
+    assert masks.build_attention_mask("full", None, 3, 4) is None
+    assert masks.nominal_num_neighbors("full", None, 12) == 12
+
+
+@pytest.mark.parametrize("value", [2, 0, -3, 2.5, "5", None, True])
+def test_bad_window(value):
+    with pytest.raises(ValueError, match=re.escape(str(value))):
+        masks.generate_1d_attention_mask(value, 10)
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, "1", None, False])
+@pytest.mark.parametrize(
+    "function", [masks.generate_2d_attention_mask_cardinal, masks.generate_2d_attention_mask_all_neighbors]
+)
+def test_bad_step(function, value):
+    with pytest.raises(ValueError, match=f"expansion_step.*{re.escape(repr(value))}"):
+        function(value, 3, 4)
+
+
+@pytest.mark.parametrize("grid", [(0, 3), (3, 0), (-1, 2), (2.0, 2)])
+def test_bad_grid(grid):
+    for mask_type in ("2d_cardinal", "1d_cardinal"):
+        with pytest.raises(ValueError, match=r"num_patches_(height|width) must be"):
+            masks.build_attention_mask(mask_type, 1, *grid)
+
+
+def test_integers_of_numpy_are_integers():
+    assert torch.equal(
+        masks.generate_1d_attention_mask(np.int64(3), np.int32(4)), masks.generate_1d_attention_mask(3, 4)
+    )
+
+
+def test_unknown_type_names_those_there_are():
+    with pytest.raises(ValueError, match=r"'3d'.*2d_cardinal"):
+        masks.build_attention_mask("3d", 1, 2, 2)
+
+
+def test_a_pattern_of_ones_own_comes_with_its_1d_twin(monkeypatch):
+    dilated = masks.Pattern(
+        allows=lambda dy, dx, s: (abs(dy) <= 2 * s) & (abs(dx) <= 2 * s) & (dy % 2 == 0) & (dx % 2 == 0),
+        num_neighbors=lambda s: (2 * s + 1) ** 2,
+    )
+    monkeypatch.setitem(masks.PATTERNS, "dilated", dilated)
+    monkeypatch.setattr(masks, "MASK_TYPES", (*masks.MASK_TYPES, "1d_dilated", "2d_dilated"))
+    mask = masks.build_attention_mask("2d_dilated", 1, 5, 5)
+    assert mask[12].nonzero().flatten().tolist() == [0, 2, 4, 10, 12, 14, 20, 22, 24]
+    assert masks.build_attention_mask("1d_dilated", 1, 5, 5)[12].sum() == 9
+
+
+def test_large_grids_take_seconds():
+    start = time.perf_counter()
+    for mask_type in masks.MASK_TYPES[1:]:
+        masks.build_attention_mask(mask_type, 2, 128, 128)
+    assert time.perf_counter() - start < 30  # measured 1 s in all; a loop over tokens takes minutes
+
+
+def test_neighborhood_as_characters(capsys):
+    assert masks.main(["--mask_type", "2d_cardinal", "--expansion_step", "2", "--grid", "3x5", "--patch", "0x1"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:] == ["# @ # # .", ". # . . .", ". # . . ."]
+    assert "9 neighbors nominal" in printed[0]
+    assert "6 of patch 0x1" in printed[0]
+
+
+def test_full_and_picture_on_the_command_line(capsys, tmp_path):
+    masks.main(["--mask_type", "full", "--grid", "2x3"])
+    assert capsys.readouterr().out.splitlines()[1:] == ["# # #", "# @ #"[::-1]]
+    masks.main(["--picture", str(tmp_path / "masks.png"), "--grid", "5x6"])
+    assert (tmp_path / "masks.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--grid", "7"], "7x10"),
+        (["--grid", "0x3"], "at least 1, got 0"),
+        (["--expansion_step", "-1"], "at least 0, got -1"),
+        (["--patch", "9x0", "--grid", "3x3"], "outside the 3x3 grid"),
+        (["--mask_type", "2d"], "invalid choice"),
+    ],
+)
+def test_bad_command_lines_end_in_one_line(arguments, words):
+    command = [sys.executable, str(utils.REPOSITORY / "masks.py"), *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert len(finished.stderr.splitlines()) == 1
+    assert words in finished.stderr

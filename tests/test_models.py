@@ -1,0 +1,216 @@
+"""The ViT against timm's, and against what a mask forbids."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import masks
+import models
+from models import VisionTransformer
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, "dropout": 0.0}
+
+
+def make_timm(config, **kwargs):
+    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
+    return timm.models.VisionTransformer(**{name: config[name] for name in names}, **kwargs).eval()
+
+
+def randomize(model):
+    """Weights far from initialization, so that biases, norms and positions all matter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_default_is_timms_vit_base_patch16_224():
+    with torch.device("meta"):
+        theirs = timm.create_model("vit_base_patch16_224", num_classes=10).state_dict()
+    ours = VisionTransformer().state_dict()
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+
+
+@pytest.mark.parametrize("preset", ["vit_small", "vit_tiny"])
+def test_presets_have_timms_sizes(preset):
+    with torch.device("meta"):
+        theirs = timm.create_model(f"{preset}_patch16_224", num_classes=10).state_dict()
+    ours = VisionTransformer(**models.PRESETS[preset]).state_dict()
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+
+
+def test_same_logits_and_gradients_as_timm_with_its_weights(images):
+    theirs = randomize(make_timm(SMALL))
+    ours = VisionTransformer(**SMALL)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+    for model in (ours, theirs):
+        model(images).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        scale = gradients[name].abs().max()
+        torch.testing.assert_close(parameter.grad / scale, gradients[name] / scale, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("img_size", [32, (24, 40)])
+def test_masked_logits_are_those_of_timm_masked_by_hand(img_size):
+    config = {**SMALL, "img_size": img_size}
+    height, width = (32, 32) if img_size == 32 else img_size
+    mask = masks.generate_2d_attention_mask_cardinal(1, height // 8, width // 8)
+    theirs = randomize(make_timm(config))
+    tokens = len(mask) + 1
+    extended = torch.ones(tokens, tokens, dtype=torch.bool)
+    extended[1:, 1:] = mask
+
+    def masked_attention(module):
+        def forward(x, *args, **kwargs):
+            b, t, e = x.shape
+            q, k, v = module.qkv(x).reshape(b, t, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
+            scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+            weights = scores.masked_fill(~extended, float("-inf")).softmax(-1)
+            return module.proj((weights @ v).transpose(1, 2).reshape(b, t, e))
+
+        return forward
+
+    for block in theirs.blocks:
+        block.attn.forward = masked_attention(block.attn)
+    ours = VisionTransformer(**config, attention_mask=mask).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, height, width)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", models.POOLS)
+def test_a_mask_of_ones_is_no_mask(images, pool):
+    model = randomize(VisionTransformer(**SMALL, pool=pool)).eval()
+    masked = VisionTransformer(**SMALL, pool=pool, attention_mask=torch.ones(16, 16, dtype=torch.bool)).eval()
+    masked.load_state_dict(model.state_dict())
+    torch.testing.assert_close(masked(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_full_attention_passes_no_mask(images, monkeypatch):
+    seen = []
+    original = F.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs.get("attn_mask", args[3] if len(args) > 3 else None))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    VisionTransformer(**SMALL)(images)
+    assert seen == [None] * SMALL["depth"]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("mask_type", ["2d_cardinal", "2d_all_neighbors", "1d_cardinal"])
+def test_information_spreads_exactly_by_the_mask(depth, mask_type):
+    """A changed patch changes, after k layers, exactly the patches within k steps of the mask (no class token)."""
+    height, width = 5, 7
+    mask = masks.build_attention_mask(mask_type, 1, height, width)
+    config = {**SMALL, "img_size": (height * 4, width * 4), "patch_size": 4, "depth": depth, "pool": "mean"}
+    model = randomize(VisionTransformer(**config, attention_mask=mask)).double().eval()
+    tokens = []
+    model.norm.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    images = torch.randn(1, 3, height * 4, width * 4, dtype=torch.float64)
+    changed = images.clone()
+    row, column = 1, 5
+    changed[..., row * 4 : row * 4 + 4, column * 4 : column * 4 + 4] += 1
+    model(images)
+    model(changed)
+    differs = (tokens[0] != tokens[1]).any(-1)[0]
+    reach = torch.eye(height * width, dtype=torch.float64)
+    for _ in range(depth):
+        reach = ((mask.double() @ reach) > 0).double()
+    assert torch.equal(differs, reach[:, row * width + column] > 0)
+    assert not differs.all()
+
+
+def test_the_class_token_links_all_patches_within_two_layers(images):
+    mask = torch.eye(16, dtype=torch.bool)
+    model = randomize(VisionTransformer(**{**SMALL, "depth": 2}, attention_mask=mask)).eval()
+    tokens = []
+    model.norm.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    changed = images.clone()
+    changed[..., :8, :8] += 1
+    model(images)
+    model(changed)
+    assert (tokens[0] != tokens[1]).any(-1).all()
+
+
+@pytest.mark.parametrize("pool", models.POOLS)
+def test_every_parameter_gets_a_gradient(images, pool):
+    mask = masks.generate_2d_attention_mask_all_neighbors(1, 4, 4)
+    model = VisionTransformer(**{**SMALL, "dropout": 0.1}, pool=pool, attention_mask=mask)
+    F.cross_entropy(model(images), torch.tensor([1, 2])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_dropout_acts_in_training_only(images):
+    model = VisionTransformer(**{**SMALL, "dropout": 0.5})
+    model.train()
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+def test_same_seed_same_weights_whatever_the_mask():
+    states = []
+    for mask in (None, masks.generate_1d_attention_mask(3, 16)):
+        torch.manual_seed(3)
+        states.append(VisionTransformer(**SMALL, attention_mask=mask).state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_positions_tell_the_patches_apart_and_neighbors_are_alike():
+    positions = models.sincos_positions(5, 7, 48)
+    similarity = F.cosine_similarity(positions[:, None], positions[None], dim=-1)  # [N, N]
+    assert similarity.fill_diagonal_(0).max() < 0.999
+    center = similarity[2 * 7 + 3].view(5, 7)
+    assert center[2, 2] > center[2, 1] > center[2, 0]
+    assert center[2, 2] == pytest.approx(center[1, 3].item(), abs=1e-6)  # rows and columns count alike
+    assert models.sincos_positions(2, 3, 7).shape == (6, 7)
+
+
+@pytest.mark.parametrize("pool", models.POOLS)
+def test_flops_are_those_that_torch_counts(pool):
+    model = VisionTransformer(**SMALL, pool=pool).eval()
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(torch.randn(1, 3, 32, 32))
+    assert models.count_forward_flops(model)["total"] == counter.get_total_flops()
+
+
+def test_flops_of_a_mask_count_its_pairs():
+    mask = masks.generate_2d_attention_mask_cardinal(1, 4, 4)
+    pairs = int(mask.sum()) + 2 * 16 + 1  # the class token's row and column
+    flops = models.count_forward_flops(VisionTransformer(**SMALL, attention_mask=mask))
+    assert flops["attention"] == 4 * pairs * SMALL["embed_dim"] * SMALL["depth"]
+    base = models.count_forward_flops(VisionTransformer())
+    assert base["attention"] / base["total"] == pytest.approx(0.04, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"img_size": 33}, "33x33.*patch_size 8"),
+        ({"patch_size": 0}, "patch_size 0"),
+        ({"num_heads": 5}, "embed_dim 48.*num_heads 5"),
+        ({"pool": "max"}, "'max'.*cls"),
+        ({"attention_mask": torch.ones(4, 4, dtype=torch.bool)}, r"\[4, 4\].*\[16, 16\]"),
+        ({"backend": "magic"}, "'magic'"),
+    ],
+)
+def test_bad_sizes(change, words):
+    with pytest.raises(ValueError, match=words):
+        VisionTransformer(**{**SMALL, **change})

@@ -1,0 +1,210 @@
+"""What every script shares: errors, command lines, files written whole, run folders, provenance. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent
+
+# The files of a run folder, <output_dir>/<dataset>/<run_name>/seed_<n>/. SUMMARY is written last: its presence = done.
+CONFIG, METRICS, CHECKPOINT, SUMMARY, MASK_PICTURE, LOG = (
+    "config.json",
+    "metrics.jsonl",
+    "last.pt",
+    "summary.json",
+    "attention_mask.png",
+    "log.txt",
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and command lines
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what was received, what was expected and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """The command line asks for something that cannot be."""
+
+    exit_code = 2
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn the ValueError of a function that was handed the user's own values into a UsageError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with defaults in the help, no abbreviated flags, and errors on one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run_cli(main: Callable[[], int]) -> None:
+    """Run a script's main() and exit: 0 done, 1 failure, 2 usage, 130 interrupted; errors as one line on stderr."""
+    program = Path(sys.argv[0]).name
+    try:
+        code = main()
+    except UserError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of our output has gone (`... | head`): nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def warn(message: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
+
+
+def number_type(kind: type, minimum: float | None = None, above: float | None = None, below: float | None = None):
+    """An argparse type: an int or a finite float with `minimum <= value`, `above < value < below`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected {'an integer' if kind is int else 'a number'}, got {text!r}"
+            ) from None
+        limits = [
+            (minimum is None or value >= minimum, f"at least {minimum}"),
+            (above is None or value > above, f"above {above}"),
+            (below is None or value < below, f"below {below}"),
+            (value == value and abs(value) != float("inf"), "finite"),
+        ]
+        for holds, words in limits:
+            if not holds:
+                raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
+        return value
+
+    return parse
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: never half-written
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; what was written takes the name `path` at the end, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_json_lines(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises UserError if it cannot be read or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """One JSON object a line. A half-written last line is skipped with a warning; elsewhere it is a UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            rows.append(row)
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: {error}") from error
+            warn(f"{path}: skipped the half-written last line {number}")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folders and provenance
+
+
+def default_run_name(mask_type: str, expansion_step: int | None) -> str:
+    return mask_type if mask_type == "full" else f"{mask_type}_expansion_{expansion_step}"
+
+
+def run_folder(output_dir: str, dataset: str, run_name: str, seed: int) -> Path:
+    return Path(output_dir) / dataset / run_name / f"seed_{seed}"
+
+
+def provenance(argv: list[str], device_name: str) -> dict:
+    """Where a result came from: command, code, versions, machine, time."""
+    packages = ("torch", "torchvision", "numpy", "scikit-learn", "timm", "matplotlib")
+    return {
+        "command": [Path(sys.argv[0]).name, *argv],
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "device": device_name,
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    with contextlib.suppress(OSError):
+        finished = subprocess.run(command, capture_output=True, text=True)
+        if finished.returncode == 0:
+            return finished.stdout.strip()
+    return None
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
