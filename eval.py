@@ -100,7 +100,7 @@ def main(argv=None) -> int:
     # Normalized as in training, whatever images lie in the folder now.
     dataset.mean, dataset.std = state["data"]["mean"], state["data"]["std"]
     split = getattr(dataset, args.split)
-    batches = data.eval_batches(dataset, split, config["img_size"], args.batch_size, device)
+    batches = data.eval_batches(dataset, split, args.batch_size)
     result = evaluate(model, batches, config["num_classes"], device, precision)
     output = args.output or args.checkpoint.with_name(f"eval_{args.split}.json")
     report = {

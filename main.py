@@ -188,7 +188,7 @@ def summarize(history: list[dict], config: dict) -> dict:
 
 
 def dry_run(settings: dict, folder: Path) -> None:
-    in_channels, num_classes = data.image_channels_and_classes(settings["dataset"], settings["data_dir"])
+    in_channels, num_classes = data.channels_and_classes(settings["dataset"], settings["data_dir"])
     model = build_model(settings, in_channels, num_classes)
     print(json.dumps({"run_folder": str(folder), "settings": settings, **describe_model(model, settings)}, indent=2))
 
@@ -215,14 +215,14 @@ def main(argv=None) -> int:
     model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
     provenance = utils.provenance(argv, machine.device_name(device))
     if found is not None:
-        refuse_other(folder, "data", found["data"], data.describe(dataset))
+        refuse_other(folder, "data", found["data"], dataset.describe())
         config = {**found, "settings": settings, "resumed": [*found.get("resumed", []), provenance]}
     else:
         config = {
             "format": CONFIG_FORMAT,
             "settings": settings,
             **describe_model(model, settings),
-            "data": data.describe(dataset),
+            "data": dataset.describe(),
             "provenance": provenance,
         }
     folder.mkdir(parents=True, exist_ok=True)

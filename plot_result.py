@@ -7,46 +7,45 @@ Everything is read from the run folders, so that it can be rebuilt at any time, 
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import charts
 import figures
 import results
 import utils
 from results import Row, Run
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CROWDED = 6  # more curves than this in one panel cannot be told apart: each mask type gets a panel of its own
-PANELS_ABREAST = 4
-MARKERS_A_CURVE = 8
-REFERENCE = "#999999"  # full attention behind the curves of another mask type
-
-ACCURACY, THROUGHPUT = "test accuracy after the final epoch (%)", "training throughput (images/s)"
-NEIGHBORS = "neighbors a patch, itself included (mean over the grid)"
-CURVES = {  # of a picture: the metrics of its panels, their titles, and the label of the y axis
-    "accuracy": {"eval_accuracy": "test", "train_accuracy": "training", "label": "accuracy (%)"},
-    "loss": {"eval_loss": "test", "train_loss": "training", "label": "loss (nats)"},
-}
 CURVES_CAPTION = (
     "Line: mean over the seeds that have got to the epoch; band: from the lowest seed to the highest. Training values "
-    "are running means over the epoch, with dropout, augmentation and label smoothing on; test values have them off."
+    "are means over the epoch while the weights change, with augmentation, dropout and label smoothing where they are "
+    "on; test values are without them, after the epoch."
 )
-POINTS_CAPTION = "The number in a marker is the expansion step; bars: ± one sample standard deviation over seeds."
+POINTS_CAPTION = (
+    "The number in a marker is the expansion step, the dashed line is full attention. Bars: ± one sample standard "
+    "deviation over seeds."
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    caption: str
+    figure: Figure
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(description="Draw the results of a sweep: results.md, and figures as PNG and SVG.")
+    parser.add_argument("--results_path", type=Path, required=True, metavar="DIR", help="folder of one dataset's runs")
     parser.add_argument(
-        "--results_path", type=Path, required=True, metavar="DIR", help="folder of one dataset's runs"
+        "--output_dir", type=Path, metavar="DIR", help="where results.md and figures/ go (default: --results_path)"
     )
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="where to write; None = --results_path")
     return parser.parse_args(argv)
 
 
@@ -55,82 +54,157 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     output_dir = args.output_dir or args.results_path
     runs = load_comparison(args.results_path)
-    rows = results.group_by_pattern(runs)
+    rows, differences = results.group_by_pattern(runs), results.differing_settings(runs)
     pictures = draw_pictures(rows)
-    notes = results.differing_settings(runs)
-    for name, (_, _, figure) in pictures.items():
-        figures.save_png_and_svg(figure, output_dir / "figures" / name)
+    for name, picture in pictures.items():
+        figures.save_png_and_svg(picture.figure, output_dir / "figures" / name)
+    report = format_report(rows, pictures, differences, command=shlex.join(["python", Path(__file__).name, *argv]))
     try:
-        utils.write_text(output_dir / "results.md", format_report(rows, pictures, notes, argv))
+        output_dir.mkdir(parents=True, exist_ok=True)
+        utils.write_text(output_dir / "results.md", report)
     except OSError as error:
         raise utils.UserError(f"cannot write {output_dir / 'results.md'}: {error}") from error
-    for note in notes:
-        utils.warn(note)
+    for difference in differences:
+        utils.warn(difference)
     print(f"{results.format_table(rows)}\n\nwrote {output_dir / 'results.md'} and {len(pictures)} pictures beside it")
     return 0
 
 
 def load_comparison(results_path: Path) -> list[Run]:
-    """The runs in a folder, at least one of them with an epoch to show, all of one dataset, no run there twice."""
+    """The runs in a folder: all of one dataset, none there twice, at least one with an epoch to show."""
     if not results_path.is_dir():
         raise utils.UsageError(f"--results_path {results_path}: there is no such folder")
     runs = results.load_runs(results_path)
     if not runs:
-        raise utils.UserError(
-            f"no runs in {results_path}: expected folders like full/seed_0 with a {utils.CONFIG}, as main.py writes them"
-        )
+        raise utils.UserError(f"no runs in {results_path}: expected folders like full/seed_0 as main.py writes them")
     folders = {}
     for run in runs:
         folders.setdefault((run.settings["dataset"], run.config["data"]["label"]), set()).add(run.folder.parent.parent)
     if len(folders) > 1:
-        found = ", ".join(f"{label} in {' and '.join(map(str, sorted(at)))}" for (_, label), at in folders.items())
-        raise utils.UserError(f"{results_path} holds several datasets ({found}); give the --results_path of one")
+        found = "; ".join(f"{label} in {', '.join(map(str, sorted(at)))}" for (_, label), at in folders.items())
+        raise utils.UserError(f"{results_path} holds several datasets ({found}): give --results_path the folder of one")
     seen = {}
     for run in runs:
         if run.name in seen:
-            raise utils.UserError(f"{run.name} is there twice, in {seen[run.name]} and {run.folder}; move one away")
+            raise utils.UserError(f"{run.name} is there twice, in {seen[run.name]} and {run.folder}: move one away")
         seen[run.name] = run.folder
     if not any(run.metrics or run.summary for run in runs):
-        raise utils.UserError(f"{len(runs)} runs in {results_path}, but none has finished an epoch; try again later")
+        raise utils.UserError(f"none of the {len(runs)} runs in {results_path} has finished an epoch: try again later")
     return runs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def draw_pictures(rows: list[Row]) -> dict[str, tuple[str, str, Figure]]:
-    """File name -> (title, caption, figure), of the pictures for which there are numbers."""
-    pictures = {
-        f"{kind}_curves": (f"{kind.capitalize()} during training", CURVES_CAPTION, draw_curves(rows, kind))
-        for kind in CURVES
-        if any(row.curve(f"{split}_{kind}") for row in rows for split in ("train", "eval"))
-    }
-    rows = [row for row in rows if row.accuracy is not None]
-    if rows:
-        caption = f"{POINTS_CAPTION} Dashed: full attention."
-        pictures["accuracy_vs_neighbors"] = (
-            "Accuracy against number of neighbors",
-            caption,
-            draw_points(rows, lambda row: results.Spread(row.num_neighbors_mean, None, 1), NEIGHBORS, logarithmic=True),
-        )
-    rows = [row for row in rows if row.throughput is not None]
-    if rows:
-        pictures["accuracy_vs_throughput"] = (
-            "Accuracy against throughput",
-            caption,
-            draw_points(rows, lambda row: row.throughput, THROUGHPUT),
-        )
+def draw_pictures(rows: list[Row]) -> dict[str, Picture]:
+    """File name -> picture, of those pictures for which there are numbers."""
+    pictures = {}
+    for kind in charts.UNITS:
+        if any(row.curve(f"{split}_{kind}") for row in rows for split in charts.SPLITS):
+            figure = charts.draw_curves(rows, kind)
+            pictures[f"{kind}_curves"] = Picture(f"{kind.capitalize()} during training", CURVES_CAPTION, figure)
+    measured = [row for row in rows if row.accuracy is not None]
+    if measured:
+        figure = charts.draw_accuracy_vs_neighbors(measured)
+        pictures["accuracy_vs_neighbors"] = Picture("Accuracy against neighbors", POINTS_CAPTION, figure)
+    timed = [row for row in measured if row.throughput is not None]
+    if timed:
+        figure = charts.draw_accuracy_vs_throughput(timed)
+        pictures["accuracy_vs_throughput"] = Picture("Accuracy against throughput", POINTS_CAPTION, figure)
     return pictures
 
 
-def draw_curves(rows: list[Row], kind: str) -> Figure:
-    """`accuracy` or `loss` against epochs, for test and training; a panel each for every mask type if crowded."""
-    (*metrics, ylabel) = CURVES[kind]
-    groups = group_by_mask_type(rows) if len(rows) > CROWDED else {"": rows}
-    columns = min(len(groups), PANELS_ABREAST)
-    figure = figures.new_figure(2, 2)
-    return figure
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def format_report(rows: list[Row], pictures: dict[str, Picture], differences: list[str], command: str) -> str:
+    """The text of results.md: the same run folders give the same text, so that a diff of it shows what changed."""
+    label = rows[0].runs[0].config["data"]["label"]
+    parts = [f"# Local attention on {label}", describe_setup(rows), results.format_table(rows)]
+    for name, picture in pictures.items():
+        image = f"![{picture.title}](figures/{name}.png)"
+        parts.append(f"## {picture.title}\n\n{image}\n\n{picture.caption} ([SVG](figures/{name}.svg))")
+    parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in [*differences, *reading_notes(rows)]))
+    parts.append(f"## Provenance\n\n{describe_provenance(rows)}\n\nRebuild with `{command}`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_setup(rows: list[Row]) -> str:
+    """One line on what was trained, on what, for how long, read from the first run; differences are in the notes."""
+    config, settings = rows[0].runs[0].config, rows[0].runs[0].settings
+    facts = [str(settings["model"])] if "model" in settings else []
+    if rows[0].num_parameters is not None:
+        facts.append(f"{rows[0].num_parameters:,} parameters")
+    if {"img_size", "patch_size"} <= settings.keys() and "grid" in config["attention"]:
+        image, patch, grid = (settings["img_size"],) * 2, (settings["patch_size"],) * 2, config["attention"]["grid"]
+        facts.append("{}×{} images in {}×{} patches (grid {}×{})".format(*image, *patch, *grid))
+    if "pool" in settings:
+        facts.append(f"`--pool {settings['pool']}`")
+    facts.append(_plural(settings["epochs"], "epoch"))
+    facts.append(_plural(len({run.settings["seed"] for row in rows for run in row.runs}), "seed"))
+    return ", ".join(facts) + "."
+
+
+def reading_notes(rows: list[Row]) -> list[str]:
+    """What one has to know to read the table and the pictures rightly."""
+    runs = [run for row in rows for run in row.runs]
+    notes = [
+        "Final accuracy is the test accuracy after the last epoch, not the best epoch; mean ± sample standard "
+        "deviation over n seeds. Only finished runs count in the table.",
+        "Neighbors include the patch itself. Nominal: of a patch far from every border, the number that the shapes are "
+        "matched by. Mean: over the patches of the grid, truncated at the border, where a 2D shape loses more than a "
+        "1D window of the same nominal number.",
+        "Images/s is training throughput without the first epoch, which carries the warm-up; peak memory is the "
+        f"highest over seeds{', on a CPU of the whole process' * _any_setting(runs, 'device', 'cpu')}.",
+    ]
+    if _any_setting(runs, "pool", "cls"):
+        notes.append(
+            "The class token is a global token: it attends to every patch and every patch to it, which links all "
+            "patches within two layers and so blurs the comparison. `--pool mean` has no class token and is the "
+            "strict version."
+        )
+    share = next((row.runs[0].config["attention"].get("attention_share_of_flops") for row in rows), None)
+    if rows[0].mask_type == "full" and share is not None:
+        notes.append(
+            f"Attention is {100 * share:.1f}% of the arithmetic of the model with full attention: no local pattern can "
+            f"make it more than {1 / (1 - share):.2f} times as fast by saving arithmetic."
+        )
+    unfinished = [
+        f"{run.name} (epoch {max(run.curve('eval_accuracy'), default=0)} of {run.settings['epochs']})"
+        for run in runs
+        if run.state != "done"
+    ]
+    if unfinished:
+        notes.append(f"Unfinished, and drawn as far as they have got: {', '.join(unfinished)}.")
+    return notes
+
+
+def describe_provenance(rows: list[Row]) -> str:
+    """One line: how many runs, on what, with which versions of what."""
+    origins = [run.config["provenance"] for row in rows for run in row.runs]
+    versions = [origin.get("versions") or {} for origin in origins]
+    commits = [
+        None
+        if not origin.get("git_commit")
+        else origin["git_commit"][:10] + " (modified)" * bool(origin.get("git_dirty"))
+        for origin in origins
+    ]
+    facts = {
+        "device": [origin.get("device") for origin in origins],
+        "torch": [version.get("torch") for version in versions],
+        "python": [version.get("python") for version in versions],
+        "git commit": commits,
+    }
+    described = [
+        f"{name} {' / '.join(dict.fromkeys(filter(None, values))) or 'unknown'}" for name, values in facts.items()
+    ]
+    return f"{_plural(len(origins), 'run')}; {'; '.join(described)}."
+
+
+def _any_setting(runs: list[Run], key: str, value: str) -> bool:
+    return any(run.settings.get(key) == value for run in runs)
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class Spread:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """The runs of one attention pattern."""
 
@@ -104,6 +104,13 @@ class Row:
     def label(self) -> str:
         mask = self.mask_type if self.expansion_step is None else f"{self.mask_type}, step {self.expansion_step}"
         return mask if self.is_named_by_default else f"{self.run_name} ({mask})"
+
+    @property
+    def short_label(self) -> str:
+        """The label among rows of the same mask type."""
+        if not self.is_named_by_default:
+            return self.run_name
+        return self.mask_type if self.expansion_step is None else f"step {self.expansion_step}"
 
     @property
     def done(self) -> list[Run]:
@@ -239,9 +246,12 @@ def _differing(runs: list[Run], compared: dict[str, Callable[[Run], object]]) ->
         for run in runs:
             names_by_value.setdefault(str(value_of(run)), []).append(run.name)
         if len(names_by_value) > 1:
-            yield name, "; ".join(
-                f"{value} ({', '.join(names) if len(names) <= 3 else f'{len(names)} runs'})"
-                for value, names in names_by_value.items()
+            yield (
+                name,
+                "; ".join(
+                    f"{value} ({', '.join(names) if len(names) <= 3 else f'{len(names)} runs'})"
+                    for value, names in names_by_value.items()
+                ),
             )
 
 
@@ -257,7 +267,7 @@ def format_table(rows: list[Row]) -> str:
         memory = row.peak_memory_bytes
         cells.append(
             [
-                row.label,
+                row.label.replace("|", "\\|"),
                 str(row.num_neighbors_nominal),
                 f"{row.num_neighbors_mean:.1f}",
                 format_accuracy(row.accuracy),

@@ -45,7 +45,7 @@ def train_epoch(model, optimizer, scheduler, dataset, settings: dict, epoch: int
     weights[-1] = num_images - batch_size * (num_steps - 1)
     model.train()
     start = last_look = time.perf_counter()
-    batches = data.train_batches(dataset, settings["img_size"], batch_size, settings["seed"], epoch, device)
+    batches = data.train_batches(dataset, batch_size, settings["seed"], epoch)
     title = f"epoch {epoch}/{settings['epochs']}"
     with tqdm(total=num_images, desc=title, unit="img", leave=False, disable=not sys.stdout.isatty()) as bar:
         for step, (images, labels) in enumerate(batches):
@@ -105,7 +105,7 @@ def train(model, dataset, config: dict, folder: Path, state: dict | None) -> lis
     for epoch in range(len(history) + 1, settings["epochs"] + 1):
         machine.reset_peak_memory(device)
         row = train_epoch(forward, optimizer, scheduler, dataset, settings, epoch, device)
-        batches = data.eval_batches(dataset, dataset.test, settings["img_size"], 4 * settings["batch_size"], device)
+        batches = data.eval_batches(dataset, dataset.test, 4 * settings["batch_size"])
         result = evaluate(forward, batches, dataset.num_classes, device, settings["precision"])
         row |= {
             "eval_loss": result["loss"],

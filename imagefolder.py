@@ -1,0 +1,149 @@
+"""Read a folder of one's own images: `<root>/train/<class>/*` and `<root>/test/<class>/*`, any formats and sizes.
+
+Every image becomes RGB: turned as its EXIF orientation says, transparency laid over white, the first frame of an
+animation. Where all images have one size that is no larger than needed they are kept at it; otherwise they are resized
+and center-cropped to the size that the model wants. A file `label.txt` in the root says how the data is to be called
+where results are shown (default: the folder's name).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from utils import UserError, warn
+
+MAX_PIXELS = 64_000_000  # of one file; decoding takes 4 bytes a pixel
+LAYOUT = "expected train/<class>/* and test/<class>/* in --data_dir"
+
+
+def read(root: Path, img_size: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str], str]:
+    """(train images, labels), (test images, labels), class names, label; images uint8 [n, 3, H, W], labels int64 [n].
+
+    Raises UserError, naming the file or folder, for whatever is missing, empty, damaged or too large.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # PIL's own limit; ours is checked on the header, with a message
+    class_names = find_classes(root, "train")
+    test_only = set(find_classes(root, "test")) - set(class_names)
+    if test_only:
+        raise UserError(
+            f"{root}: {_names(test_only)} only in test/, not in train/: nothing could learn it; remove it or add images"
+        )
+    train_only = set(class_names) - set(find_classes(root, "test"))
+    if train_only:
+        warn(f"{root}: {_names(train_only)} only in train/: its accuracy cannot be measured")
+    files = {
+        split: _find_files(root / split, class_names, train_only if split == "test" else ())
+        for split in ("train", "test")
+    }
+    sizes = set(_map_with_bar(_read_size, [path for split in files.values() for path, _ in split], "reading headers"))
+    height, width = img_size
+    if len(sizes) == 1:
+        common_width, common_height = next(iter(sizes))
+        if common_width * common_height <= width * height:
+            height, width = common_height, common_width
+    splits = [_read_split(split, height, width) for split in files.values()]
+    label_file = root / "label.txt"
+    label = label_file.read_text(encoding="utf-8").strip() if label_file.exists() else root.resolve().name
+    return *splits, class_names, label
+
+
+def find_classes(root: Path, split: str) -> list[str]:
+    """The names of the class folders of a split, sorted."""
+    folder = root / split
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; {LAYOUT}")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"no class folders in {folder}; {LAYOUT}")
+    return names
+
+
+def _find_files(folder: Path, class_names: list[str], missing: set[str] | tuple) -> list[tuple[Path, int]]:
+    """(path, label) of every image, in order of class and name; hidden files and other extensions are passed over."""
+    found = []
+    for label, name in enumerate(class_names):
+        if name in missing:
+            continue
+        paths = sorted(
+            path
+            for path in (folder / name).iterdir()
+            if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
+        )
+        if not paths:
+            raise UserError(f"no images in {folder / name} (looked for {' '.join(IMG_EXTENSIONS)}); {LAYOUT}")
+        found += [(path, label) for path in paths]
+    return found
+
+
+def _read_split(files: list[tuple[Path, int]], height: int, width: int) -> tuple[Tensor, Tensor]:
+    images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
+
+    def fill(index: int) -> None:
+        pixels = np.asarray(read_image(files[index][0], height, width))  # [H, W, 3]
+        images[index] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+    _map_with_bar(fill, range(len(files)), "reading images")
+    return images, torch.tensor([label for _, label in files])
+
+
+def read_image(path: Path, height: int, width: int) -> Image.Image:
+    """The file as RGB, resized and center-cropped to height x width unless it has that size."""
+    try:
+        with _open(path) as image:
+            image = ImageOps.exif_transpose(image)  # also decodes, and drops all frames but the first
+            if image.mode == "I;16":
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.BILINEAR)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _open(path: Path) -> Image.Image:
+    image = Image.open(path)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise UserError(
+            f"{path} has {image.width}x{image.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million; make it smaller"
+        )
+    return image
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    try:
+        with _open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"cannot read {path} as an image: {error}; remove or replace it")
+
+
+def _map_with_bar(function, items, title: str) -> list:
+    """`function` of every item, in threads: decoding lets go of Python's lock."""
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        bar = tqdm(pool.map(function, items), title, len(items), leave=False, disable=not sys.stderr.isatty())
+        try:
+            return list(bar)
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _names(names: set[str]) -> str:
+    return f"class{'es' if len(names) > 1 else ''} {', '.join(sorted(names))}"

@@ -1,0 +1,79 @@
+"""Run folders as main.py writes them, with made-up numbers: for the tests of whatever reads them."""
+
+import masks
+import utils
+
+MEAN_NEIGHBORS = {None: 16.0, 1: 4.0, 2: 7.5, 3: 9.0}  # by expansion step
+
+
+def write_run(
+    root,
+    mask_type="full",
+    expansion_step=None,
+    seed=0,
+    accuracies=(50.0, 60.0),
+    finished=True,
+    run_name=None,
+    **changes,
+):
+    """A run of len(accuracies) epochs in root/digits/<run_name>/seed_<seed>; returns the folder.
+
+    `changes` are settings, but for `label` (of the data), `device`, `images_per_second` and `peak_memory_bytes`.
+    """
+    label, device = changes.pop("label", "Digits"), changes.pop("device_name", "Abacus")
+    rate, memory = changes.pop("images_per_second", 1000.0), changes.pop("peak_memory_bytes", 2**30)
+    settings = {
+        "mask_type": mask_type,
+        "expansion_step": expansion_step,
+        "dataset": "digits",
+        "run_name": run_name or utils.default_run_name(mask_type, expansion_step),
+        "seed": seed,
+        "model": "vit_micro",
+        "img_size": 16,
+        "patch_size": 4,
+        "pool": "cls",
+        "epochs": len(accuracies),
+        "device": "cpu",
+    } | changes
+    known = mask_type in masks.MASK_TYPES
+    config = {
+        "format": 1,
+        "settings": settings,
+        "attention": {
+            "grid": [4, 4],
+            "num_patches": 16,
+            "num_neighbors_nominal": masks.nominal_num_neighbors(mask_type, expansion_step, 16) if known else 3,
+            "num_neighbors_mean": MEAN_NEIGHBORS[expansion_step],
+            "attention_share_of_flops": 0.2,
+        },
+        "data": {"name": settings["dataset"], "label": label, "num_train": 100, "num_test": 20, "num_classes": 10},
+        "num_parameters": 12345,
+        "provenance": {
+            "command": ["main.py"],
+            "git_commit": "0123456789abcdef",
+            "git_dirty": True,
+            "versions": {"python": "3.11.2", "torch": "2.15.0"},
+            "device": device,
+        },
+    }
+    rows = [
+        {
+            "epoch": epoch,
+            "step": 10 * epoch,
+            "train_loss": 2.0 / epoch,
+            "train_accuracy": accuracy - 5,
+            "eval_loss": 1.0 / epoch + 0.1 * seed,
+            "eval_accuracy": accuracy,
+            "train_images_per_second": rate,
+            "peak_memory_bytes": memory,
+        }
+        for epoch, accuracy in enumerate(accuracies, start=1)
+    ]
+    folder = utils.run_folder(root, settings["dataset"], settings["run_name"], seed)
+    folder.mkdir(parents=True)
+    utils.write_json(folder / utils.CONFIG, config)
+    utils.write_json_lines(folder / utils.METRICS, rows)
+    if finished:
+        summary = {"format": 1, "final": rows[-1], "train_images_per_second": rate, "peak_memory_bytes": memory}
+        utils.write_json(folder / utils.SUMMARY, summary)
+    return folder

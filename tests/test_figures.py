@@ -1,0 +1,127 @@
+"""The style of the pictures, saving them, and the pictures of masks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import figures
+import masks
+import utils
+
+
+def shown_cells(axes, color):
+    """Bool [height, width]: which cells of a drawn grid have a color."""
+    return np.all(np.isclose(axes.images[0].get_array(), figures._rgb(color)), axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Style
+
+
+def test_each_mask_type_differs_in_color_marker_and_line():
+    styles = [figures.style_of(mask_type) for mask_type in masks.MASK_TYPES]
+    for one, other in itertools.combinations(styles, 2):
+        assert one["color"] != other["color"]
+        assert one["marker"] != other["marker"]
+    for one, other in itertools.combinations(styles[1:], 2):
+        assert one["linestyle"] != other["linestyle"]
+
+
+def test_a_new_pattern_changes_no_other_style(monkeypatch):
+    before = {mask_type: figures.style_of(mask_type) for mask_type in masks.MASK_TYPES}
+    monkeypatch.setitem(masks.PATTERNS, "mine", masks.PATTERNS["cardinal"])
+    monkeypatch.setitem(masks.PATTERNS, "yours", masks.PATTERNS["cardinal"])
+    assert before == {mask_type: figures.style_of(mask_type) for mask_type in before}
+    new = [figures.style_of(f"{dimensions}_{name}") for name in ("mine", "yours") for dimensions in ("1d", "2d")]
+    assert len({(style["color"], style["marker"]) for style in [*new, *before.values()]}) == len(new) + len(before)
+
+
+def test_the_variants_of_a_mask_type_go_from_light_to_dark():
+    variants = [figures.style_of("2d_cardinal", i, 3) for i in range(3)]
+    brightness = [figures._rgb(style["color"]).sum() for style in variants]
+    assert brightness == sorted(brightness, reverse=True)
+    assert variants[1]["color"] == figures.style_of("2d_cardinal")["color"]
+    assert len({style["linestyle"] for style in variants}) == 3
+
+
+@pytest.mark.parametrize(("amount", "mixed"), [(0, "#FF8000"), (1, "#000000"), (0.5, "#804000")])
+def test_blend(amount, mixed):
+    assert figures.blend("#FF8000", "#000000", amount) == mixed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+@pytest.mark.parametrize("name", ["new/folder/a.png", "a.PNG", "a.svg", "a.pdf"])
+def test_save_writes_by_the_suffix_and_leaves_nothing_else(tmp_path, name):
+    path = tmp_path / name
+    figures.save(figures.new_figure(2, 1), path)
+    assert path.read_bytes()[:5].startswith(
+        {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[path.suffix.lower()]
+    )
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["mask.xyz", "mask"])
+def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, name):
+    with pytest.raises(utils.UserError, match=r"mask.*: expected a name ending in .*\.png.*\.svg"):
+        figures.save(figures.new_figure(2, 1), tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+@pytest.mark.parametrize("mask_type", masks.MASK_TYPES)
+def test_neighborhoods_are_rows_of_the_mask(mask_type):
+    height, width = 5, 8
+    mask = masks.build_attention_mask(mask_type, 1, height, width)
+    figure = figures.draw_attention_mask(mask, height, width, "a title")
+    whole, *panels = figure.axes
+    expected = torch.ones(40, 40, dtype=torch.bool) if mask is None else mask
+    drawn = shown_cells(whole, figures.ATTENDED)
+    np.testing.assert_array_equal(np.broadcast_to(drawn, (40, 40)), expected)
+    for axes, (row, column) in zip(panels, [(2, 4), (2, 0), (0, 0)], strict=True):
+        neighbors = expected[row * width + column].reshape(height, width).numpy().copy()
+        assert axes.get_title().endswith(f"{neighbors.sum()} neighbors")
+        neighbors[row, column] = False  # it is drawn as the query
+        np.testing.assert_array_equal(shown_cells(axes, figures.ATTENDED), neighbors)
+        assert np.argwhere(shown_cells(axes, figures.QUERY)).tolist() == [[row, column]]
+
+
+def test_all_mask_types_in_one_picture(tmp_path):
+    by_type = {name: masks.build_attention_mask(name, 1, 4, 6) for name in masks.MASK_TYPES}
+    figure = figures.draw_mask_types(by_type, 4, 6)
+    assert len(figure.axes) == 3 * len(by_type)
+    assert [axes.get_title() for axes in figure.axes[: len(by_type)]] == list(by_type)
+    assert [axes.get_xlabel() for axes in figure.axes[: len(by_type)]] == [f"{n} neighbors" for n in (24, 5, 9, 5, 9)]
+    figures.save_png_and_svg(figure, tmp_path / "masks.v2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["masks.v2.png", "masks.v2.svg"]
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 1), (7, 1), (7, 2), (9, 3), (10, 4), (5, 9)])
+def test_reduction_by_blocks_against_loops(size, block):
+    mask = np.random.default_rng(0).random((size, size)) < 0.2
+    reduced = figures.reduce_by_blocks(mask, block)
+    num_blocks = -(-size // block)
+    assert reduced.shape == (num_blocks, num_blocks)
+    for i, j in itertools.product(range(num_blocks), repeat=2):
+        assert reduced[i, j] == mask[i * block : (i + 1) * block, j * block : (j + 1) * block].any()
+
+
+def test_a_large_mask_is_drawn_small():
+    height = width = 50
+    mask = masks.build_attention_mask("2d_all_neighbors", 2, height, width)
+    figure = figures.draw_attention_mask(mask, height, width, "large")
+    assert max(figure.axes[0].images[0].get_array().shape) <= figures.MAX_CELLS
+    assert "6 × 6 to a dot" in figure.axes[0].get_title()
+    full = figures.draw_attention_mask(None, 128, 128, "full")
+    assert full.axes[0].images[0].get_array().shape == (1, 1, 3)
+
+
+def test_a_mask_of_another_grid_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(6, 6\), got \(4, 4\)"):
+        figures.draw_attention_mask(torch.eye(4, dtype=torch.bool), 2, 3, "wrong")

@@ -1,0 +1,220 @@
+"""plot_result.py from made-up run folders: the report, what the pictures show, and how it fails."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from fake_runs import MEAN_NEIGHBORS, write_run
+
+import charts
+import figures
+import masks
+import plot_result
+import results
+import utils
+
+PICTURES = ("accuracy_curves", "loss_curves", "accuracy_vs_neighbors", "accuracy_vs_throughput")
+
+
+def write_sweep(root, steps, seeds, **options):
+    for seed in seeds:
+        write_run(root, "full", None, seed, accuracies=[40 + seed, 80 + seed], **options)
+        for number, mask_type in enumerate(masks.MASK_TYPES[1:]):
+            for step in steps:
+                accuracies = [30 + seed + number, 60 + 3 * step + seed + number]
+                write_run(root, mask_type, step, seed, accuracies, images_per_second=1000.0 + 10 * step, **options)
+
+
+def rows_of(path):
+    return results.group_by_pattern(results.load_runs(path))
+
+
+def run_script(*arguments):
+    command = [sys.executable, str(utils.REPOSITORY / "plot_result.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def lines_of(axes):
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def test_a_sweep_gives_a_report_and_every_picture_twice(tmp_path, capsys):
+    write_sweep(tmp_path, steps=[1, 2, 3], seeds=[0, 1])
+    path = tmp_path / "digits"
+    assert plot_result.main(["--results_path", str(path)]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    report = (path / "results.md").read_text()
+    table = results.format_table(rows_of(path))
+    assert table in output.out
+    assert table in report
+    assert report.startswith("# Local attention on Digits\n\nvit_micro, 12,345 parameters, 16×16 images in 4×4 patches")
+    assert "`--pool cls`, 2 epochs, 2 seeds." in report
+    assert "26 runs; device Abacus; torch 2.15.0; python 3.11.2; git commit 0123456789 (modified)." in report
+    assert f"`python plot_result.py --results_path {path}`" in report
+    assert "Attention is 20.0% of the arithmetic" in report
+    assert "more than 1.25 times as fast" in report
+    assert "class token is a global token" in report
+    assert "Unfinished" not in report
+    for name in PICTURES:
+        assert (path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (path / "figures" / f"{name}.png").stat().st_size > 10_000
+        assert "<svg" in (path / "figures" / f"{name}.svg").read_text()
+        assert f"(figures/{name}.png)" in report
+        assert f"(figures/{name}.svg)" in report
+    assert sorted(file.name for file in path.iterdir() if file.is_file()) == ["results.md"], (
+        "nothing else is left behind"
+    )
+
+
+def test_the_same_runs_give_the_same_files(tmp_path):
+    write_run(tmp_path)
+    arguments = ["--results_path", str(tmp_path / "digits"), "--output_dir", str(tmp_path / "elsewhere" / "report")]
+    contents = []
+    for _ in range(2):
+        assert plot_result.main(arguments) == 0
+        files = sorted(path for path in (tmp_path / "elsewhere").rglob("*") if path.is_file())
+        contents.append([path.read_bytes() for path in files])
+    assert len(contents[0]) == 1 + 2 * len(PICTURES)
+    assert contents[0] == contents[1]
+    assert not (tmp_path / "digits" / "results.md").exists()
+
+
+def test_runs_in_progress_are_drawn_and_marked(tmp_path, capsys):
+    write_run(tmp_path, "full", None, 0, [50, 60, 70])
+    write_run(tmp_path, "2d_cardinal", 1, 0, [40], finished=False, epochs=3)
+    write_run(tmp_path, "2d_cardinal", 1, 1, [], finished=False, epochs=3)
+    assert plot_result.main(["--results_path", str(tmp_path)]) == 0
+    report = (tmp_path / "results.md").read_text()
+    assert "0 of 2 done" in report
+    assert "2d_cardinal_expansion_1 seed 0 (epoch 1 of 3), 2d_cardinal_expansion_1 seed 1 (epoch 0 of 3)" in report
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_finished_run_there_are_curves_only(tmp_path):
+    write_run(tmp_path, finished=False)
+    assert list(plot_result.draw_pictures(rows_of(tmp_path))) == ["accuracy_curves", "loss_curves"]
+
+
+def test_notes_follow_the_settings(tmp_path, capsys):
+    write_run(tmp_path, "full", None, pool="mean", device="cuda")
+    write_run(tmp_path, "2d_cardinal", 1, pool="mean", device="cuda", epochs=5)
+    assert plot_result.main(["--results_path", str(tmp_path)]) == 0
+    report = (tmp_path / "results.md").read_text()
+    assert "class token" not in report
+    assert "whole process" not in report
+    assert "--epochs differs between the runs" in report
+    assert capsys.readouterr().err.count("warning: --epochs differs between the runs") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+def test_curves_of_a_few_runs_share_a_pair_of_panels(tmp_path, kind):
+    write_sweep(tmp_path, steps=[2], seeds=[0, 1, 2])
+    rows = rows_of(tmp_path)
+    figure = charts.draw_curves(rows, kind)
+    assert len(figure.axes) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [row.label for row in rows]
+    for axes, split in zip(figure.axes, ("eval", "train"), strict=True):
+        lines = lines_of(axes)
+        assert list(lines) == [row.label for row in rows]
+        for row in rows:
+            epochs, means = lines[row.label].get_data()
+            by_hand = [[run.metrics[e][f"{split}_{kind}"] for run in row.runs] for e in range(2)]
+            assert list(epochs) == [1, 2]
+            np.testing.assert_allclose(means, np.mean(by_hand, axis=1))
+    assert len(figure.axes[0].collections) == len(rows), "a band each"
+
+
+def test_curves_of_many_runs_have_panels_by_mask_type_with_full_in_each(tmp_path):
+    write_sweep(tmp_path, steps=[1, 2, 3], seeds=[0])
+    figure = charts.draw_curves(rows_of(tmp_path), "accuracy")
+    assert len(figure.axes) == 2 * 4
+    assert [axes.get_title() for axes in figure.axes[:4]] == list(masks.MASK_TYPES[1:])
+    for axes in figure.axes:
+        lines = lines_of(axes)
+        assert list(lines) == ["full", "step 1", "step 2", "step 3"]
+        assert len({line.get_color() for line in lines.values()}) == 4
+        assert not axes.collections, "one seed has no band"
+    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == list(lines)
+
+
+def test_more_mask_types_than_panels_abreast(tmp_path):
+    for number in range(7):
+        write_run(tmp_path, f"2d_own{number}", 1)
+    figure = charts.draw_curves(rows_of(tmp_path), "loss")
+    assert len(figure.axes) == 2 * 7
+    figures.save(figure, tmp_path / "many.png")
+
+
+def test_accuracy_against_the_true_number_of_neighbors(tmp_path):
+    write_sweep(tmp_path, steps=[1, 3], seeds=[0, 1])
+    rows = rows_of(tmp_path)
+    (axes,) = charts.draw_accuracy_vs_neighbors(rows).axes
+    lines = lines_of(axes)
+    assert axes.get_xscale() == "log"
+    assert list(lines) == list(masks.MASK_TYPES)
+    assert lines["full"].get_data() == ([16], [80.5])
+    x, y = lines["2d_cardinal"].get_data()
+    assert list(x) == [MEAN_NEIGHBORS[1], MEAN_NEIGHBORS[3]]
+    assert list(y) == [rows[5].accuracy.mean, rows[6].accuracy.mean] == [65.5, 71.5]
+    bars = [segment for bar in axes.collections for segment in bar.get_segments()]
+    half = np.std([80, 81], ddof=1)
+    assert any(np.allclose(bar, [[16, 80.5 - half], [16, 80.5 + half]]) for bar in bars)
+    assert [text.get_text() for text in axes.texts] == ["1", "3"] * 4
+    assert all(low <= tick <= high for tick in axes.get_xticks() for low, high in [axes.get_xlim()])
+
+
+def test_accuracy_against_throughput(tmp_path):
+    write_sweep(tmp_path, steps=[1], seeds=[0])
+    write_run(tmp_path, "full", None, run_name="full_again", accuracies=[77], images_per_second=500.0)
+    (axes,) = charts.draw_accuracy_vs_throughput(rows_of(tmp_path)).axes
+    lines = lines_of(axes)
+    np.testing.assert_array_equal(lines["full"].get_data(), [[1000, 500], [80, 77]])
+    np.testing.assert_array_equal(lines["2d_cardinal"].get_data(), [[1010], [65]])
+    assert "full_again" in [text.get_text() for text in axes.texts]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failing
+
+
+@pytest.mark.parametrize(
+    ("prepare", "code", "said"),
+    [
+        (lambda path: None, 2, "there is no such folder"),
+        (lambda path: path.write_text(""), 2, "there is no such folder"),
+        (lambda path: path.mkdir(), 1, "no runs in"),
+        (lambda path: write_run(path, accuracies=[], finished=False), 1, "has finished an epoch"),
+        (lambda path: (write_run(path / "a"), write_run(path / "b")), 1, "full seed 0 is there twice"),
+        (
+            lambda path: (write_run(path), write_run(path, dataset="cifar10", label="CIFAR-10")),
+            1,
+            "several datasets (CIFAR-10 in",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_ends_with_one_line(tmp_path, prepare, code, said):
+    prepare(tmp_path / "results")
+    finished = run_script("--results_path", tmp_path / "results")
+    assert finished.returncode == code
+    assert finished.stdout == ""
+    assert finished.stderr.count("\n") == 1
+    assert finished.stderr.startswith("plot_result.py: error: ")
+    assert said in finished.stderr
+    assert not list(tmp_path.rglob("results.md"))
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(utils.UserError, match="cannot write"):
+        plot_result.main(["--results_path", str(tmp_path), "--output_dir", str(tmp_path / "file")])
