@@ -5,7 +5,6 @@ Shapes: B batch, N patches, G global tokens (the class token), T = G + N tokens,
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

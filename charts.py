@@ -21,6 +21,7 @@ CROWDED = 6  # more curves than this in one panel cannot be told apart: each mas
 PANELS_ABREAST = 4
 MARKERS_A_CURVE = 8
 REFERENCE = "#999999"  # full attention, where it is behind the results of the others
+MIDDLE_OF_MARKER = {"^": (0, -1.5), "v": (0, 1.5), "<": (1.5, 0), ">": (-1.5, 0)}  # of triangles, in points (x, y)
 LEGEND = {"fontsize": 8, "frameon": False, "handlelength": 3.2}
 
 SPLITS = {"eval": "test", "train": "training"}  # prefix of the metrics: what the pictures call it
@@ -158,11 +159,10 @@ def _draw_comparison(rows: list[Row], x_of: Callable[[Row], Spread]) -> tuple[Fi
 def _name_point(axes: Axes, row: Row, point: list[float], style: dict, zorder: float) -> None:
     """The expansion step in the marker; beside it a run name of one's own."""
     if row.expansion_step is not None:
-        middle = {"^": -1.5, "v": 1.5}.get(style["marker"], 0)  # of a triangle, in points above its anchor
         axes.annotate(
             str(row.expansion_step),
             point,
-            xytext=(0, middle),
+            xytext=MIDDLE_OF_MARKER.get(style["marker"], (0, 0)),
             textcoords="offset points",
             fontsize=7,
             color=figures.text_color_on(style["color"]),

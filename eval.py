@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import data
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attention
+import data
 import device as machine
 import utils
 from checkpoint import load_checkpoint, rebuild_model

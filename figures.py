@@ -30,7 +30,7 @@ FULL = {"color": "#000000", "marker": "*", "linestyle": "-"}
 # Of each mask type the (color, marker, line style) at its number, around and around; the lengths are chosen so that
 # the combination comes back only after 210 types. Even numbers are 1D and cool at first, odd ones 2D and warm.
 COLORS = ("#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "<", ">")
 LINE_STYLES = ("--", "-.", (0, (1, 1.2)), "-", (0, (5, 1, 1, 1, 1, 1)))
 VARIANT_LINE_STYLES = ("-", "--", (0, (1, 1.2)), "-.")  # of the steps of one mask type, drawn together
 
@@ -123,7 +123,7 @@ def save(figure: Figure, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context({"svg.hashsalt": "local attention"}), utils.atomic_path(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind in ("svg", "svgz") else None)
     except OSError as error:
         raise utils.UserError(f"cannot write {path}: {error}") from error
 

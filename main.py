@@ -11,12 +11,12 @@ import json
 import sys
 from pathlib import Path
 
-import data
-import figures
 import torch
 
 import attention
+import data
 import device as machine
+import figures
 import masks
 import models
 import utils
@@ -227,7 +227,8 @@ def main(argv=None) -> int:
         }
     folder.mkdir(parents=True, exist_ok=True)
     utils.write_json(folder / utils.CONFIG, config)
-    title = f"{settings['mask_type']}, expansion step {settings['expansion_step']}"
+    step = settings["expansion_step"]
+    title = settings["mask_type"] if step is None else f"{settings['mask_type']}, expansion step {step}"
     figures.save(figures.draw_attention_mask(model.plan.mask, *model.grid, title), folder / utils.MASK_PICTURE)
     state = load_checkpoint(folder / utils.CHECKPOINT) if (folder / utils.CHECKPOINT).exists() else None
     print(f"{folder}: {config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}", flush=True)

@@ -93,13 +93,15 @@ class VisionTransformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
+        """As in the original JAX code: Glorot-uniform weights, which suit any width; a head of zeros starts unbiased."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         projection = self.patch_embed.proj
         nn.init.xavier_uniform_(projection.weight.data.flatten(1))  # as the linear layer that it is (He et al. 2022)
         nn.init.zeros_(projection.bias)
+        nn.init.zeros_(self.head.weight)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         # Learned positions that start from 2D sin-cos values: on small data the grid need not be discovered first.

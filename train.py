@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import data
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import data
 import device as machine
 import utils
 from checkpoint import rng_state, save_checkpoint, set_rng_state
