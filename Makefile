@@ -11,7 +11,7 @@ DEMO_DIR = experiments/demo
 
 demo: $(VENV)/installed
 	$(BIN)/python run_experiments.py --gpus 0 --runs_per_gpu 2 --dataset digits --expansion_steps '[1, 2]' --output_dir $(DEMO_DIR) -- \
-		--model vit_micro --img_size 16 --patch_size 2 --epochs 15 --batch_size 32 --lr 2e-3 --dropout 0 --weight_decay 0.05
+		--model vit_micro --img_size 16 --patch_size 2 --pool mean --epochs 12 --batch_size 32 --lr 2e-3 --dropout 0 --weight_decay 0.05
 	$(BIN)/python plot_result.py --results_path $(DEMO_DIR)/digits
 
 test: $(VENV)/installed-dev lint

@@ -19,10 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from filelock import FileLock
-from sklearn.datasets import load_digits as load_sklearn_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 import imagefolder
@@ -191,9 +188,12 @@ def normalize_and_resize(images: Tensor, mean: list[float], std: list[float], im
 # Loaders: (data_dir, img_size) -> Images
 
 
-def load_digits(data_dir: Path, img_size: tuple[int, int]) -> Images:
+def load_sklearn_digits(data_dir: Path, img_size: tuple[int, int]) -> Images:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, in a fixed stratified split of 1,437 and 360."""
-    digits = load_sklearn_digits()
+    from sklearn.datasets import load_digits  # deferred: takes seconds to import
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)[:, None]  # [n, 1, 8, 8], from 0..16
     parts = train_test_split(pixels, digits.target, test_size=360, stratify=digits.target, random_state=0)
     train_images, test_images, train_labels, test_labels = map(torch.from_numpy, parts)
@@ -201,15 +201,18 @@ def load_digits(data_dir: Path, img_size: tuple[int, int]) -> Images:
     return Images((train_images, train_labels), (test_images, test_labels), names, "digits (scikit-learn)")
 
 
-def load_torchvision(kind: type, label: str) -> Callable[[Path, tuple[int, int]], Images]:
+def load_torchvision(class_name: str, label: str) -> Callable[[Path, tuple[int, int]], Images]:
     """A loader of one of torchvision's datasets, downloaded and checksummed on first use."""
 
     def load(data_dir: Path, img_size: tuple[int, int]) -> Images:
+        import torchvision  # deferred: takes seconds to import
+
+        kind = getattr(torchvision.datasets, class_name)
         quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             # The runs of a sweep start together: one downloads, the others wait.
-            with FileLock(data_dir / f".{kind.__name__}.lock"), quiet:
+            with FileLock(data_dir / f".{class_name}.lock"), quiet:
                 splits = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
         except (
             Exception
@@ -247,11 +250,11 @@ class Source:
 
 
 DATASETS = {
-    "cifar10": Source(load_torchvision(torchvision.datasets.CIFAR10, "CIFAR-10"), 3, 10, flip=True),
-    "cifar100": Source(load_torchvision(torchvision.datasets.CIFAR100, "CIFAR-100"), 3, 100, flip=True),
-    "fashion_mnist": Source(load_torchvision(torchvision.datasets.FashionMNIST, "Fashion-MNIST"), 1, 10, flip=True),
+    "cifar10": Source(load_torchvision("CIFAR10", "CIFAR-10"), 3, 10, flip=True),
+    "cifar100": Source(load_torchvision("CIFAR100", "CIFAR-100"), 3, 100, flip=True),
+    "fashion_mnist": Source(load_torchvision("FashionMNIST", "Fashion-MNIST"), 1, 10, flip=True),
     "imagefolder": Source(load_imagefolder, 3, None, flip=True),
-    "digits": Source(load_digits, 1, 10, flip=False),
+    "digits": Source(load_sklearn_digits, 1, 10, flip=False),
 }
 
 

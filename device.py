@@ -1,14 +1,21 @@
-"""The machine that a run computes on: device, precision, memory, threads."""
+"""The machine that a run computes on: device, precision, memory; and where a result came from."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.metadata
+import os
 import platform
+import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 
+import utils
 from utils import UsageError
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -85,3 +92,34 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     libc = ctypes.CDLL("libc.so.6")
     return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, 2**31 - 1))
+
+
+def provenance(argv: list[str], device: torch.device) -> dict:
+    """Where a result came from: command, code, versions, machine, time."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    others = ("torchvision", "numpy", "scikit-learn", "timm", "matplotlib")
+    return {
+        "command": [Path(sys.argv[0]).name, *argv],
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "versions": versions | {name: _version(name) for name in others},
+        "device": device_name(device),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(utils.REPOSITORY), *arguments]
+    with contextlib.suppress(OSError):
+        finished = subprocess.run(command, capture_output=True, text=True)
+        if finished.returncode == 0:
+            return finished.stdout.strip()
+    return None
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None

@@ -111,7 +111,7 @@ def main(argv=None) -> int:
         "precision": precision,
         "class_names": dataset.class_names,
         **result,
-        "provenance": utils.provenance(sys.argv[1:] if argv is None else argv, machine.device_name(device)),
+        "provenance": machine.provenance(sys.argv[1:] if argv is None else argv, device),
     }
     utils.write_json(output, report)
     print(describe(report))

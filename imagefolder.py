@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from utils import UserError, warn
 
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 MAX_PIXELS = 64_000_000  # of one file; decoding takes 4 bytes a pixel
 LAYOUT = "expected train/<class>/* and test/<class>/* in --data_dir"
 

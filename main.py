@@ -213,7 +213,7 @@ def main(argv=None) -> int:
 
     dataset = data.load_dataset(settings["dataset"], settings["data_dir"], (settings["img_size"],) * 2, device)
     model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
-    provenance = utils.provenance(argv, machine.device_name(device))
+    provenance = machine.provenance(argv, device)
     if found is not None:
         refuse_other(folder, "data", found["data"], dataset.describe())
         config = {**found, "settings": settings, "resumed": [*found.get("resumed", []), provenance]}

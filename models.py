@@ -93,15 +93,15 @@ class VisionTransformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """As in the original JAX code: Glorot-uniform weights, which suit any width; a head of zeros starts unbiased."""
+        """As in the original JAX code: weights scaled by their fan-in, which suits any width, and a small head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         projection = self.patch_embed.proj
-        nn.init.xavier_uniform_(projection.weight.data.flatten(1))  # as the linear layer that it is (He et al. 2022)
+        nn.init.trunc_normal_(projection.weight, std=projection.weight[0].numel() ** -0.5)
         nn.init.zeros_(projection.bias)
-        nn.init.zeros_(self.head.weight)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         # Learned positions that start from 2D sin-cos values: on small data the grid need not be discovered first.

@@ -1,17 +1,13 @@
-"""What every script shares: errors, command lines, files written whole, run folders, provenance. Imports no torch."""
+"""What every script shares: errors, command lines, files written whole, run folders. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -176,7 +172,7 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Run folders and provenance
+# Run folders
 
 
 def default_run_name(mask_type: str, expansion_step: int | None) -> str:
@@ -185,33 +181,3 @@ def default_run_name(mask_type: str, expansion_step: int | None) -> str:
 
 def run_folder(output_dir: str, dataset: str, run_name: str, seed: int) -> Path:
     return Path(output_dir) / dataset / run_name / f"seed_{seed}"
-
-
-def provenance(argv: list[str], device_name: str) -> dict:
-    """Where a result came from: command, code, versions, machine, time."""
-    packages = ("torch", "torchvision", "numpy", "scikit-learn", "timm", "matplotlib")
-    return {
-        "command": [Path(sys.argv[0]).name, *argv],
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "device": device_name,
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(REPOSITORY), *arguments]
-    with contextlib.suppress(OSError):
-        finished = subprocess.run(command, capture_output=True, text=True)
-        if finished.returncode == 0:
-            return finished.stdout.strip()
-    return None
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None

@@ -1,8 +1,6 @@
 """Every mask against a brute-force oracle with plain loops."""
 
 import re
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import masks
-import utils
 
 SIDES = st.integers(1, 6)
 STEPS = st.integers(0, 8)  # beyond every grid
@@ -183,9 +180,8 @@ def test_full_and_picture_on_the_command_line(capsys, tmp_path):
         (["--mask_type", "2d"], "invalid choice"),
     ],
 )
-def test_bad_command_lines_end_in_one_line(arguments, words):
-    command = [sys.executable, str(utils.REPOSITORY / "masks.py"), *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 2
-    assert len(finished.stderr.splitlines()) == 1
-    assert words in finished.stderr
+def test_bad_command_lines_end_in_one_line(arguments, words, run_script):
+    code, _, err = run_script(masks.main, *arguments)
+    assert code == 2
+    assert len(err.splitlines()) == 1, err
+    assert words in err

@@ -199,11 +199,6 @@ def test_bad_command_lines_end_in_one_line(arguments, words, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_starts_without_torch():
-    program = "import sys, run_experiments; assert 'torch' not in sys.modules, 'torch was imported'"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=utils.REPOSITORY)
-
-
 def test_progress_line_names_the_epoch(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 3, "eval_accuracy": 81.26}) + "\n")
     assert run_experiments.describe_last_epoch(tmp_path) == ": epoch 3, 81.3%"

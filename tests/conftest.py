@@ -1,0 +1,17 @@
+import pytest
+
+import utils
+
+
+@pytest.fixture
+def run_script(capsys):
+    """Call a script's main() as a command line: `run_script(main, *arguments)` -> (exit code, stdout, stderr)."""
+
+    def run(main, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            utils.run_cli(lambda: main(list(arguments)))
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run

@@ -1,0 +1,35 @@
+"""Every script from outside: it starts, helps without network, and fails on one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+import utils
+
+SCRIPTS = ["main.py", "run_experiments.py", "plot_result.py", "eval.py", "masks.py"]
+LIGHT = ["run_experiments.py", "plot_result.py"]  # start without torch
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag_with_a_text(script):
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=utils.REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "--" in done.stdout
+    assert "default: None" not in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_flag_ends_in_one_line(script):
+    done = subprocess.run([sys.executable, script, "--no_such"], capture_output=True, text=True, cwd=utils.REPOSITORY)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"{script}: error: ")
+
+
+@pytest.mark.parametrize("module", [script.removesuffix(".py") for script in LIGHT])
+def test_light_scripts_do_not_load_torch(module):
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=utils.REPOSITORY).returncode == 0
