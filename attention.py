@@ -1,45 +1,250 @@
-"""From a boolean mask to attention: `compile_mask(mask) -> plan`, `attend(q, k, v, plan)`.
+"""From a boolean mask to attention that pays for it: `compile_mask(mask) -> plan`, `attend(q, k, v, plan)`.
+
+A boolean mask alone makes attention slower: every score is computed, then thrown away. Three backends give the numbers
+of `scaled_dot_product_attention` with the dense mask:
+
+    dense     SDPA with the mask, or without any for full attention. The reference.
+    diagonal  only the mask's non-zero diagonals, see diagonal.py. Any device; few diagonals.
+    flex      FlexAttention with a block mask, on CUDA. It skips blocks of 128x128 and so needs many tokens.
+
+`auto` measures those that can work, on the real shape, and keeps the fastest (`choose_backend`); before, it is dense.
 
 Shapes: B batch, N patches, G global tokens (the class token), T = G + N tokens, H heads, D head dim.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+import functools
+import hashlib
+import os
+import statistics
+import time
+from pathlib import Path
 
-BACKENDS = ("auto", "dense")
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+import device as machine
+import diagonal
+import utils
+
+BACKENDS = ("auto", "dense", "diagonal", "flex")
 
 
 class Plan(nn.Module):
-    """How a mask is attended with. Its tensors are non-persistent buffers: they move with the model and are never saved."""
+    """How a mask is attended with: made by `compile_mask`, changed by `use` and `choose_backend` alone.
+
+    Its tensors are non-persistent buffers: they move with the model that owns the plan, and are never saved.
+    """
 
     def __init__(self, mask: Tensor | None, num_global_tokens: int, requested: str):
         super().__init__()
-        self.num_global_tokens = num_global_tokens
+        self.mask = mask  # bool [N, N] on the CPU, None = full attention
         self.num_tokens = None if mask is None else len(mask)
+        self.num_global_tokens = num_global_tokens
         self.requested = requested
-        self.backend = "dense"
-        self.reason = "full attention is unmasked SDPA" if mask is None else "the dense mask in SDPA"
-        self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("token_mask", None, persistent=False)  # [T, T]
-        if mask is not None:
-            self.token_mask = F.pad(mask, (num_global_tokens, 0, num_global_tokens, 0), value=True)
+        self._block_mask: BlockMask | None = None
+        self.timings: dict[str, float] = {}  # backend -> seconds of a forward and backward, where measured
+        found = None if mask is None else diagonal.find_diagonals(mask)
+        self.offsets, holds = found if found is not None else ((), None)
+        self.register_buffer("holds", holds, persistent=False)  # bool [n, N]: where each diagonal holds
+        self.register_buffer("token_mask", None, persistent=False)  # bool [T, T], of the dense backend
+        if mask is None:
+            self.use("dense", "full attention is SDPA without a mask")
+        elif requested == "diagonal" and not self.offsets:
+            self.use("dense", self.too_many_diagonals)
+        elif requested == "auto":
+            self.use("dense", "not measured yet")
+        else:
+            self.use(requested, "asked for")
+
+    @property
+    def too_many_diagonals(self) -> str:
+        return f"the mask has more than {diagonal.MAX_DIAGONALS} non-zero diagonals, too many for the diagonal backend"
+
+    def use(self, backend: str, reason: str) -> None:
+        """Switch to a backend; an offset-less mask cannot switch to `diagonal` (ValueError)."""
+        if backend == "diagonal" and not self.offsets:
+            raise ValueError(self.too_many_diagonals)
+        self.backend, self.reason = backend, reason
+        needs_dense_mask = self.mask is not None and backend == "dense"
+        device = None if self.holds is None else self.holds.device
+        self.token_mask = self.with_global_tokens().to(device) if needs_dense_mask else None
+
+    def with_global_tokens(self) -> Tensor:
+        """The mask over all tokens, bool [T, T]: a global token attends to all and is attended by all."""
+        return F.pad(self.mask, (self.num_global_tokens, 0) * 2, value=True)
+
+    def block_mask(self, device: torch.device) -> BlockMask:
+        """For FlexAttention; made of the boolean tensor, as arithmetic on indices in it has been miscompiled."""
+        if self._block_mask is None or self._block_mask.kv_num_blocks.device != device:
+            allowed = self.with_global_tokens().to(device)
+            size = len(allowed)
+            self._block_mask = create_block_mask(
+                lambda b, h, i, j: allowed[i, j], None, None, size, size, device=device
+            )
+        return self._block_mask
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ValueError if the backend cannot run there."""
+        if self.backend == "flex" and device.type != "cuda":
+            raise ValueError(f"backend 'flex' runs on CUDA, not on {device.type}; use auto, diagonal or dense")
 
 
 def compile_mask(mask: Tensor | None, num_global_tokens: int = 0, backend: str = "auto") -> Plan:
-    """Prepare attention for a mask over patches: bool [N, N], or None for full attention."""
+    """Prepare attention for a mask: bool [N, N], True = query i may attend to key j, or None for full attention.
+
+    `num_global_tokens` tokens come before the N: they attend to all and are attended by all, in one joint softmax.
+    A mask with too many diagonals for `diagonal` falls to dense, and `plan.reason` says so. Raises ValueError for an
+    unknown backend, a mask of another shape or dtype, a row without a neighbor, a negative number of global tokens.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if num_global_tokens < 0:
+        raise ValueError(f"num_global_tokens must be at least 0, got {num_global_tokens}")
+    if mask is not None:
+        if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or len(mask) == 0:
+            raise ValueError(f"expected a mask of shape [N, N], got {list(mask.shape)}")
+        if mask.dtype != torch.bool:
+            raise ValueError(f"expected a boolean mask (True = may attend), got {mask.dtype}")
+        mask = mask.detach().cpu()
+        alone = ~mask.any(dim=1)
+        if alone.any():
+            raise ValueError(f"row {int(alone.nonzero()[0])} of the mask has no neighbor: nothing to attend to")
     return Plan(mask, num_global_tokens, backend)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    """q, k, v [B, H, T, D] -> [B, H, T, D]."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.token_mask)
+    """Attention of q, k, v, each [B, H, T, D] with the global tokens first -> [B, H, T, D]."""
+    packed = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)  # [B, T, 3, H, D]
+    return attend_packed(packed, plan).transpose(1, 2)
 
 
 def attend_packed(qkv: Tensor, plan: Plan) -> Tensor:
-    """qkv [B, T, 3, H, D] -> [B, T, H, D]."""
+    """Attention of packed qkv [B, T, 3, H, D], as one linear layer makes it -> [B, T, H, D]."""
+    plan.check_device(qkv.device)
+    if plan.num_tokens is not None and qkv.shape[1] != plan.num_global_tokens + plan.num_tokens:
+        raise ValueError(
+            f"got {qkv.shape[1]} tokens; the mask has {plan.num_tokens}, after {plan.num_global_tokens} global ones"
+        )
+    if torch.is_autocast_enabled(qkv.device.type):
+        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    if plan.backend == "diagonal":
+        return diagonal.attend(qkv, plan.holds, plan.offsets, plan.num_global_tokens)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-    return attend(q, k, v, plan).transpose(1, 2)
+    if plan.backend == "flex":
+        out = _compiled_flex_attention()(q, k, v, block_mask=plan.block_mask(qkv.device))
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.token_mask)
+    return out.transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# auto: the fastest measured
+
+
+# What compiling and measuring another backend takes; a run that spends less in dense attention stays dense.
+CHOICE_SECONDS = 60.0
+ROUNDS, SECONDS_A_MEASUREMENT = 7, 10.0
+
+
+def choose_backend(
+    plan: Plan,
+    batch_size: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_calls: int,
+) -> None:
+    """Resolve `auto`: measure a forward and backward of each backend that can work here, and use the fastest.
+
+    `num_calls` is how often attention will run with this shape: where dense attention takes less than CHOICE_SECONDS
+    in all, nothing else is tried. Timings are kept in the user's cache folder by mask, shape, dtype, device and
+    version, so that a sweep measures once and all its runs choose alike. Plans that are not `auto`, or are full
+    attention, stay as they are. Raises ValueError if the backend asked for cannot run on the device.
+    """
+    plan.check_device(device)
+    if plan.requested != "auto" or plan.mask is None:
+        return
+    others = [*(["diagonal"] if plan.offsets else []), *(["flex"] if device.type == "cuda" else [])]
+    if not others:
+        plan.use("dense", plan.too_many_diagonals)
+        return
+    plan.to(device)
+    qkv_shape = (batch_size, plan.num_global_tokens + plan.num_tokens, 3, num_heads, head_dim)
+    path = _timings_path(plan, qkv_shape, dtype, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # two runs that start together measure one after the other, and once
+        timings = _read_timings(path)
+        if not timings:
+            timings = _measure(plan, ["dense"], qkv_shape, dtype, device)
+            utils.write_json(path, timings)
+        dense_seconds = timings["dense"] * num_calls
+        if dense_seconds >= CHOICE_SECONDS and len(timings) == 1:
+            timings = _measure(plan, ["dense", *others], qkv_shape, dtype, device)
+            utils.write_json(path, timings)
+    plan.timings = timings
+    if dense_seconds >= CHOICE_SECONDS:
+        measured = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in timings.items())
+        plan.use(min(timings, key=timings.get), f"the fastest measured: {measured}")
+    else:
+        plan.use("dense", f"all dense attention of this run takes {dense_seconds:.1f} s, less than compiling another")
+
+
+def _measure(
+    plan: Plan, candidates: list[str], qkv_shape: tuple, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of a forward and backward, candidates interleaved; one that does not work is left out."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(qkv_shape, generator=generator).to(device, dtype).requires_grad_()
+    grad = torch.randn(*qkv_shape[:2], *qkv_shape[3:], generator=generator).to(device, dtype)
+
+    def run(backend: str) -> float:
+        plan.use(backend, "being measured")
+        machine.synchronize(device)
+        start = time.perf_counter()
+        torch.autograd.grad(attend_packed(qkv, plan), qkv, grad)
+        machine.synchronize(device)
+        return time.perf_counter() - start
+
+    seconds = {}
+    for backend in candidates:
+        try:
+            run(backend)  # compiles
+            seconds[backend] = []
+        except Exception as error:  # a compiler's: whatever it is, dense is still there
+            if backend == "dense":
+                raise
+            utils.warn(f"backend {backend} does not work here and is left out: {str(error).strip().splitlines()[0]}")
+    start = time.perf_counter()
+    while len(seconds["dense"]) < ROUNDS and time.perf_counter() - start < SECONDS_A_MEASUREMENT:
+        for backend, measured in seconds.items():
+            measured.append(run(backend))
+    return {backend: statistics.median(measured) for backend, measured in seconds.items()}
+
+
+def _timings_path(plan: Plan, qkv_shape: tuple, dtype: torch.dtype, device: torch.device) -> Path:
+    """In the user's cache folder, named by everything that the timings depend on."""
+    mask_hash = hashlib.sha256(plan.mask.numpy().tobytes()).hexdigest()
+    depends_on = (mask_hash, qkv_shape, str(dtype), machine.device_name(device), torch.__version__)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "local-attention-vits" / f"{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]}.json"
+
+
+def _read_timings(path: Path) -> dict[str, float]:
+    """What was measured before; {} if nothing, or if the file cannot be read."""
+    try:
+        timings = utils.read_json(path)
+    except utils.UserError:
+        return {}
+    valid = "dense" in timings and all(name in BACKENDS and value > 0 for name, value in timings.items())
+    return timings if valid else {}

@@ -75,7 +75,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
     parser.add_argument("--precision", choices=machine.PRECISIONS, default="auto", help="auto: bf16 on CUDA from 8.0")
     parser.add_argument(
-        "--backend", choices=attention.BACKENDS, default="auto", help="how masked attention is computed"
+        "--backend", choices=attention.BACKENDS[1:], default="dense", help="how masked attention is computed"
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON to write (default: eval_<split>.json beside it)"

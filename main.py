@@ -121,6 +121,22 @@ def build_model(settings: dict, in_channels: int, num_classes: int) -> models.Vi
         )
 
 
+def choose_backend(model: models.VisionTransformer, settings: dict, num_train: int) -> None:
+    """Settle how masked attention is computed in this run; not counted as training time."""
+    num_steps = settings["epochs"] * data.num_steps(num_train, settings["batch_size"])
+    config, dtype = model.config, torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+    with utils.usage_errors():
+        attention.choose_backend(
+            model.plan,
+            settings["batch_size"],
+            config["num_heads"],
+            config["embed_dim"] // config["num_heads"],
+            dtype,
+            torch.device(settings["device"]),
+            num_calls=config["depth"] * num_steps,
+        )
+
+
 def describe_model(model: models.VisionTransformer, settings: dict) -> dict:
     """The number of parameters, the numbers of neighbors, and what share of the arithmetic the attention has."""
     num_patches, mask, flops = model.num_patches, model.plan.mask, models.count_forward_flops(model)
@@ -138,6 +154,7 @@ def describe_model(model: models.VisionTransformer, settings: dict) -> dict:
             "forward_flops_per_image": flops["total"],
             "backend": model.plan.backend,
             "backend_reason": model.plan.reason,
+            "backend_seconds": model.plan.timings,
         },
     }
 
@@ -213,6 +230,10 @@ def main(argv=None) -> int:
 
     dataset = data.load_dataset(settings["dataset"], settings["data_dir"], (settings["img_size"],) * 2, device)
     model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
+    if found is None:
+        choose_backend(model, settings, len(dataset.train))
+    else:  # what was chosen when the run began, so that a resume is exact
+        model.plan.use(found["attention"]["backend"], found["attention"]["backend_reason"])
     provenance = machine.provenance(argv, device)
     if found is not None:
         refuse_other(folder, "data", found["data"], dataset.describe())
