@@ -79,14 +79,7 @@ def forward(qkv: Tensor, holds: Tensor, offsets: list[int], num_global: int) -> 
 
 
 def backward(
-    grad: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    p: Tensor,
-    global_p: Tensor,
-    holds: Tensor,
-    offsets: list[int],
-    num_global: int,
+    grad: Tensor, qkv: Tensor, out: Tensor, p: Tensor, global_p: Tensor, offsets: list[int], num_global: int
 ) -> Tensor:
     """Gradient of qkv, [B, T, 3, H, D], from that of the output, [B, T, H, D]."""
     dtype = _accumulation_dtype(qkv)
@@ -219,26 +212,19 @@ def _(qkv, holds, offsets, num_global):
 
 @torch.library.custom_op("local_attention::diagonal_backward", mutates_args=())
 def _attend_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    p: Tensor,
-    global_p: Tensor,
-    holds: Tensor,
-    offsets: list[int],
-    num_global: int,
+    grad: Tensor, qkv: Tensor, out: Tensor, p: Tensor, global_p: Tensor, offsets: list[int], num_global: int
 ) -> Tensor:
-    return _run(backward, qkv, grad.contiguous(), qkv.detach(), out.detach(), p, global_p, holds, offsets, num_global)
+    return _run(backward, qkv, grad.contiguous(), qkv.detach(), out.detach(), p, global_p, offsets, num_global)
 
 
 @_attend_backward.register_fake
-def _(grad, qkv, out, p, global_p, holds, offsets, num_global):
+def _(grad, qkv, out, p, global_p, offsets, num_global):
     return torch.empty_like(qkv)
 
 
 def _save(ctx, inputs, output) -> None:
-    qkv, holds, ctx.offsets, ctx.num_global = inputs
-    ctx.save_for_backward(qkv, *output, holds)
+    qkv, _, ctx.offsets, ctx.num_global = inputs
+    ctx.save_for_backward(qkv, *output)
 
 
 def _differentiate(ctx, grad, grad_p, grad_global_p):
