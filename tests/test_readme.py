@@ -1,0 +1,91 @@
+"""The README and the code say the same: its commands parse, its files exist, its defaults are the parsers'."""
+
+import importlib
+import re
+import shlex
+import subprocess
+
+import pytest
+
+import masks
+import utils
+
+README = (utils.REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+LINES = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = sorted({line for line in LINES if line.startswith("python ")})
+
+
+def parser_of(module):
+    """The parser that parse_args builds, caught where it would parse."""
+    caught = []
+
+    class Caught(Exception):
+        pass
+
+    def catch(self, *args, **kwargs):
+        caught.append(self)
+        raise Caught
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.ArgumentParser, "parse_args", catch)
+        patch.setattr(utils.ArgumentParser, "parse_known_args", catch)
+        with pytest.raises(Caught):
+            importlib.import_module(module).parse_args([])
+    return caught[0]
+
+
+def test_there_are_commands():
+    assert {"main", "run_experiments", "plot_result", "eval", "masks"} <= {shlex.split(c)[1][:-3] for c in COMMANDS}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command):
+    _, script, *arguments = shlex.split(command, comments=True)
+    args = importlib.import_module(script.removesuffix(".py")).parse_args(arguments)
+    if script == "run_experiments.py":
+        importlib.import_module("main").parse_args(args.main_options)
+
+
+def test_make_targets_exist():
+    targets = {line.split()[1] for line in LINES if line.startswith("make ")}
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        done = subprocess.run(["make", "--dry-run", target], cwd=utils.REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_of_the_makefile_is_understood():
+    makefile = (utils.REPOSITORY / "Makefile").read_text().replace("\\\n", " ")
+    command = re.search(r"run_experiments\.py (.*)", makefile)[1].replace("$(DEMO_DIR)", "experiments/demo")
+    args = importlib.import_module("run_experiments").parse_args(shlex.split(command))
+    importlib.import_module("main").parse_args(args.main_options)
+
+
+def test_the_file_tree_is_complete():
+    tree = README.split("## Files")[1].split("```")[1]
+    named = set(re.findall(r"^(\w+\.py)", tree, flags=re.MULTILINE))
+    assert named == {path.name for path in utils.REPOSITORY.glob("*.py")}
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    for target in targets:
+        assert target.startswith("http") or (utils.REPOSITORY / target).exists(), target
+
+
+def test_the_tables_of_patterns_and_flags_agree_with_the_code():
+    for name in masks.MASK_TYPES:
+        assert f"| `{name}` |" in README
+    parser = parser_of("main")
+    table = README.split("## Flags that matter")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`--[^|]*) \| ([^|]*) \|", table, flags=re.MULTILINE)
+    assert len(rows) >= 6
+    for flags, defaults in rows:
+        names = re.findall(r"`--(\w+)`", flags)
+        values = [value.strip(" `") for value in defaults.split(",")]
+        assert len(names) == len(values)
+        for name, value in zip(names, values, strict=True):
+            default = parser.get_default(name)
+            assert str(default) == value or float(default) == float(value), name
