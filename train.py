@@ -65,7 +65,7 @@ def train_epoch(model, optimizer, scheduler, dataset, settings: dict, epoch: int
                 last_look = time.perf_counter()
                 seen = (step + 1) * batch_size
                 bar.set_postfix(loss=f"{losses[step].item():.3f}", accuracy=f"{100 * num_correct.item() / seen:.1f}%")
-    losses = losses.double().cpu()  # waits for the device
+    losses = losses.cpu().double()  # waits for the device
     seconds = time.perf_counter() - start
     first_step = (epoch - 1) * num_steps
     if not losses.isfinite().all():
@@ -77,7 +77,7 @@ def train_epoch(model, optimizer, scheduler, dataset, settings: dict, epoch: int
     return {
         "epoch": epoch,
         "step": first_step + num_steps,
-        "train_loss": (losses @ weights.double().cpu()).item() / num_images,
+        "train_loss": (losses @ weights.cpu().double()).item() / num_images,
         "train_accuracy": 100 * num_correct.item() / num_images,
         "lr": scheduler.get_last_lr()[0],
         "train_images_per_second": num_images / seconds,
