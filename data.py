@@ -214,12 +214,11 @@ def load_torchvision(class_name: str, label: str) -> Callable[[Path, tuple[int, 
             # The runs of a sweep start together: one downloads, the others wait.
             with FileLock(data_dir / f".{class_name}.lock"), quiet:
                 splits = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
-        except (
-            Exception
-        ) as error:  # no network, a bad checksum, a damaged archive or pickle: torchvision raises anything
+        except Exception as error:  # no network, a bad checksum, a damaged archive: torchvision raises anything
+            reason = str(error) or type(error).__name__
             where = getattr(kind, "url", None) or getattr(kind, "mirrors", ["its authors"])[0]
             raise UserError(
-                f"cannot load {label} from {data_dir.resolve()}: {error or type(error).__name__}. With a network it is "
+                f"cannot load {label} from {data_dir.resolve()}: {reason}. With a network it is "
                 f"downloaded there on first use; without, get it from {where} and put it there; if a file there is "
                 "damaged, remove it. --dataset digits needs no download"
             ) from error

@@ -8,14 +8,16 @@ where results are shown (default: the folder's name).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +35,7 @@ def read(root: Path, img_size: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], 
     """
     Image.MAX_IMAGE_PIXELS = None  # PIL's own limit; ours is checked on the header, with a message
     class_names = find_classes(root, "train")
+    label = _read_label(root)
     test_only = set(find_classes(root, "test")) - set(class_names)
     if test_only:
         raise UserError(
@@ -52,33 +55,43 @@ def read(root: Path, img_size: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], 
         if common_width * common_height <= width * height:
             height, width = common_height, common_width
     splits = [_read_split(split, height, width) for split in files.values()]
-    label_file = root / "label.txt"
-    label = label_file.read_text(encoding="utf-8").strip() if label_file.exists() else root.resolve().name
     return *splits, class_names, label
 
 
 def find_classes(root: Path, split: str) -> list[str]:
     """The names of the class folders of a split, sorted."""
-    folder = root / split
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; {LAYOUT}")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = [entry.name for entry in _entries(root / split) if entry.is_dir()]
     if not names:
-        raise UserError(f"no class folders in {folder}; {LAYOUT}")
+        raise UserError(f"no class folders in {root / split}; {LAYOUT}")
     return names
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, in order of name; hidden files are passed over."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}; {LAYOUT}") from error
+
+
+def _read_label(root: Path) -> str:
+    """How the data is to be called: the text of label.txt on one line, or the folder's name."""
+    try:
+        text = (root / "label.txt").read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        text = ""
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {root / 'label.txt'}: {error}; expected a line of UTF-8 text") from error
+    return " ".join(text.split()) or root.resolve().name
+
+
 def _find_files(folder: Path, class_names: list[str], missing: set[str] | tuple) -> list[tuple[Path, int]]:
-    """(path, label) of every image, in order of class and name; hidden files and other extensions are passed over."""
+    """(path, label) of every image, in order of class and name; other extensions are passed over."""
     found = []
     for label, name in enumerate(class_names):
         if name in missing:
             continue
-        paths = sorted(
-            path
-            for path in (folder / name).iterdir()
-            if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
-        )
+        paths = [path for path in _entries(folder / name) if path.suffix.lower() in IMG_EXTENSIONS]
         if not paths:
             raise UserError(f"no images in {folder / name} (looked for {' '.join(IMG_EXTENSIONS)}); {LAYOUT}")
         found += [(path, label) for path in paths]
@@ -89,8 +102,8 @@ def _read_split(files: list[tuple[Path, int]], height: int, width: int) -> tuple
     images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
 
     def fill(index: int) -> None:
-        pixels = np.asarray(read_image(files[index][0], height, width))  # [H, W, 3]
-        images[index] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        pixels = np.array(read_image(files[index][0], height, width))  # [H, W, 3]
+        images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
 
     _map_with_bar(fill, range(len(files)), "reading images")
     return images, torch.tensor([label for _, label in files])
@@ -98,40 +111,40 @@ def _read_split(files: list[tuple[Path, int]], height: int, width: int) -> tuple
 
 def read_image(path: Path, height: int, width: int) -> Image.Image:
     """The file as RGB, resized and center-cropped to height x width unless it has that size."""
-    try:
-        with _open(path) as image:
-            image = ImageOps.exif_transpose(image)  # also decodes, and drops all frames but the first
-            if image.mode == "I;16":
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.BILINEAR)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _open(path: Path) -> Image.Image:
-    image = Image.open(path)
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise UserError(
-            f"{path} has {image.width}x{image.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million; make it smaller"
-        )
-    return image
+    with _opened(path) as image:
+        image = ImageOps.exif_transpose(image)  # also decodes, and drops all frames but the first
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of no known range")
+        if image.mode.startswith("I"):  # 16 bits of gray; convert() would cut them off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.BILINEAR)
 
 
 def _read_size(path: Path) -> tuple[int, int]:
+    """(width, height) as `read_image` will turn the image, from the header."""
+    with _opened(path) as image:
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # PNG's own getexif() decodes it all
+        return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image of a file, not decoded yet; whatever fails while it is open becomes a UserError that names the file."""
     try:
-        with _open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot read {path} as an image: {error}; remove or replace it")
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size, limit = f"{image.width}x{image.height}", MAX_PIXELS // 1_000_000
+                raise UserError(f"{path} has {size} pixels, more than {limit} million; make it smaller")
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # PIL raises anything
+        reason = str(error) or type(error).__name__
+        raise UserError(f"cannot read {path} as an image: {reason}; remove or replace it") from error
 
 
 def _map_with_bar(function, items, title: str) -> list:
@@ -140,7 +153,7 @@ def _map_with_bar(function, items, title: str) -> list:
         bar = tqdm(pool.map(function, items), title, len(items), leave=False, disable=not sys.stderr.isatty())
         try:
             return list(bar)
-        except UserError:
+        except BaseException:  # an interrupt too: without this, the pool would first read all the other files
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -105,7 +105,7 @@ def train(model, dataset, config: dict, folder: Path, state: dict | None) -> lis
     for epoch in range(len(history) + 1, settings["epochs"] + 1):
         machine.reset_peak_memory(device)
         row = train_epoch(forward, optimizer, scheduler, dataset, settings, epoch, device)
-        batches = data.eval_batches(dataset, dataset.test, 4 * settings["batch_size"])
+        batches = data.eval_batches(dataset, dataset.test, settings["batch_size"])
         result = evaluate(forward, batches, dataset.num_classes, device, settings["precision"])
         row |= {
             "eval_loss": result["loss"],
