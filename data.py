@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Dataset:
         return len(self.class_names)
 
     def describe(self) -> dict:
-        """What identifies the data, for config.json and for checkpoints; the exact mean and std tell contents apart."""
+        """What identifies the data, for config.json and checkpoints; the exact mean and std tell contents apart."""
         return {
             "name": self.name,
             "label": self.label,
@@ -211,8 +212,9 @@ def load_torchvision(class_name: str, label: str) -> Callable[[Path, tuple[int, 
         quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
-            # The runs of a sweep start together: one downloads, the others wait.
-            with FileLock(data_dir / f".{class_name}.lock"), quiet:
+            # The runs of a sweep start together: one downloads, the others wait. A read-only folder is only read.
+            writable = os.access(data_dir, os.W_OK)
+            with FileLock(data_dir / f".{class_name}.lock") if writable else contextlib.nullcontext(), quiet:
                 splits = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
         except Exception as error:  # no network, a bad checksum, a damaged archive: torchvision raises anything
             reason = str(error) or type(error).__name__

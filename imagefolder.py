@@ -1,9 +1,9 @@
 """Read a folder of one's own images: `<root>/train/<class>/*` and `<root>/test/<class>/*`, any formats and sizes.
 
 Every image becomes RGB: turned as its EXIF orientation says, transparency laid over white, the first frame of an
-animation. Where all images have one size that is no larger than needed they are kept at it; otherwise they are resized
-and center-cropped to the size that the model wants. A file `label.txt` in the root says how the data is to be called
-where results are shown (default: the folder's name).
+animation. Where all images have one size that is no larger than needed they are kept at it; otherwise they are
+resized and center-cropped to the size that the model wants. A file `label.txt` in the root says how the data is to be
+called where results are shown (default: the folder's name).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,20 +27,22 @@ from utils import UserError, warn
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 MAX_PIXELS = 64_000_000  # of one file; decoding takes 4 bytes a pixel
 LAYOUT = "expected train/<class>/* and test/<class>/* in --data_dir"
+Labeled = tuple[Tensor, Tensor]  # uint8 images [n, 3, H, W], int64 labels [n]
 
 
-def read(root: Path, img_size: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str], str]:
-    """(train images, labels), (test images, labels), class names, label; images uint8 [n, 3, H, W], labels int64 [n].
+def read(root: Path, img_size: tuple[int, int]) -> tuple[Labeled, Labeled, list[str], str]:
+    """The training images, the test images, the class names, and how the data is called.
 
     Raises UserError, naming the file or folder, for whatever is missing, empty, damaged or too large.
     """
     Image.MAX_IMAGE_PIXELS = None  # PIL's own limit; ours is checked on the header, with a message
+    warnings.filterwarnings("ignore", module="PIL")  # remarks on odd metadata, which name no file
     class_names = find_classes(root, "train")
     label = _read_label(root)
     test_only = set(find_classes(root, "test")) - set(class_names)
     if test_only:
         raise UserError(
-            f"{root}: {_names(test_only)} only in test/, not in train/: nothing could learn it; remove it or add images"
+            f"{root}: {_names(test_only)} only in test/, not in train/: nothing could learn it; remove or add images"
         )
     train_only = set(class_names) - set(find_classes(root, "test"))
     if train_only:
@@ -98,7 +101,7 @@ def _find_files(folder: Path, class_names: list[str], missing: set[str] | tuple)
     return found
 
 
-def _read_split(files: list[tuple[Path, int]], height: int, width: int) -> tuple[Tensor, Tensor]:
+def _read_split(files: list[tuple[Path, int]], height: int, width: int) -> Labeled:
     images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
 
     def fill(index: int) -> None:
@@ -127,13 +130,14 @@ def read_image(path: Path, height: int, width: int) -> Image.Image:
 def _read_size(path: Path) -> tuple[int, int]:
     """(width, height) as `read_image` will turn the image, from the header."""
     with _opened(path) as image:
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # PNG's own getexif() decodes it all
-        return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own getexif() decodes it all
+        on_its_side = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # PIL gives a TIFF's size turned already
+        return image.size[::-1] if on_its_side else image.size
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image of a file, not decoded yet; whatever fails while it is open becomes a UserError that names the file."""
+    """The image of a file, not decoded yet; whatever fails while it is open is a UserError that names the file."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:

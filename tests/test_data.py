@@ -1,0 +1,517 @@
+"""Datasets from small files of the real formats; batches against torchvision, one image at a time."""
+
+import gzip
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torchvision.transforms.v2 import functional as transforms
+
+import data
+import main
+from utils import REPOSITORY, UserError
+
+CPU = torch.device("cpu")
+JPEG_COPY = REPOSITORY / "data" / "cifar10-jpeg"
+
+
+def random_images(*shape, seed=0):
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def dataset_of(images, labels=None, img_size=None, flip=True, mean=None, std=None):
+    channels = images.shape[1]
+    split = data.Split(images, torch.arange(len(images)) if labels is None else labels)
+    mean, std = mean or [0.0] * channels, std or [1 / 255] * channels  # by default batches hold 0..255
+    img_size = img_size or tuple(images.shape[-2:])
+    return data.Dataset("own", "Own", ["a", "b"], split, split, mean, std, flip, img_size, CPU)
+
+
+def collect(batches):
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def same(batches, others):
+    return len(batches) == len(others) and all(
+        torch.equal(a, b) for one, other in zip(batches, others, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scikit-learn's digits
+
+
+def test_digits():
+    dataset = data.load_dataset("digits", "nowhere", (8, 8), CPU)
+    again = data.load_dataset("digits", "nowhere", (8, 8), CPU)
+    for split, other, count in ((dataset.train, again.train, 1437), (dataset.test, again.test, 360)):
+        assert split.images.dtype == torch.uint8
+        assert split.images.shape == (count, 1, 8, 8)
+        assert split.labels.dtype == torch.int64
+        assert len(split) == count
+        assert (split.images.min(), split.images.max()) == (0, 255)
+        assert torch.equal(split.images, other.images)
+        assert torch.equal(split.labels, other.labels)
+        shares = split.labels.bincount(minlength=10) / count
+        assert (shares - 0.1).abs().max() < 0.01  # stratified
+    assert not dataset.flip
+    assert not Path("nowhere").exists()
+    assert dataset.describe() == again.describe()
+    assert dataset.describe()["num_train"] == 1437
+
+
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    loaded = data.load_sklearn_digits(Path(), (8, 8))
+    images, labels = (torch.cat([loaded.train[part], loaded.test[part]]) for part in (0, 1))
+    ours = {(image.numpy().tobytes(), int(label)) for image, label in zip(images, labels, strict=True)}
+    digits = load_digits()
+    theirs = np.rint(digits.images / 16 * 255).astype(np.uint8)
+    assert ours == {(image.tobytes(), int(label)) for image, label in zip(theirs, digits.target, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchvision's datasets: small files of their formats
+
+
+def write_cifar(folder, hundred=False, per_file=4):
+    """The unpacked files; returns images [n, 3, 32, 32] and labels of both splits."""
+    folder = folder / ("cifar-100-python" if hundred else "cifar-10-batches-py")
+    folder.mkdir(parents=True)
+    names = (["train"], ["test"]) if hundred else ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"])
+    splits, seed = [], 0
+    for files in names:
+        parts = []
+        for name in files:
+            seed += 1
+            images = random_images(per_file, 3, 32, 32, seed=seed)
+            labels = [(7 * seed + i) % (100 if hundred else 10) for i in range(per_file)]
+            entry = {"data": images.flatten(1).numpy(), "fine_labels" if hundred else "labels": labels}
+            (folder / name).write_bytes(pickle.dumps(entry))
+            parts.append((images, torch.tensor(labels)))
+        splits.append(tuple(torch.cat(column) for column in zip(*parts, strict=True)))
+    meta = {"fine_label_names" if hundred else "label_names": [f"class {i}" for i in range(100 if hundred else 10)]}
+    (folder / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps(meta))
+    return splits
+
+
+def write_fashion_mnist(folder):
+    folder = folder / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    splits = []
+    for prefix, count in (("train", 6), ("t10k", 3)):
+        images, labels = random_images(count, 1, 28, 28, seed=count), torch.arange(count) % 10
+        header = struct.pack(">IIII", 0x803, count, 28, 28)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+        header = struct.pack(">II", 0x801, count)
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.byte().numpy().tobytes())
+        splits.append((images, labels))
+    return splits
+
+
+@pytest.fixture
+def no_checksums(monkeypatch):
+    """Take files for what they should be if only they are there."""
+    for kind in (torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100):
+        for name in ("train_list", "test_list"):
+            monkeypatch.setattr(kind, name, [[file, None] for file, _ in getattr(kind, name)])
+        monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": None})
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every download fails at once; the addresses tried."""
+    tried = []
+
+    def refuse(url, *args, **kwargs):
+        tried.append(url)
+        raise urllib.error.URLError("[Errno -3] Temporary failure in name resolution")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", refuse)
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", refuse)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "num_classes"),
+    [("cifar10", (3, 32, 32), 10), ("cifar100", (3, 32, 32), 100), ("fashion_mnist", (1, 28, 28), 10)],
+)
+def test_torchvision_datasets(tmp_path, no_checksums, no_network, name, shape, num_classes):
+    written = write_fashion_mnist(tmp_path) if name == "fashion_mnist" else write_cifar(tmp_path, name == "cifar100")
+    dataset = data.load_dataset(name, str(tmp_path), (32, 32), CPU)
+    for split, (images, labels) in zip((dataset.train, dataset.test), written, strict=True):
+        assert split.images.dtype == torch.uint8
+        assert split.images.shape[1:] == shape
+        assert split.images.is_contiguous()
+        assert split.labels.dtype == torch.int64
+        assert torch.equal(split.images, images)
+        assert torch.equal(split.labels, labels)
+    assert (dataset.in_channels, dataset.num_classes) == (shape[0], num_classes)
+    assert (dataset.in_channels, dataset.num_classes) == data.channels_and_classes(name, "nowhere")
+    assert dataset.flip
+    assert no_network == []
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])
+def test_without_network_the_error_says_what_to_do(tmp_path, no_network, name):
+    with pytest.raises(UserError) as caught:
+        data.load_dataset(name, str(tmp_path / "new"), (32, 32), CPU)
+    message = str(caught.value)
+    assert no_network
+    for words in ("name resolution", str(tmp_path / "new"), "http", "--dataset digits"):
+        assert words in message
+    assert [path for path in (tmp_path / "new").rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def test_a_corrupt_archive_is_not_unpacked(tmp_path, no_network):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half an archive")
+    with pytest.raises(UserError, match="if a file there is damaged, remove it"):
+        data.load_dataset("cifar10", str(tmp_path), (32, 32), CPU)
+    assert no_network  # it was to be downloaded anew
+    assert not (tmp_path / "cifar-10-batches-py").exists()
+
+
+@pytest.mark.parametrize("length", [0, 1000])
+def test_a_download_that_breaks_off_is_not_taken_for_good(tmp_path, monkeypatch, no_network, length):
+    def break_off(url, path):
+        Path(path).write_bytes(b"x" * length)
+        raise urllib.error.URLError("connection reset")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, **kwargs: url)
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", break_off)
+    for name in ("cifar10", "fashion_mnist"):
+        for _ in range(2):
+            with pytest.raises(UserError, match="connection reset"):
+                data.load_dataset(name, str(tmp_path), (32, 32), CPU)
+
+
+def test_files_damaged_after_the_download(tmp_path, no_network):
+    """CIFAR's are known by their checksums; those of Fashion-MNIST by their length."""
+    write_cifar(tmp_path)  # not the real checksums
+    with pytest.raises(UserError, match="name resolution"):
+        data.load_dataset("cifar10", str(tmp_path), (32, 32), CPU)
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        root = tmp_path / name
+        write_fashion_mnist(root)
+        path = root / "FashionMNIST" / "raw" / name
+        whole = path.read_bytes()
+        for damaged in (whole[:-1], whole[:10], b"", bytes(len(whole))):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=r"\S: \S+.*damaged, remove it") as caught:
+                data.load_dataset("fashion_mnist", str(root), (32, 32), CPU)
+            assert ": . With" not in str(caught.value)  # a bare AssertionError has no words
+
+
+def test_a_killed_download_of_fashion_mnist_is_taken_up_again(tmp_path, no_network, monkeypatch):
+    """Packed files of the right checksum are kept and unpacked; nothing is fetched twice."""
+    write_fashion_mnist(tmp_path)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    for path in list(raw.iterdir()):
+        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    (raw / "train-images-idx3-ubyte").write_bytes(b"half")
+    names = [[name, None] for name, _ in torchvision.datasets.FashionMNIST.resources]
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "resources", names)
+    assert len(data.load_dataset("fashion_mnist", str(tmp_path), (32, 32), CPU).train) == 6
+    assert no_network == []
+
+
+def test_data_dir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=str(path)):
+            data.load_dataset("cifar10", str(path), (32, 32), CPU)
+
+
+def test_loading_is_quiet(tmp_path, no_checksums, capfd, recwarn):
+    write_cifar(tmp_path)
+    data.load_dataset("cifar10", str(tmp_path), (32, 32), CPU)
+    assert capfd.readouterr() == ("", "")
+    assert recwarn.list == []
+
+
+def test_a_read_only_folder_of_others_is_enough(tmp_path, no_checksums, monkeypatch):
+    write_cifar(tmp_path)
+    monkeypatch.setattr(data.os, "access", lambda path, mode: False)  # root may write anywhere
+    before = set(tmp_path.rglob("*"))
+    assert len(data.load_dataset("cifar10", str(tmp_path), (32, 32), CPU).train) == 20
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_main_without_network_ends_in_one_line(tmp_path):
+    proxies = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "HTTP", "HTTPS")}
+    environment = {key: value for key, value in os.environ.items() if key.lower() != "no_proxy"} | proxies
+    command = [sys.executable, "main.py", "--dataset", "cifar10", "--data_dir", str(tmp_path / "data")]
+    command += ["--output_dir", str(tmp_path / "output"), "--device", "cpu"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("main.py: error: cannot load CIFAR-10 from ")
+    assert "https://www.cs.toronto.edu" in done.stderr
+    assert not (tmp_path / "output").exists()
+    assert [path.name for path in (tmp_path / "data").iterdir() if path.suffix != ".lock"] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the images are read
+
+
+def test_channels_and_classes_read_no_image(tmp_path):
+    expected = {"cifar10": (3, 10), "cifar100": (3, 100), "fashion_mnist": (1, 10), "digits": (1, 10)}
+    for name, answer in expected.items():
+        assert data.channels_and_classes(name, "nowhere") == answer
+    for name in ("ant", "bee", "cow"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.jpg").write_text("no image")
+    assert data.channels_and_classes("imagefolder", str(tmp_path)) == (3, 3)
+    assert set(data.DATASETS) == {*expected, "imagefolder"}
+    assert not Path("nowhere").exists()
+
+
+def test_a_dry_run_of_a_missing_folder_ends_in_one_line(tmp_path, run_script):
+    arguments = ("--dataset", "imagefolder", "--data_dir", str(tmp_path / "none"), "--dry_run")
+    code, out, err = run_script(main.main, *arguments)
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 1, err
+    assert str(tmp_path / "none") in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mean and deviation
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 5, 9), (1, 1, 1, 1), (300, 1, 8, 8)])
+def test_channel_statistics_against_numpy(shape):
+    images = random_images(*shape)
+    mean, std = data.channel_statistics(images)
+    pixels = images.numpy().astype(np.float64) / 255
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std, np.maximum(pixels.std((0, 2, 3)), 1 / 255), rtol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0, 77, 255])
+def test_constant_images_stay_finite(value):
+    images = torch.full((5, 3, 4, 4), value, dtype=torch.uint8)
+    mean, std = data.channel_statistics(images)
+    assert mean == pytest.approx([value / 255] * 3)
+    assert std == [1 / 255] * 3
+    assert data.normalize_and_resize(images, mean, std, (8, 8)).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is done to a batch, against one image at a time
+
+SHAPES = [(6, 3, 8, 8), (5, 1, 6, 11), (4, 3, 13, 5), (1, 3, 9, 9)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_crop_with_padding(shape, padding):
+    images = random_images(*shape)
+    offsets = torch.randint(2 * padding + 1, (len(images), 2))
+    offsets[0], offsets[-1] = 2 * padding, torch.tensor([0, 2 * padding])
+    cropped = data.crop_with_padding(images, offsets, padding)
+    for image, (top, left), result in zip(images, offsets.tolist(), cropped, strict=True):
+        padded = transforms.pad(image, [padding])
+        assert torch.equal(result, transforms.crop(padded, top, left, *shape[-2:]))
+    untouched = data.crop_with_padding(images, torch.full_like(offsets, padding), padding)
+    assert torch.equal(untouched, images)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flip_horizontally(shape):
+    images, mirrored = random_images(*shape), torch.arange(shape[0]) % 2 == 0
+    for image, flip, result in zip(images, mirrored, data.flip_horizontally(images, mirrored), strict=True):
+        assert torch.equal(result, transforms.horizontal_flip(image) if flip else image)
+
+
+@pytest.mark.parametrize(("shorter", "padding"), [(32, 4), (8, 1), (28, 4), (1, 0), (224, 28)])
+def test_padding_is_an_eighth_of_the_shorter_side(shorter, padding):
+    for size in ((shorter, shorter), (shorter, 300), (300, shorter)):
+        assert data.crop_padding(torch.empty(1, 3, *size)) == padding
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("img_size", [(8, 8), (16, 24), (4, 3), (24, 4), (6, 11)])
+def test_normalize_and_resize(shape, img_size):
+    images, mean, std = random_images(*shape), [0.4, 0.5, 0.6][: shape[1]], [0.2, 0.3, 0.25][: shape[1]]
+    results = data.normalize_and_resize(images, mean, std, img_size)
+    assert results.dtype == torch.float32
+    assert results.shape == (*shape[:2], *img_size)
+    for image, result in zip(images.numpy().astype(np.float64) / 255, results, strict=True):
+        pixels = np.stack([(image[c] - mean[c]) / std[c] for c in range(shape[1])])
+        expected = torch.from_numpy(pixels)[None]
+        if shape[-2:] != img_size:  # the antialiasing filter is the plain one where an image grows
+            expected = F.interpolate(expected, img_size, mode="bilinear", antialias=True)
+        torch.testing.assert_close(result, expected[0].float(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_that_shrinks_is_antialiased():
+    """A chessboard of single pixels becomes gray, not one of its two colors."""
+    board = (255 * (torch.arange(64)[:, None] + torch.arange(64)).remainder(2)).byte()[None, None]
+    result = data.normalize_and_resize(board, [0.5], [0.5], (8, 8))
+    assert result.abs().max() < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@pytest.mark.parametrize(("num_images", "batch_size"), [(10, 4), (12, 4), (3, 8), (1, 1), (7, 7)])
+def test_an_epoch_holds_each_image_once_and_its_own_label(num_images, batch_size):
+    """Image i is i + 1 all over: what is left of it after the crop tells which it was."""
+    numbers = torch.arange(num_images, dtype=torch.uint8)
+    dataset = dataset_of((numbers + 1).view(-1, 1, 1, 1).expand(-1, 3, 8, 8))
+    batches = list(data.train_batches(dataset, batch_size, seed=0, epoch=1))
+    assert len(batches) == data.num_steps(num_images, batch_size)
+    assert [len(labels) for _, labels in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    images, labels = collect(batches)
+    assert sorted(labels.tolist()) == list(range(num_images))
+    assert torch.equal(images.amax((1, 2, 3)).long(), labels + 1)
+    assert images.dtype == torch.float32
+    assert labels.dtype == torch.int64
+
+
+def test_training_batches_are_the_oracle_of_their_images():
+    """Each is one of the crops of its image, mirrored or not; all of them occur, about equally often."""
+    base = random_images(1, 3, 8, 10)
+    dataset = dataset_of(base.expand(3600, -1, -1, -1), labels=torch.zeros(3600, dtype=torch.int64))
+    padded = transforms.pad(base[0], [1])
+    crops = [transforms.crop(padded, top, left, 8, 10) for top in range(3) for left in range(3)]
+    counts = {crop.numpy().tobytes(): 0 for image in crops for crop in (image, transforms.horizontal_flip(image))}
+    assert len(counts) == 18
+    for images, _ in data.train_batches(dataset, 100, seed=0, epoch=1):
+        kinds = {image.numpy().tobytes() for image in images.round().byte()}
+        assert len(kinds) > 10  # drawn for each image, not for the batch
+        for image in images.round().byte():
+            counts[image.numpy().tobytes()] += 1
+    assert min(counts.values()) > 140  # 200 expected, deviation 14
+    assert max(counts.values()) < 260
+
+
+def test_no_flip_where_a_mirrored_image_is_another():
+    base = random_images(1, 1, 8, 8)
+    dataset = dataset_of(base.expand(200, -1, -1, -1), torch.zeros(200, dtype=torch.int64), flip=False)
+    images, _ = collect(data.train_batches(dataset, 64, seed=0, epoch=1))
+    assert len({image.numpy().tobytes() for image in images}) == 9
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    dataset = dataset_of(random_images(20, 3, 8, 8))
+
+    def batches(seed, epoch):
+        return list(data.train_batches(dataset, 8, seed, epoch))
+
+    reference = batches(0, 1)
+    state = torch.random.get_rng_state()
+    torch.rand(5)
+    assert same(reference, batches(0, 1))
+    torch.random.set_rng_state(state)
+    list(data.train_batches(dataset, 8, 5, 5))
+    assert torch.equal(torch.random.get_rng_state(), state)  # nor do they disturb what others draw
+    others = [batches(0, 2), batches(1, 1), batches(1, 0), batches(2**63, 1)]
+    for index, other in enumerate(others):
+        assert not any(same(other, one) for one in (reference, *others[:index]))
+    labels = [collect(other)[1].tolist() for other in (reference, *others)]
+    assert len({tuple(order) for order in labels}) == len(labels)
+    assert labels[0] != sorted(labels[0])
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 2, 3, 9])
+def test_start_step_continues_exactly(start_step):
+    dataset = dataset_of(random_images(21, 3, 8, 8), img_size=(12, 12))
+    whole = list(data.train_batches(dataset, 8, 3, 4))
+    assert same(list(data.train_batches(dataset, 8, 3, 4, start_step)), whole[start_step:])
+
+
+def test_the_draws_of_an_image_do_not_depend_on_the_batch_size():
+    dataset = dataset_of(random_images(21, 3, 8, 8))
+    assert same(*([collect(data.train_batches(dataset, size, 3, 4))] for size in (4, 50)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
+def test_evaluation_is_in_order_and_untouched(batch_size):
+    images = random_images(10, 3, 8, 6)
+    dataset = dataset_of(images)
+    batches = list(data.eval_batches(dataset, dataset.test, batch_size))
+    assert len(batches) == data.num_steps(10, batch_size)
+    result, labels = collect(batches)
+    assert torch.equal(result.round().byte(), images)
+    assert labels.tolist() == list(range(10))
+
+
+def test_rectangular_batches():
+    dataset = dataset_of(random_images(5, 3, 8, 12), img_size=(16, 20))
+    for batches in (data.train_batches(dataset, 4, 0, 0), data.eval_batches(dataset, dataset.test, 4)):
+        assert [tuple(images.shape) for images, _ in batches] == [(4, 3, 16, 20), (1, 3, 16, 20)]
+
+
+def test_batches_leave_the_data_as_it_is():
+    images = random_images(9, 3, 8, 8)
+    dataset = dataset_of(images.clone(), img_size=(8, 8))
+    for _ in range(2):
+        for batch, _ in [*data.train_batches(dataset, 4, 0, 0), *data.eval_batches(dataset, dataset.test, 4)]:
+            batch.zero_()
+    assert torch.equal(dataset.train.images, images)
+
+
+def test_batches_of_training_data_have_zero_mean_and_unit_variance():
+    images = (random_images(200, 3, 8, 8) // 3) + 40
+    mean, std = data.channel_statistics(images)
+    dataset = dataset_of(images, mean=mean, std=std)
+    result, _ = collect(data.eval_batches(dataset, dataset.train, 64))
+    torch.testing.assert_close(result.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("fits", [True, False])
+def test_batches_on_cuda_are_those_of_the_cpu(monkeypatch, fits):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(data, "_bytes_for_data", lambda device: float("inf") if fits else 0)
+    here, there = (data.load_dataset("digits", "nowhere", (16, 16), device) for device in (CPU, cuda))
+    assert there.train.images.is_cuda == fits
+    for one, other in zip(data.train_batches(here, 100, 0, 1), data.train_batches(there, 100, 0, 1), strict=True):
+        assert other[0].is_cuda
+        torch.testing.assert_close(one[0], other[0].cpu(), atol=1e-4, rtol=1e-4)
+        assert torch.equal(one[1], other[1].cpu())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real image folder, where somebody has unpacked it
+
+
+@pytest.mark.skipif(not JPEG_COPY.is_dir(), reason="data/cifar10-jpeg is not there")
+def test_the_jpeg_copy_of_cifar10(monkeypatch):
+    """All files are found; one in 50 is read, for time."""
+    find, counts = data.imagefolder._find_files, []
+
+    def find_some(*args):
+        files = find(*args)
+        counts.append(len(files))
+        return files[::50]
+
+    monkeypatch.setattr(data.imagefolder, "_find_files", find_some)
+    dataset = data.load_dataset("imagefolder", str(JPEG_COPY), (224, 224), CPU)
+    assert counts == [50_000, 10_000]
+    assert dataset.train.images.shape == (1000, 3, 32, 32)
+    assert dataset.test.images.shape == (200, 3, 32, 32)
+    assert dataset.train.labels.bincount().tolist() == [100] * 10
+    assert dataset.label == "CIFAR-10 (JPEG q75 copy)"
+    assert dataset.class_names[:2] == ["airplane", "automobile"]
+    assert dataset.mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.01)  # CIFAR-10's
+    images, labels = next(data.train_batches(dataset, 16, 0, 1))
+    assert images.shape == (16, 3, 224, 224)
+    assert labels.shape == (16,)

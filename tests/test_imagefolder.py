@@ -1,0 +1,415 @@
+"""Folders of images as people have them: every format, every defect."""
+
+import contextlib
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import imagefolder
+import main
+from utils import UserError
+
+RED, GREEN, BLUE, GRAY = (200, 30, 40), (20, 190, 60), (10, 60, 180), (120, 120, 120)
+
+
+def save(path, color=RED, size=(8, 8), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).convert(mode).save(path, **options)
+
+
+def good_tree(root, size=(8, 8)):
+    """Two classes with two training images and one test image each, all of one size."""
+    for split, count in (("train", 2), ("test", 1)):
+        for index in range(count):
+            save(root / split / "cat" / f"{index}.png", RED, size)
+            save(root / split / "dog" / f"{index}.png", BLUE, size)
+    return root
+
+
+def read_one(path, side=8):
+    return np.asarray(imagefolder.read_image(path, side, side)).astype(int)
+
+
+def is_plain(pixels, color, tolerance=0):
+    return np.abs(pixels - np.asarray(color)).max() <= tolerance
+
+
+def png_header(width, height):
+    """The start of a PNG that claims a size, without its pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders that are right
+
+
+def test_a_good_tree(tmp_path):
+    train, test, names, label = imagefolder.read(good_tree(tmp_path / "pets"), (8, 8))
+    assert names == ["cat", "dog"]
+    assert label == "pets"
+    for (images, labels), expected in ((train, [0, 0, 1, 1]), (test, [0, 1])):
+        assert images.dtype == torch.uint8
+        assert labels.dtype == torch.int64
+        assert images.shape == (len(expected), 3, 8, 8)
+        assert labels.tolist() == expected
+        for image, name in zip(images, expected, strict=True):
+            assert image[:, 3, 4].tolist() == list((RED, BLUE)[name])
+
+
+def test_files_come_in_order_of_their_names_whatever_thread_reads_them(tmp_path):
+    good_tree(tmp_path)
+    for index in range(40):
+        save(tmp_path / "train" / "cat" / f"n{index:02}.png", (index, 0, 0))
+    images = imagefolder.read(tmp_path, (8, 8))[0][0]
+    assert images[2:42, 0, 0, 0].tolist() == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("size", "img_size", "expected"),
+    [
+        ((8, 8), (8, 8), (8, 8)),
+        ((8, 8), (32, 32), (8, 8)),  # grows later, on the device
+        ((12, 8), (32, 32), (8, 12)),
+        ((12, 8), (8, 12), (8, 12)),
+        ((40, 30), (8, 8), (8, 8)),
+        ((40, 30), (6, 10), (6, 10)),
+        ((1, 1), (8, 8), (1, 1)),
+    ],
+)
+def test_one_size_is_kept_unless_it_is_larger_than_needed(tmp_path, size, img_size, expected):
+    images = imagefolder.read(good_tree(tmp_path, size), img_size)[0][0]
+    assert images.shape[-2:] == expected
+    assert images[0].float().mean((1, 2)).tolist() == list(RED)
+
+
+def test_mixed_sizes_are_resized_and_cropped_at_the_center(tmp_path):
+    good_tree(tmp_path)
+    wide = Image.new("RGB", (40, 10), RED)
+    wide.paste(GREEN, (12, 0, 28, 10))  # the middle square, and a little more for the filter
+    wide.save(tmp_path / "train" / "cat" / "wide.png")
+    for size in ((1, 1), (1, 3000), (3000, 1), (7, 9)):
+        save(tmp_path / "train" / "dog" / f"{size}.png", BLUE, size)
+    images, labels = imagefolder.read(tmp_path, (8, 8))[0]
+    assert images.shape == (9, 3, 8, 8)
+    assert is_plain(images[2].permute(1, 2, 0).numpy().astype(int), GREEN)
+    assert all(is_plain(image.permute(1, 2, 0).numpy().astype(int), BLUE) for image in images[labels == 1])
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.PNG", "a.ppm", "a.bmp", "a.tif", "a.TIFF", "a.webp"])
+def test_formats_and_extensions(tmp_path, name):
+    good_tree(tmp_path)
+    save(tmp_path / "train" / "cat" / name, GREEN)
+    images, _ = imagefolder.read(tmp_path, (8, 8))[0]
+    assert len(images) == 5
+    assert is_plain(read_one(tmp_path / "train" / "cat" / name), GREEN, tolerance=6)
+
+
+def test_hidden_and_foreign_files_are_passed_over(tmp_path):
+    good_tree(tmp_path)
+    cats = tmp_path / "train" / "cat"
+    for name in (".DS_Store", "._0.png", ".hidden.jpg", "Thumbs.db", "notes.txt", "0.png.txt", "png"):
+        (cats / name).write_text("no image")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "README.md").write_text("not a class")
+    (tmp_path / "validation").mkdir()
+    (cats / "folder").mkdir()
+    train, _, names, _ = imagefolder.read(tmp_path, (8, 8))
+    assert names == ["cat", "dog"]
+    assert len(train[0]) == 4
+
+
+def test_names_of_all_kinds(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "Käfer 甲虫 🐞" / "ein bild, ü.png")
+        save(tmp_path / split / "-dash" / "--help.png")
+    assert imagefolder.read(tmp_path, (8, 8))[2] == ["-dash", "Käfer 甲虫 🐞"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every kind of image becomes RGB
+
+
+@pytest.mark.parametrize(("mode", "name"), [("L", "a.png"), ("L", "a.pgm"), ("L", "a.jpg"), ("LA", "a.png")])
+def test_gray(tmp_path, mode, name):
+    save(tmp_path / name, GRAY, mode=mode)
+    assert is_plain(read_one(tmp_path / name), GRAY)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "big_endian.tif", "a.pgm"])
+def test_gray_of_16_bits_keeps_its_upper_byte(tmp_path, name):
+    levels = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+    if name == "a.pgm":
+        (tmp_path / name).write_bytes(b"P5 8 8 65535\n" + levels.astype(">u2").tobytes())
+    elif name == "big_endian.tif":
+        Image.frombytes("I;16B", (8, 8), levels.astype(">u2").tobytes()).save(tmp_path / name)
+    else:
+        Image.fromarray(levels).save(tmp_path / name)
+    assert (read_one(tmp_path / name) == (levels >> 8)[:, :, None]).all()
+
+
+def test_cmyk(tmp_path):
+    save(tmp_path / "a.jpg", GREEN, mode="CMYK", quality=100)
+    assert is_plain(read_one(tmp_path / "a.jpg"), GREEN, tolerance=6)
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    image = Image.new("RGBA", (8, 8), (*BLUE, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    image.putpixel((7, 0), (0, 0, 0, 128))
+    image.save(tmp_path / "rgba.png")
+    image.save(tmp_path / "rgba.webp", lossless=True)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, *BLUE])
+    palette.paste(0, (0, 0, 4, 8))
+    palette.save(tmp_path / "palette.png", transparency=0)
+    palette.save(tmp_path / "palette.gif", transparency=0)
+    palette.save(tmp_path / "bytes.png", transparency=b"\0\xff")
+    keyed = Image.new("RGB", (8, 8), BLUE)
+    keyed.paste((1, 2, 3), (0, 0, 4, 8))
+    keyed.save(tmp_path / "keyed.png", transparency=(1, 2, 3))
+    for path in tmp_path.iterdir():
+        pixels = read_one(path)
+        assert is_plain(pixels[:, :4], (255, 255, 255)), path
+        assert is_plain(pixels[1:, 4:], BLUE), path
+    assert is_plain(read_one(tmp_path / "rgba.png")[0, 7], (127, 127, 127), tolerance=1)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, name, orientation):
+    """All images stored on their side: one size, which is that of the images as they are to be seen."""
+    seen = Image.new("RGB", (24, 16), BLUE)
+    seen.paste(RED, (0, 0, 8, 8))
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = seen.transpose(undo[orientation]) if orientation > 1 else seen
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        stored.save(tmp_path / split / "cat" / name, exif=exif, quality=100)
+    images = imagefolder.read(tmp_path, (32, 32))[0][0]
+    assert images.shape == (1, 3, 16, 24)
+    assert (images[0, :, 4, 4] - torch.tensor(RED)).abs().max() < 20
+    assert (images[0, :, 12, 20] - torch.tensor(BLUE)).abs().max() < 20
+    assert (images[0, :, 4, 20] - torch.tensor(BLUE)).abs().max() < 20
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+def test_the_first_frame_of_an_animation(tmp_path, name):
+    frames = [Image.new("RGB", (8, 8), color) for color in (GREEN, RED, BLUE)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    assert is_plain(read_one(tmp_path / name), GREEN, tolerance=6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# label.txt
+
+
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        (b"My pets\n", "My pets"),
+        ("Käfer 甲虫".encode(), "Käfer 甲虫"),
+        (b"\xef\xbb\xbfFrom Notepad\r\n", "From Notepad"),
+        (b"two\nlines\n", "two lines"),
+        (b"", "folder"),
+        (b" \n", "folder"),
+    ],
+)
+def test_label(tmp_path, content, label):
+    root = good_tree(tmp_path / "folder")
+    (root / "label.txt").write_bytes(content)
+    assert imagefolder.read(root, (8, 8))[3] == label
+
+
+def test_a_label_that_is_no_text(tmp_path):
+    good_tree(tmp_path)
+    (tmp_path / "label.txt").write_bytes(b"\xff\xfe\x00K\xe4fer")
+    with pytest.raises(UserError, match=r"label\.txt.*UTF-8"):
+        imagefolder.read(tmp_path, (8, 8))
+    (tmp_path / "label.txt").unlink()
+    (tmp_path / "label.txt").mkdir()
+    with pytest.raises(UserError, match=r"label\.txt"):
+        imagefolder.read(tmp_path, (8, 8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong is named, on one line
+
+
+def remove(path):
+    if path.is_dir():
+        for child in path.iterdir():
+            remove(child)
+        path.rmdir()
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda root: remove(root), "train"),
+        (lambda root: remove(root / "train"), "train"),
+        (lambda root: remove(root / "test"), "test"),
+        (lambda root: (remove(root / "train"), (root / "train").write_text("")), "train"),
+        (lambda root: [remove(root / "train" / name) for name in ("cat", "dog")], "no class folders in"),
+        (lambda root: [remove(root / "test" / name) for name in ("cat", "dog")], "no class folders in"),
+        (lambda root: [remove(root / "train" / "cat" / f"{index}.png") for index in (0, 1)], "train/cat"),
+        (lambda root: remove(root / "test" / "dog" / "0.png"), "test/dog"),
+        (lambda root: remove(root / "train" / "dog"), "class dog only in test/"),
+        (
+            lambda root: [save(root / "test" / name / "0.png") for name in ("eel", "ant")],
+            "classes ant, eel only in test/",
+        ),
+    ],
+)
+def test_bad_layouts(tmp_path, spoil, words):
+    root = good_tree(tmp_path / "root")
+    spoil(root)
+    with pytest.raises(UserError) as caught:
+        imagefolder.read(root, (8, 8))
+    message = str(caught.value)
+    assert words in message
+    assert str(root) in message
+    assert "\n" not in message
+
+
+def test_a_class_without_test_images_is_a_warning(tmp_path, capsys):
+    good_tree(tmp_path)
+    save(tmp_path / "train" / "ant" / "0.png", GREEN)
+    train, test, names, _ = imagefolder.read(tmp_path, (8, 8))
+    assert names == ["ant", "cat", "dog"]
+    assert train[1].tolist() == [0, 1, 1, 2, 2]
+    assert test[1].tolist() == [1, 2]
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "class ant only in train/" in err
+
+
+def truncated(path, name):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise.save(path / name)
+    whole = (path / name).read_bytes()
+    (path / name).write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("text.jpg", b"not an image"),
+        ("empty.png", b""),
+        ("empty.webp", b""),
+        ("huge.png", png_header(20_000, 20_000)),
+        ("no_pixels.png", png_header(8, 8)),
+        ("none.bmp", b"BM"),
+        ("lying.pgm", b"P5 8 8 255\n12"),
+        ("huge.pgm", b"P5 20000 20000 255\n12"),
+        *((f"half.{kind}", None) for kind in ("jpg", "png", "gif", "tif", "webp", "bmp", "ppm")),
+    ],
+)
+def test_bad_images_end_in_one_line(tmp_path, split, name, content, run_script):
+    bad = good_tree(tmp_path / "root") / split / "dog" / name
+    if content is None:
+        truncated(bad.parent, name)
+    else:
+        bad.write_bytes(content)
+    arguments = ("--dataset", "imagefolder", "--data_dir", str(tmp_path / "root"), "--img_size", "16")
+    started = time.perf_counter()
+    code, out, err = run_script(main.main, *arguments, "--device", "cpu", "--output_dir", str(tmp_path / "output"))
+    assert time.perf_counter() - started < 5
+    assert code == 1
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert str(bad) in err
+    assert not (tmp_path / "output").exists()
+    if name.startswith("huge"):
+        assert "20000x20000 pixels, more than 64 million" in err
+
+
+def test_a_folder_or_a_dead_link_named_like_an_image(tmp_path):
+    good_tree(tmp_path)
+    odd = tmp_path / "train" / "cat" / "odd.png"
+    odd.mkdir()
+    with pytest.raises(UserError, match=r"odd\.png"):
+        imagefolder.read(tmp_path, (8, 8))
+    odd.rmdir()
+    odd.symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match=r"odd\.png"):
+        imagefolder.read(tmp_path, (8, 8))
+
+
+def test_floats_are_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match=r"float\.tif.*floating-point"):
+        imagefolder.read_image(tmp_path / "float.tif", 8, 8)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp", "a.bmp"])
+def test_damaged_bytes_give_an_image_or_a_user_error(tmp_path, name):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for _ in range(150):
+        damaged = bytearray(whole[: generator.integers(1, len(whole) + 1)])
+        for position in generator.integers(0, len(damaged), 3):
+            damaged[position] = generator.integers(256)
+        (tmp_path / name).write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            imagefolder._read_size(tmp_path / name)
+            assert read_one(tmp_path / name).shape == (8, 8, 3)
+
+
+def test_a_path_beyond_what_the_system_takes():
+    with pytest.raises(UserError, match="name too long"):
+        imagefolder.find_classes(Path("x" * 5000), "train")
+
+
+def test_the_first_failure_stops_the_reading(monkeypatch):
+    calls = []
+
+    def fail_early(index):
+        calls.append(index)
+        if index == 3:
+            raise KeyboardInterrupt
+        time.sleep(0.001)
+
+    with pytest.raises(KeyboardInterrupt):
+        imagefolder._map_with_bar(fail_early, range(5000), "")
+    assert len(calls) < 1000
+
+
+def test_no_file_is_left_open(tmp_path):
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("no /proc here")
+    good_tree(tmp_path)
+    (tmp_path / "bad.png").write_bytes(png_header(20_000, 20_000))
+    before = len(os.listdir(descriptors))
+    imagefolder.read(tmp_path, (8, 8))
+    with pytest.raises(UserError):
+        imagefolder.read_image(tmp_path / "bad.png", 8, 8)
+    assert len(os.listdir(descriptors)) == before
