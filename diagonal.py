@@ -198,8 +198,8 @@ def _run(function: Callable, qkv: Tensor, *arguments):
     return compiled(function, configuration)(*arguments)
 
 
-# Compiled models in torch's cache on disk call these by name: a changed signature needs a new name.
-@torch.library.custom_op("local_attention::diagonal", mutates_args=())
+# Compiled models in the cache on disk call both by name: a changed signature of either needs new names for both.
+@torch.library.custom_op("local_attention::diagonal_attention", mutates_args=())
 def _attend(qkv: Tensor, holds: Tensor, offsets: list[int], num_global: int) -> tuple[Tensor, Tensor, Tensor]:
     qkv = qkv.detach()
     return _run(forward, qkv, qkv, holds, offsets, num_global)
@@ -213,7 +213,7 @@ def _(qkv, holds, offsets, num_global):
     return qkv.new_empty(b, t, h, d), p, qkv.new_empty(num_global, b, t, h, dtype=dtype)
 
 
-@torch.library.custom_op("local_attention::diagonal_gradient", mutates_args=())
+@torch.library.custom_op("local_attention::diagonal_attention_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, p: Tensor, global_p: Tensor, offsets: list[int], num_global: int
 ) -> Tensor:
