@@ -8,19 +8,17 @@ resumed, so that the same command, run again, does what is missing. Ends with th
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import results
-
 import launch
 import masks
+import results
 import utils
-from utils import number_type
+from utils import json_list, number_type
 
 MAIN_SCRIPT = utils.REPOSITORY / "main.py"
 SWEPT = ("--mask_type", "--expansion_step", "--seed", "--dataset", "--output_dir", "--run_name", "--dry_run")
@@ -76,27 +74,6 @@ def parse_args(argv=None):
         if option.split("=")[0] in SWEPT:
             parser.error(f"{option} cannot be given after --: the sweep sets it for each run")
     return args
-
-
-def json_list(kind: type, choices: list | None = None):
-    """An argparse type: a JSON list, not empty, without repetitions, of strings among `choices` or of integers >= 0."""
-
-    def parse(text: str) -> list:
-        try:
-            values = json.loads(text)
-        except ValueError:
-            values = None
-        if not isinstance(values, list) or not values or any(type(value) is not kind for value in values):
-            example = json.dumps(choices[:2] if choices else [1, 2, 3])
-            raise argparse.ArgumentTypeError(f"expected a JSON list like '{example}', got {text!r}")
-        for value in values:
-            if choices is not None and value not in choices:
-                raise argparse.ArgumentTypeError(f"unknown {value!r}; expected some of {', '.join(choices)}")
-            if kind is int and value < 0:
-                raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-        return list(dict.fromkeys(values))
-
-    return parse
 
 
 def make_plan(args, on_gpu: bool) -> list[PlannedRun]:

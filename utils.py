@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -106,6 +106,27 @@ def number_type(kind: type, minimum: float | None = None, above: float | None = 
             if not holds:
                 raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
         return value
+
+    return parse
+
+
+def json_list(kind: type, choices: Sequence | None = None):
+    """An argparse type: a JSON list, not empty, without repetitions, of strings among `choices` or of integers >= 0."""
+
+    def parse(text: str) -> list:
+        try:
+            values = json.loads(text)
+        except ValueError:
+            values = None
+        if not isinstance(values, list) or not values or any(type(value) is not kind for value in values):
+            example = json.dumps(list(choices[:2]) if choices else [1, 2, 3])
+            raise argparse.ArgumentTypeError(f"expected a JSON list like '{example}', got {text!r}")
+        for value in values:
+            if choices is not None and value not in choices:
+                raise argparse.ArgumentTypeError(f"unknown {value!r}; expected some of {', '.join(choices)}")
+            if kind is int and value < 0:
+                raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+        return list(dict.fromkeys(values))
 
     return parse
 

@@ -7,7 +7,7 @@ import pytest
 
 import utils
 
-SCRIPTS = ["main.py", "run_experiments.py", "plot_result.py", "eval.py", "masks.py"]
+SCRIPTS = ["main.py", "benchmark.py", "run_experiments.py", "plot_result.py", "eval.py", "masks.py"]
 LIGHT = ["run_experiments.py", "plot_result.py"]  # start without torch
 
 

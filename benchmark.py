@@ -1,0 +1,209 @@
+"""Speed and memory of local attention, measured honestly: a forward and backward against full attention without a mask.
+
+    python benchmark.py                      # attention alone, over masks, steps, grids and backends
+    python benchmark.py --level model        # whole models
+    python benchmark.py --quick              # a minute
+    python benchmark.py --plot FILE.json     # the pictures again, from what was measured
+
+Each candidate is first checked against dense attention, output and gradient. All candidates of a grid are then timed in
+one process, in turns, so that a noisy machine is noisy to all of them alike; a ratio is taken within each turn.
+Compiling and warming up come before and are reported apart.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import benchmark_charts
+import device as machine
+import figures
+import masks
+import models
+import utils
+from candidates import BACKENDS, DTYPES, Candidate, attention_candidates, model_candidates, usable_backends
+from utils import UserError, json_list, number_type
+
+FORMAT = 1
+LEVELS = ("attention", "model")
+# Largest error against float64, of values around 1: a few units in the last place, and the sums of many.
+TOLERANCES = {"fp32": 1e-4, "bf16": 6e-2}
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(description="Time attention patterns and backends, forward and backward.")
+    positive = number_type(int, minimum=1)
+    parser.add_argument("--level", choices=LEVELS, default="attention", help="attention alone, or the whole model")
+    parser.add_argument(
+        "--mask_types",
+        type=json_list(str, masks.MASK_TYPES[1:]),
+        default=list(masks.MASK_TYPES[1:]),
+        metavar="JSON",
+        help="patterns",
+    )
+    parser.add_argument("--expansion_steps", type=json_list(int), default=[1, 2], metavar="JSON", help="reaches")
+    parser.add_argument(
+        "--grids", type=json_list(int), default=[14, 28, 56, 112], metavar="JSON", help="patches a side"
+    )
+    parser.add_argument(
+        "--backends",
+        type=json_list(str, BACKENDS),
+        default=["dense", "diagonal", "flex", "local-attention"],
+        metavar="JSON",
+        help="what to time beside full attention; those that cannot run here are named and left out",
+    )
+    parser.add_argument(
+        "--class_token", action="store_true", help="attention alone with one global token; models always have one"
+    )
+    parser.add_argument("--batch_size", type=positive, help="images (default: by grid)")
+    parser.add_argument("--num_heads", type=positive, help="heads (default: by grid; of the model: by preset)")
+    parser.add_argument("--head_dim", type=positive, default=64, help="channels a head, attention alone")
+    parser.add_argument(
+        "--model", choices=models.PRESETS, default="vit_tiny", help="size of the model, with --level model"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of queries, keys and values")
+    parser.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
+    parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's)")
+    parser.add_argument("--rounds", type=number_type(int, minimum=3), default=9, help="timed turns of all candidates")
+    parser.add_argument("--quick", action="store_true", help="one pattern, grids 14 and 28, 7 rounds")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON (default: experiments/benchmark/<level>_<device>.json)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the pictures of a JSON again, and measure nothing"
+    )
+    args = parser.parse_args(argv)
+    if args.quick:  # under a minute on two cores
+        args.mask_types, args.expansion_steps, args.grids, args.rounds = ["2d_all_neighbors"], [1], [14, 28], 7
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def prepare(candidates: list[Candidate], tolerance: float, device: torch.device) -> None:
+    """Run each once, which compiles it, and check it. Raises UserError for one that computes something else."""
+    for candidate in tqdm(candidates, "checking", leave=False, disable=not sys.stderr.isatty()):
+        candidate.first_seconds = seconds_of(candidate, device)
+        candidate.error = None if candidate.check is None else candidate.check()
+        if candidate.error is not None and not candidate.error <= tolerance:
+            raise UserError(
+                f"{candidate.name} is off by {candidate.error:.1e} from dense attention (allowed: "
+                f"{tolerance:.0e}); a wrong result is not timed"
+            )
+
+
+def seconds_of(candidate: Candidate, device: torch.device) -> float:
+    machine.synchronize(device)
+    start = time.perf_counter()
+    candidate.run()
+    machine.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure_grid(args, grid: int, backends: list[str], device: torch.device) -> list[dict]:
+    """One row a candidate: quartiles of milliseconds, of the ratio to full attention within each turn, and memory."""
+    build = attention_candidates if args.level == "attention" else model_candidates
+    candidates = build(args, grid, backends, device)
+    prepare(candidates, TOLERANCES[args.dtype], device)
+    turns = tqdm(range(args.rounds), f"grid {grid}x{grid}", leave=False, disable=not sys.stderr.isatty())
+    seconds = np.array(
+        [[seconds_of(candidate, device) for candidate in candidates] for _ in turns]
+    )  # [rounds, candidates]
+    ratios = seconds[:, :1] / seconds  # the first one is full attention
+    memory = [machine.peak_memory_of(candidate.run, device) for candidate in candidates]
+    return [
+        {
+            "grid": grid,
+            "num_patches": grid * grid,
+            "num_sequences": candidate.num_sequences,
+            "mask_type": candidate.mask_type,
+            "expansion_step": candidate.expansion_step,
+            "num_neighbors_mean": candidate.num_neighbors_mean,
+            "backend": candidate.backend,
+            "milliseconds": quartiles(1e3 * seconds[:, index]),
+            "speedup": quartiles(ratios[:, index]),
+            "ceiling": candidate.ceiling,
+            "peak_memory_bytes": memory[index],
+            "first_run_seconds": candidate.first_seconds,
+            "largest_error": candidate.error,
+        }
+        for index, candidate in enumerate(candidates)
+    ]
+
+
+def quartiles(values: np.ndarray) -> dict[str, float]:
+    return dict(zip(("q1", "median", "q3"), np.quantile(values, [0.25, 0.5, 0.75]).tolist(), strict=True))
+
+
+def format_rows(rows: list[dict]) -> str:
+    """The table, one line a candidate; `x full` is the speed relative to full attention, its ceiling beside it."""
+    lines = [
+        f"{'grid':>7}  {'mask':<26}{'backend':<16}{'ms':>9} {'[q1, q3]':<18}{'x full':>7} {'[q1, q3]':<16}ceiling  MiB"
+    ]
+    for row in rows:
+        ms, speedup, memory = row["milliseconds"], row["speedup"], row["peak_memory_bytes"]
+        step = "" if row["expansion_step"] is None else f" {row['expansion_step']}"
+        ranges = [f"[{values['q1']:.2f}, {values['q3']:.2f}]" for values in (ms, speedup)]
+        lines.append(
+            f"{row['grid']:>3}x{row['grid']:<3}  {row['mask_type'] + step:<26}{row['backend']:<16}{ms['median']:>9.2f} "
+            f"{ranges[0]:<18}{speedup['median']:>7.2f} {ranges[1]:<16}{row['ceiling']:>7.1f}  "
+            + ("-" if memory is None else f"{memory / 2**20:.0f}")
+        )
+    return "\n".join(lines)
+
+
+def measure(args, argv: list[str]) -> dict:
+    """The report: settings, machine, rows."""
+    machine_tuned = machine.keep_freed_memory()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = machine.pick_device(args.device)
+    backends, left_out = usable_backends(args.backends, device)
+    for name, reason in left_out.items():
+        print(f"left out: {name} ({reason})", flush=True)
+    rows = []
+    for grid in args.grids:
+        rows += measure_grid(args, grid, backends, device)
+        print(format_rows([row for row in rows if row["grid"] == grid]), flush=True)
+    return {
+        "format": FORMAT,
+        "level": args.level,
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "left_out": left_out,
+        "threads": torch.get_num_threads(),
+        "malloc_keeps_freed_memory": machine_tuned,
+        "memory_is": machine.PEAK_MEMORY_IS[device.type],
+        "protocol": f"forward and backward, {args.rounds} turns of all candidates in one process, after a first run",
+        "provenance": machine.provenance(argv, device),
+        "rows": rows,
+    }
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    if args.plot is not None:
+        report, output = utils.read_json(args.plot), args.plot
+        if report.get("format") != FORMAT or not report.get("rows"):
+            raise UserError(f"{args.plot} is no report of benchmark.py of format {FORMAT}; measure again")
+    else:
+        report = measure(args, sys.argv[1:] if argv is None else argv)
+        name = f"{args.level}_{machine.pick_device(args.device).type}.json"
+        output = args.output or Path("experiments") / "benchmark" / name
+        output.parent.mkdir(parents=True, exist_ok=True)
+        utils.write_json(output, report)
+        print(f"wrote {output}")
+    for kind, figure in benchmark_charts.draw(report).items():
+        figures.save_png_and_svg(figure, output.with_name(f"{output.stem}_{kind}"))
+    print(f"drew time, speedup and memory beside {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    utils.run_cli(main)

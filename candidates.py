@@ -1,0 +1,246 @@
+"""What benchmark.py times: attention patterns by backend, the peers of other libraries, and whole models.
+
+Shapes: B batch, N patches, G global tokens, T = G + N tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attention
+import device as machine
+import diagonal
+import masks
+import models
+
+FULL = "full SDPA"
+BACKENDS = ("dense", "diagonal", "uncompiled", "flex", "local-attention", "natten")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Grid side -> (batch size, heads), as much as two cores can bear.
+SHAPES = {14: (8, 12), 28: (2, 12), 56: (1, 12), 112: (1, 3)}
+NUM_CHECKED_ROWS = 32
+INEXACT = ("natten",)  # its windows are shifted, not truncated, at the border: as fast, but another pattern
+
+
+@dataclass
+class Candidate:
+    """Something to be timed: `run()` is one forward and backward."""
+
+    backend: str
+    mask_type: str
+    expansion_step: int | None
+    num_neighbors_mean: float
+    num_sequences: int  # heads times images, or images: what time and memory are divided by to compare grids
+    ceiling: float  # the most that the arithmetic allows: FLOPs of full attention over those of the mask
+    run: Callable[[], object]
+    check: Callable[[], float] | None  # -> the largest error; None where there is nothing exact to compare with
+    first_seconds: float = 0.0  # of the first run: compiling, caches, warm-up
+    error: float | None = None
+
+    @property
+    def name(self) -> str:
+        pattern = self.mask_type if self.expansion_step is None else f"{self.mask_type}, step {self.expansion_step}"
+        return f"{pattern}: {self.backend}"
+
+
+def usable_backends(asked: list[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """Those that can run here, and why the others cannot."""
+    reasons = {}
+    if device.type != "cuda":
+        reasons["flex"] = "FlexAttention has no backward off CUDA"
+        reasons["natten"] = "runs on CUDA only"
+    elif importlib.util.find_spec("natten") is None:
+        reasons["natten"] = "not installed: pip install natten"
+    if importlib.util.find_spec("local_attention") is None:
+        reasons["local-attention"] = "not installed: pip install local-attention"
+    if not diagonal.can_compile(device.type):
+        reasons["diagonal"] = "torch.compile does not work here; the backend `uncompiled` is the same formula"
+    return [name for name in asked if name not in reasons], {k: v for k, v in reasons.items() if k in asked}
+
+
+def attention_candidates(args, grid: int, backends: list[str], device: torch.device) -> list[Candidate]:
+    """Full attention, and each pattern with each backend, on one packed qkv [B, T, 3, H, D]."""
+    batch_size, num_heads = shape_of(args, grid)
+    num_global, num_patches = int(args.class_token), grid * grid
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, num_global + num_patches, 3, num_heads, args.head_dim)
+    qkv = torch.randn(shape, generator=generator).to(device, DTYPES[args.dtype]).requires_grad_()
+    grad = torch.randn(*shape[:2], *shape[3:], generator=generator).to(device, DTYPES[args.dtype])
+
+    def candidate(backend: str, mask_type: str, step: int | None, mask: Tensor | None, attend: Callable) -> Candidate:
+        pairs = (num_global + num_patches) ** 2
+        allowed = pairs if mask is None else int(mask.sum()) + num_global * (num_global + 2 * num_patches)
+        return Candidate(
+            backend,
+            mask_type,
+            step,
+            num_patches if mask is None else int(mask.sum()) / num_patches,
+            batch_size * num_heads,
+            pairs / allowed,
+            run=lambda: torch.autograd.grad(attend(qkv), qkv, grad),
+            check=None if backend in INEXACT else lambda: largest_error(attend, qkv, mask, num_global),
+        )
+
+    full = attention.compile_mask(None, num_global)
+    candidates = [candidate(FULL, "full", None, None, lambda x: attention.attend_packed(x, full))]
+    for mask_type, step in patterns_of(args):
+        mask = masks.build_attention_mask(mask_type, step, grid, grid)
+        for backend in backends:
+            attend = make_attend(backend, mask_type, mask, num_global, device)
+            if attend is not None:
+                candidates.append(candidate(backend, mask_type, step, mask, attend))
+    return candidates
+
+
+def make_attend(backend: str, mask_type: str, mask: Tensor, num_global: int, device: torch.device) -> Callable | None:
+    """qkv [B, T, 3, H, D] -> [B, T, H, D] by one backend; None if it does not know this pattern."""
+    if backend == "local-attention":
+        return None if num_global or not mask_type.startswith("1d") else local_attention_peer(mask)
+    if backend == "natten":
+        return natten_peer(mask) if mask_type == "2d_all_neighbors" and not num_global else None
+    plan = attention.compile_mask(mask, num_global, "diagonal" if backend == "uncompiled" else backend).to(device)
+    if plan.backend != plan.requested:
+        return None
+    if backend == "uncompiled":
+        return lambda qkv: UncompiledDiagonal.apply(qkv, plan.holds, plan.offsets, num_global)
+    return lambda qkv: attention.attend_packed(qkv, plan)
+
+
+class UncompiledDiagonal(torch.autograd.Function):
+    """The formulas of diagonal.py as they run where there is no compiler."""
+
+    @staticmethod
+    def forward(ctx, qkv, holds, offsets, num_global):
+        out, p, global_p = diagonal.forward(qkv, holds, offsets, num_global)
+        ctx.save_for_backward(qkv, out, p, global_p)
+        ctx.offsets, ctx.num_global = offsets, num_global
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return diagonal.backward(grad, *ctx.saved_tensors, ctx.offsets, ctx.num_global), None, None, None
+
+
+def local_attention_peer(mask: Tensor) -> Callable:
+    """The package local-attention (1D windows only), with the exact window that our masks have."""
+    from local_attention import LocalAttention
+
+    radius = (int(mask.sum(1).max()) - 1) // 2
+    layer = LocalAttention(window_size=radius, autopad=True, exact_windowsize=True, use_rotary_pos_emb=False)
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = (x.flatten(0, 1) for x in qkv.permute(2, 0, 3, 1, 4))  # each [B * H, T, D]
+        return layer(q, k, v).unflatten(0, (qkv.shape[0], -1)).transpose(1, 2)
+
+    return attend
+
+
+def natten_peer(mask: Tensor) -> Callable:
+    """The package NATTEN: 2D squares on CUDA."""
+    from natten import na2d
+
+    side, window = math.isqrt(len(mask)), math.isqrt(int(mask.sum(1).max()))
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(1, (side, side)) for x in qkv.unbind(2))  # each [B, side, side, H, D]
+        return na2d(q, k, v, kernel_size=window).flatten(1, 2)
+
+    return attend
+
+
+def largest_error(attend: Callable, qkv: Tensor, mask: Tensor | None, num_global: int) -> float:
+    """Largest error of outputs and gradients against dense attention in float64, where all flows through some rows."""
+    batch_size, num_tokens = qkv.shape[:2]
+    rows = torch.linspace(0, num_tokens - 1, min(num_tokens, NUM_CHECKED_ROWS)).long()  # the global token's among them
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.zeros_like(qkv[:, :, 0])
+    grad[:, rows] = torch.randn(batch_size, len(rows), *qkv.shape[3:], generator=generator).to(grad)
+    out = attend(qkv)
+    (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
+
+    exact_qkv = qkv.detach().double().cpu().requires_grad_()
+    q, k, v = exact_qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+    scores = q[:, :, rows] @ k.transpose(-1, -2) / qkv.shape[-1] ** 0.5  # [B, H, rows, T]
+    if mask is not None:
+        allowed = torch.ones(len(rows), num_tokens, dtype=torch.bool)
+        patches = rows >= num_global
+        allowed[patches, num_global:] = mask[rows[patches] - num_global]
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    exact = (scores.softmax(-1) @ v).transpose(1, 2)  # [B, rows, H, D]
+    (exact_grad,) = torch.autograd.grad(exact, exact_qkv, grad[:, rows].double().cpu())
+    errors = (out[:, rows].double().cpu() - exact, grad_qkv.double().cpu() - exact_grad)
+    return max(error.abs().max().item() for error in errors)
+
+
+def model_candidates(args, grid: int, backends: list[str], device: torch.device) -> list[Candidate]:
+    """Standard ViTs of 4x4 patches with a class token: ours with full attention and with each pattern, and timm's."""
+    batch_size, _ = shape_of(args, grid)
+    config = {"img_size": 4 * grid, "patch_size": 4, "dropout": 0.0, **models.PRESETS[args.model]}
+    if args.num_heads:
+        config["num_heads"] = args.num_heads
+    images = torch.randn(batch_size, 3, 4 * grid, 4 * grid, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.arange(batch_size, device=device) % config.get("num_classes", 10)
+
+    def build(mask: Tensor | None, backend: str) -> models.VisionTransformer:
+        torch.manual_seed(0)
+        return models.VisionTransformer(**config, attention_mask=mask, backend=backend).to(device)
+
+    def step(model: torch.nn.Module) -> Tensor:
+        model.zero_grad()
+        with machine.autocast(device, args.dtype):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss.detach()
+
+    def difference(model: torch.nn.Module, reference: torch.nn.Module) -> float:
+        losses = step(model) - step(reference)
+        return max(losses.abs().item(), (model.pos_embed.grad - reference.pos_embed.grad).abs().max().item())
+
+    full = build(None, "dense")
+    full_flops = models.count_forward_flops(full)["total"]
+
+    def candidate(backend, mask_type, expansion_step, num_neighbors_mean, model, reference=None, ceiling=1.0):
+        check = None if reference is None else lambda: difference(model, reference)
+        return Candidate(
+            backend, mask_type, expansion_step, num_neighbors_mean, batch_size, ceiling, lambda: step(model), check
+        )
+
+    candidates = [candidate(FULL, "full", None, grid * grid, full)]
+    if importlib.util.find_spec("timm") is not None:
+        candidates.append(candidate("timm", "full", None, grid * grid, timm_twin(full).to(device), full))
+    for mask_type, expansion_step in patterns_of(args):
+        mask = masks.build_attention_mask(mask_type, expansion_step, grid, grid)
+        mean, reference = int(mask.sum()) / len(mask), build(mask, "dense")
+        ceiling = full_flops / models.count_forward_flops(reference)["total"]
+        for backend in (name for name in backends if name in attention.BACKENDS):
+            model = build(mask, backend)
+            if model.plan.backend == backend:
+                candidates.append(candidate(backend, mask_type, expansion_step, mean, model, reference, ceiling))
+    return candidates
+
+
+def timm_twin(model: models.VisionTransformer) -> torch.nn.Module:
+    """timm's ViT of the same sizes and weights."""
+    from timm.models import VisionTransformer
+
+    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
+    twin = VisionTransformer(**{name: model.config[name] for name in names})
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def patterns_of(args) -> list[tuple[str, int]]:
+    return [(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps]
+
+
+def shape_of(args, grid: int) -> tuple[int, int]:
+    """(batch size, heads) of a grid: as asked for, else as the nearest grid of SHAPES has it."""
+    batch_size, num_heads = SHAPES[min(SHAPES, key=lambda known: abs(known - grid))]
+    return args.batch_size or batch_size, args.num_heads or num_heads

@@ -1,0 +1,138 @@
+"""The benchmark on small grids: what it checks, what it computes from the times, what it writes."""
+
+import numpy as np
+import pytest
+import torch
+
+import attention
+import benchmark
+import benchmark_charts
+import candidates
+import device as machine
+import masks
+import utils
+
+CPU = torch.device("cpu")
+SMALL = ["--grids", "[3, 5]", "--batch_size", "2", "--num_heads", "2", "--head_dim", "8", "--device", "cpu"]
+LIGHT = [*SMALL, "--mask_types", '["2d_cardinal", "1d_cardinal"]', "--expansion_steps", "[1]", "--rounds", "3"]
+
+
+@pytest.fixture
+def report(tmp_path):
+    output = tmp_path / "report.json"
+    arguments = [*LIGHT, "--backends", '["dense", "uncompiled", "flex"]', "--output", str(output)]
+    assert benchmark.main(arguments) == 0
+    return output
+
+
+def test_a_small_run_from_end_to_end(report):
+    found = utils.read_json(report)
+    rows = found["rows"]
+    assert [row["backend"] for row in rows] == ["full SDPA", *["dense", "uncompiled"] * 2] * 2
+    assert found["left_out"] == {"flex": "FlexAttention has no backward off CUDA"}
+    assert found["threads"] == torch.get_num_threads()
+    assert found["provenance"]["versions"]["torch"] == torch.__version__
+    for row in rows:
+        assert row["num_patches"] == row["grid"] ** 2
+        assert row["num_sequences"] == 4
+        assert row["milliseconds"]["q1"] <= row["milliseconds"]["median"] <= row["milliseconds"]["q3"]
+        assert row["largest_error"] < 1e-5
+        assert row["first_run_seconds"] > 0
+    assert rows[0]["speedup"] == {"q1": 1, "median": 1, "q3": 1}
+    plus = masks.build_attention_mask("2d_cardinal", 1, 3, 3)
+    assert rows[1]["num_neighbors_mean"] == plus.sum().item() / 9
+    assert rows[1]["ceiling"] == pytest.approx(81 / plus.sum().item())
+    pictures = {path.name for path in report.parent.iterdir()} - {report.name}
+    assert pictures == {
+        f"report_{kind}.{suffix}" for kind in ("time", "speedup", "memory") for suffix in ("png", "svg")
+    }
+
+
+def test_pictures_are_drawn_again_from_the_json(report, monkeypatch):
+    (report.parent / "report_time.png").unlink()
+    monkeypatch.setattr(benchmark, "measure", lambda *args: pytest.fail("measured"))
+    assert benchmark.main(["--plot", str(report)]) == 0
+    assert (report.parent / "report_time.png").stat().st_size > 5000
+
+
+def test_class_token_and_peers(tmp_path):
+    args = benchmark.parse_args([*LIGHT, "--class_token"])
+    made = candidates.attention_candidates(args, 3, ["dense", "uncompiled", "local-attention"], CPU)
+    assert [c.backend for c in made] == ["full SDPA", *["dense", "uncompiled"] * 2]  # the peer knows no global token
+    assert all(c.check() < 1e-5 for c in made)
+    assert made[1].ceiling == pytest.approx(100 / (masks.build_attention_mask("2d_cardinal", 1, 3, 3).sum() + 19))
+
+
+def test_models_compute_the_same_and_have_a_ceiling():
+    args = benchmark.parse_args([*LIGHT, "--level", "model", "--model", "vit_micro"])
+    made = candidates.model_candidates(args, 3, ["dense"], CPU)
+    assert [c.backend for c in made] == ["full SDPA", "timm", "dense", "dense"]
+    assert all(c.check() < 1e-5 for c in made[1:])
+    assert made[1].ceiling == 1
+    assert made[2].ceiling > 1
+
+
+def test_a_wrong_candidate_is_refused():
+    args = benchmark.parse_args(LIGHT)
+    made = candidates.attention_candidates(args, 3, ["dense"], CPU)
+    benchmark.prepare(made, 1e-4, CPU)
+    mask = masks.build_attention_mask("2d_cardinal", 1, 3, 3)
+    qkv = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
+    wrong = attention.compile_mask(masks.build_attention_mask("2d_all_neighbors", 1, 3, 3), 0, "dense")
+    made[1].check = lambda: candidates.largest_error(lambda x: attention.attend_packed(x, wrong), qkv, mask, 0)
+    with pytest.raises(utils.UserError, match="2d_cardinal, step 1: dense is off by"):
+        benchmark.prepare(made, 1e-4, CPU)
+    made[1].check = lambda: float("nan")
+    with pytest.raises(utils.UserError, match="off by nan"):
+        benchmark.prepare(made, 1e-4, CPU)
+
+
+def test_a_wrong_gradient_is_seen():
+    """Right outputs, wrong gradients: what a miscompiled backward would be."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.01
+
+    plan = attention.compile_mask(None)
+    qkv = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
+    assert candidates.largest_error(lambda x: attention.attend_packed(x, plan), qkv, None, 0) < 1e-5
+    assert candidates.largest_error(lambda x: attention.attend_packed(Wrong.apply(x), plan), qkv, None, 0) > 1e-4
+
+
+def test_quartiles():
+    values = benchmark.quartiles(np.array([5.0, 1.0, 3.0, 2.0, 4.0]))
+    assert values == {"q1": 2.0, "median": 3.0, "q3": 4.0}
+
+
+def test_fitted_exponent():
+    patches = [196, 784, 3136]
+    assert benchmark_charts.fit_exponent(patches, [3 * n**1.7 for n in patches]) == pytest.approx(1.7)
+
+
+@pytest.mark.skipif(machine.platform.libc_ver()[0] != "glibc", reason="peak memory on the CPU is read on Linux")
+def test_peak_memory_is_that_of_the_call():
+    size = 64 * 2**20
+    peak = machine.peak_memory_of(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    assert size <= peak < 1.5 * size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--rounds", "2"], 2, "at least 3"),
+        (["--backends", '["magic"]'], 2, "unknown 'magic'"),
+        (["--grids", "14"], 2, "JSON list"),
+        (["--plot", "nowhere.json"], 1, "nowhere.json"),
+    ],
+)
+def test_bad_command_lines_end_in_one_line(arguments, code, words, run_script):
+    found, _, err = run_script(benchmark.main, *arguments)
+    assert found == code
+    assert len(err.splitlines()) == 1
+    assert words in err
