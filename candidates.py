@@ -137,7 +137,8 @@ def local_attention_peer(mask: Tensor) -> Callable:
 
     def attend(qkv: Tensor) -> Tensor:
         q, k, v = (x.flatten(0, 1) for x in qkv.permute(2, 0, 3, 1, 4))  # each [B * H, T, D]
-        return layer(q, k, v).unflatten(0, (qkv.shape[0], -1)).transpose(1, 2)
+        real = torch.ones(1, qkv.shape[1], dtype=torch.bool, device=qkv.device)  # not what autopad adds at the end
+        return layer(q, k, v, mask=real).unflatten(0, (qkv.shape[0], -1)).transpose(1, 2)
 
     return attend
 

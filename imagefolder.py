@@ -25,7 +25,8 @@ from tqdm import tqdm
 from utils import UserError, warn
 
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-MAX_PIXELS = 64_000_000  # of one file; decoding takes 4 bytes a pixel
+MAX_PIXELS = 64_000_000  # of one file; decoding takes 4 bytes a pixel, with transparency 8
+CHUNK = 8  # files that a thread takes at once
 LAYOUT = "expected train/<class>/* and test/<class>/* in --data_dir"
 Labeled = tuple[Tensor, Tensor]  # uint8 images [n, 3, H, W], int64 labels [n]
 
@@ -113,18 +114,25 @@ def _read_split(files: list[tuple[Path, int]], height: int, width: int) -> Label
 
 
 def read_image(path: Path, height: int, width: int) -> Image.Image:
-    """The file as RGB, resized and center-cropped to height x width unless it has that size."""
+    """The file as RGB, resized and center-cropped to height x width unless it has that size.
+
+    In place and resized before the transparency is resolved: a copy of a large image is hundreds of megabytes.
+    """
     with _opened(path) as image:
-        image = ImageOps.exif_transpose(image)  # also decodes, and drops all frames but the first
+        image.draft(None, (2 * max(height, width),) * 2)  # a JPEG is decoded at 1/2, 1/4, 1/8 if that is enough
+        image.load()  # of an animation, the first frame
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers of no known range")
         if image.mode.startswith("I"):  # 16 bits of gray; convert() would cut them off at 255
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.BILINEAR)
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        image = image if image.mode == mode else image.convert(mode)
+        if image.size != (width, height):
+            image = ImageOps.fit(image, (width, height), Image.BILINEAR)
+        if mode == "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image
 
 
 def _read_size(path: Path) -> tuple[int, int]:
@@ -152,14 +160,24 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _map_with_bar(function, items, title: str) -> list:
-    """`function` of every item, in threads: decoding lets go of Python's lock."""
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        bar = tqdm(pool.map(function, items), title, len(items), leave=False, disable=not sys.stderr.isatty())
+    """`function` of every item, in threads: decoding lets go of Python's lock.
+
+    In chunks: threads that hand over single small images spend more time on the lock than on the images.
+    """
+    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+    results = []
+    with (
+        ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
+        tqdm(desc=title, total=len(items), leave=False, disable=not sys.stderr.isatty()) as bar,
+    ):
         try:
-            return list(bar)
+            for chunk in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
+                results += chunk
+                bar.update(len(chunk))
         except BaseException:  # an interrupt too: without this, the pool would first read all the other files
             pool.shutdown(cancel_futures=True)
             raise
+    return results
 
 
 def _names(names: set[str]) -> str:
