@@ -60,7 +60,7 @@ def usable_backends(asked: list[str], device: torch.device) -> tuple[list[str], 
         reasons["natten"] = "not installed: pip install natten"
     if importlib.util.find_spec("local_attention") is None:
         reasons["local-attention"] = "not installed: pip install local-attention"
-    if not diagonal.can_compile(device.type):
+    if diagonal.compile_error(device.type) is not None:
         reasons["diagonal"] = "torch.compile does not work here; the backend `uncompiled` is the same formula"
     return [name for name in asked if name not in reasons], {k: v for k, v in reasons.items() if k in asked}
 

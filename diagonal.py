@@ -167,15 +167,22 @@ def _shift_weights(weights: Tensor, offset: int) -> Tensor:
 
 
 @functools.cache
-def can_compile(device_type: str) -> bool:
-    """Whether torch.compile works here: tried on a trivial function, with one warning if it does not."""
+def compile_error(device_type: str) -> str | None:
+    """Why torch.compile does not work here, found by trying it on a trivial function; None if it works."""
     try:
         torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device_type))
-        return True
+        return None
     except Exception as error:  # no C++ compiler, no Triton, no headers: each fails in its own way
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        warnings.warn(f"torch.compile does not work here, local attention runs uncompiled: {reason}", stacklevel=2)
-        return False
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@functools.cache
+def can_compile(device_type: str) -> bool:
+    """Whether local attention is compiled on such a device; where it is not, one warning says why."""
+    error = compile_error(device_type)
+    if error is not None:
+        warnings.warn(f"torch.compile does not work here, local attention runs uncompiled: {error}", stacklevel=2)
+    return error is None
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import torch
 import attention
 import data
 import device as machine
+import diagonal
 import figures
 import masks
 import models
@@ -97,6 +98,8 @@ def resolve_settings(args) -> dict:
     settings["device"] = machine.pick_device(args.device).type
     settings["precision"] = machine.resolve_precision(args.precision, torch.device(settings["device"]))
     settings["run_name"] = args.run_name or utils.default_run_name(args.mask_type, settings["expansion_step"])
+    if args.compile and (error := diagonal.compile_error(settings["device"])) is not None:
+        raise UsageError(f"--compile: torch.compile does not work here: {error}; mend that, or leave --compile out")
     if Path(settings["run_name"]).name != settings["run_name"]:
         raise UsageError(f"--run_name must be a plain folder name, got {settings['run_name']!r}")
     return settings
