@@ -46,6 +46,8 @@ def _mebibytes(row: dict) -> tuple[float, float, float] | None:
 
 def _draw(report: dict, ylabel: str, value_of, with_exponent: bool = False, with_ceiling: bool = False) -> Figure:
     """One panel a mask type, full attention in each; a line a step and backend, with quartiles."""
+    from matplotlib.ticker import LogLocator
+
     rows = report["rows"]
     mask_types = list(dict.fromkeys(row["mask_type"] for row in rows if row["mask_type"] != "full")) or ["full"]
     num_columns = min(PANELS_ABREAST, len(mask_types))
@@ -72,6 +74,7 @@ def _draw(report: dict, ylabel: str, value_of, with_exponent: bool = False, with
         panel.set_yscale("log")
         patches = sorted({row["num_patches"] for row in rows})
         panel.set_xticks(patches, [f"{n:,}\n({round(n**0.5)}²)" for n in patches])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.minorticks_off()
         figures.dress(panel, mask_type, "patches" if panel in panels[-num_columns:] else "", "")
@@ -93,4 +96,6 @@ def _draw_series(panel: Axes, rows: list[dict], value_of, style: dict, label: st
 
 def _draw_ceiling(panel: Axes, rows: list[dict], color: str, step: int) -> None:
     x, ceiling = zip(*((row["num_patches"], row["ceiling"]) for row in rows), strict=True)
-    panel.plot(x, ceiling, color=color, linewidth=1, linestyle=(0, (1, 3)), marker="_", label=f"step {step}: ceiling")
+    panel.plot(
+        x, ceiling, color=color, linewidth=1, linestyle=(0, (1, 3)), marker="_", label=f"step {step}: ceiling by FLOPs"
+    )
