@@ -14,10 +14,12 @@ Shapes: B batch, N patches, G global tokens (the class token), T = G + N tokens,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -182,7 +184,6 @@ def choose_backend(
     plan.to(device)
     qkv_shape = (batch_size, plan.num_global_tokens + plan.num_tokens, 3, num_heads, head_dim)
     path = _timings_path(plan, qkv_shape, dtype, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # two runs that start together measure one after the other, and once
         timings = _read_timings(path)
         if not timings:
@@ -236,8 +237,20 @@ def _timings_path(plan: Plan, qkv_shape: tuple, dtype: torch.dtype, device: torc
     """In the user's cache folder, named by everything that the timings depend on."""
     mask_hash = hashlib.sha256(plan.mask.numpy().tobytes()).hexdigest()
     depends_on = (mask_hash, qkv_shape, str(dtype), machine.device_name(device), torch.__version__)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "local-attention-vits" / f"{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]}.json"
+    return _cache_folder() / f"{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]}.json"
+
+
+def _cache_folder() -> Path:
+    """The user's, or one that is gone with the next restart where that cannot be written (a container's home)."""
+    for cache in (os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), tempfile.gettempdir()):
+        folder = Path(cache) / "local-attention-vits"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    raise utils.UserError(
+        "no folder for timings can be written, neither ~/.cache nor the temporary one; name a --backend"
+    )
 
 
 def _read_timings(path: Path) -> dict[str, float]:

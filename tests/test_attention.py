@@ -349,6 +349,14 @@ def test_auto_stays_dense_in_a_short_run_whatever_was_measured_before(measured):
     assert "10.0 s" in plan.reason
 
 
+def test_a_cache_that_cannot_be_written_is_replaced(measured, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(attention.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    assert choose(local_plan()).backend == "diagonal"
+    assert list((tmp_path / "temporary" / "local-attention-vits").glob("*.json"))
+
+
 def test_an_unreadable_cache_is_measured_again(measured, tmp_path):
     choose(local_plan())
     for path in (tmp_path / "local-attention-vits").glob("*.json"):
