@@ -73,8 +73,7 @@ class Plan(nn.Module):
             raise ValueError(self.too_many_diagonals)
         self.backend, self.reason = backend, reason
         needs_dense_mask = self.mask is not None and backend == "dense"
-        device = None if self.holds is None else self.holds.device
-        self.token_mask = self.with_global_tokens().to(device) if needs_dense_mask else None
+        self.token_mask = self.with_global_tokens() if needs_dense_mask else None
 
     def with_global_tokens(self) -> Tensor:
         """The mask over all tokens, bool [T, T]: a global token attends to all and is attended by all."""
@@ -89,6 +88,11 @@ class Plan(nn.Module):
                 lambda b, h, i, j: allowed[i, j], None, None, size, size, device=device
             )
         return self._block_mask
+
+    def follow(self, device: torch.device) -> None:
+        """Move to where the tokens are, if not there yet."""
+        if any(buffer.device != device for buffer in self.buffers()):
+            self.to(device)
 
     def check_device(self, device: torch.device) -> None:
         """Raise ValueError if the backend cannot run there."""
@@ -132,6 +136,7 @@ def attend_packed(qkv: Tensor, plan: Plan) -> Tensor:
         raise ValueError(
             f"got {qkv.shape[1]} tokens; the mask has {plan.num_tokens}, after {plan.num_global_tokens} global ones"
         )
+    plan.follow(qkv.device)
     if torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     if plan.backend == "diagonal":
@@ -181,7 +186,6 @@ def choose_backend(
     if not others:
         plan.use("dense", plan.too_many_diagonals)
         return
-    plan.to(device)
     qkv_shape = (batch_size, plan.num_global_tokens + plan.num_tokens, 3, num_heads, head_dim)
     path = _timings_path(plan, qkv_shape, dtype, device)
     with FileLock(f"{path}.lock"):  # two runs that start together measure one after the other, and once

@@ -237,6 +237,8 @@ def main(argv=None) -> int:
         choose_backend(model, settings, len(dataset.train))
     else:  # what was chosen when the run began, so that a resume is exact
         model.plan.use(found["attention"]["backend"], found["attention"]["backend_reason"])
+        with utils.usage_errors():
+            model.plan.check_device(device)
     provenance = machine.provenance(argv, device)
     if found is not None:
         refuse_other(folder, "data", found["data"], dataset.describe())

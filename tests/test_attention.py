@@ -297,6 +297,15 @@ def test_backends_match_the_oracle_on_cuda(backend):
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("backend", ["dense", "diagonal"])
+@pytest.mark.parametrize("num_tokens", [4, 80])  # 80: too many diagonals
+def test_a_plan_follows_its_tokens_to_their_device(backend, num_tokens):
+    plan = compile_mask(torch.ones(num_tokens, num_tokens, dtype=torch.bool), 0, backend)
+    plan.use(plan.backend, "chosen after the model was moved")
+    plan.follow(torch.device("meta"))
+    assert {buffer.device.type for buffer in plan.buffers()} <= {"meta"}
+
+
 def test_plans_leave_no_trace_in_a_state_dict():
     for backend in ("dense", "diagonal", "auto"):
         plan = compile_mask(masks.build_attention_mask("2d_cardinal", 1, 3, 3), 1, backend)
