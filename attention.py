@@ -229,7 +229,7 @@ def _measure(
         except Exception as error:  # a compiler's: whatever it is, dense is still there
             if backend == "dense":
                 raise
-            utils.warn(f"backend {backend} does not work here and is left out: {str(error).strip().splitlines()[0]}")
+            utils.warn(f"backend {backend} does not work here and is left out: {utils.first_line(error)}")
     start = time.perf_counter()
     while len(seconds["dense"]) < ROUNDS and time.perf_counter() - start < SECONDS_A_MEASUREMENT:
         for backend, measured in seconds.items():

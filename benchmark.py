@@ -53,7 +53,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--backends",
         type=json_list(str, BACKENDS),
-        default=["dense", "diagonal", "flex", "local-attention"],
+        default=["dense", "diagonal", "flex", "local-attention", "natten"],
         metavar="JSON",
         help="what to time beside full attention; those that cannot run here are named and left out",
     )

@@ -102,7 +102,8 @@ def attention_candidates(args, grid: int, backends: list[str], device: torch.dev
 def make_attend(backend: str, mask_type: str, mask: Tensor, num_global: int, device: torch.device) -> Callable | None:
     """qkv [B, T, 3, H, D] -> [B, T, H, D] by one backend; None if it does not know this pattern."""
     if backend == "local-attention":
-        return None if num_global or not mask_type.startswith("1d") else local_attention_peer(mask)
+        knows = mask_type.startswith("1d") and not num_global and mask.sum() > len(mask)  # no window of one
+        return local_attention_peer(mask) if knows else None
     if backend == "natten":
         return natten_peer(mask) if mask_type == "2d_all_neighbors" and not num_global else None
     plan = attention.compile_mask(mask, num_global, "diagonal" if backend == "uncompiled" else backend).to(device)

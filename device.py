@@ -117,7 +117,10 @@ def peak_memory_of(function: Callable[[], object], device: torch.device) -> int 
 
 def _status_bytes(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    values = [1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")]
+    if not values:
+        raise OSError(f"/proc/self/status has no {key}")
+    return values[0]
 
 
 def keep_freed_memory() -> bool:
@@ -140,7 +143,7 @@ def provenance(argv: list[str], device: torch.device) -> dict:
     return {
         "command": [Path(sys.argv[0]).name, *argv],
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "git_dirty": None if (status := _git("status", "--porcelain", "--", "*.py")) is None else bool(status),
         "versions": versions | {name: _version(name) for name in others},
         "device": device_name(device),
         "platform": platform.platform(),

@@ -19,12 +19,13 @@ from __future__ import annotations
 import functools
 import math
 import types
-import warnings
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import utils
 
 LOG2_E = math.log2(math.e)
 MASKED_SCORE = -1e30  # finite: exp2 of it is 0 at full speed, that of -inf is slow on CPUs
@@ -173,7 +174,7 @@ def compile_error(device_type: str) -> str | None:
         torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device_type))
         return None
     except Exception as error:  # no C++ compiler, no Triton, no headers: each fails in its own way
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return utils.first_line(error)
 
 
 @functools.cache
@@ -181,7 +182,7 @@ def can_compile(device_type: str) -> bool:
     """Whether local attention is compiled on such a device; where it is not, one warning says why."""
     error = compile_error(device_type)
     if error is not None:
-        warnings.warn(f"torch.compile does not work here, local attention runs uncompiled: {error}", stacklevel=2)
+        utils.warn(f"torch.compile does not work here, local attention runs uncompiled: {error}")
     return error is None
 
 

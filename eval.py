@@ -23,7 +23,7 @@ from checkpoint import load_checkpoint, rebuild_model
 SPLITS = ("test", "train")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, for which the kernels would be compiled once more
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device, precision: str
 ) -> dict:
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     parser.add_argument("--data_dir", metavar="DIR", help="where the data is (default: as in training)")
     parser.add_argument("--batch_size", type=utils.number_type(int, minimum=1), default=256, help="images a batch")
     parser.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
-    parser.add_argument("--precision", choices=machine.PRECISIONS, default="auto", help="auto: bf16 on CUDA from 8.0")
+    parser.add_argument("--precision", choices=machine.PRECISIONS, help="of the model (default: as in training)")
     parser.add_argument(
         "--backend", choices=attention.BACKENDS[1:], default="dense", help="how masked attention is computed"
     )
@@ -89,8 +89,10 @@ def main(argv=None) -> int:
     state = load_checkpoint(args.checkpoint)
     settings, config = state["settings"], state["model_config"]
     device = machine.pick_device(args.device)
-    precision = machine.resolve_precision(args.precision, device)
+    precision = machine.resolve_precision(args.precision or settings["precision"], device)
     model = rebuild_model(state, args.backend).to(device)
+    with utils.usage_errors():
+        model.plan.check_device(device)
     dataset = data.load_dataset(settings["dataset"], args.data_dir or settings["data_dir"], config["img_size"], device)
     if dataset.class_names != state["data"]["class_names"]:
         raise utils.UserError(
@@ -113,8 +115,9 @@ def main(argv=None) -> int:
         **result,
         "provenance": machine.provenance(sys.argv[1:] if argv is None else argv, device),
     }
-    utils.write_json(output, report)
     print(describe(report))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    utils.write_json(output, report)
     print(f"wrote {output}")
     return 0
 

@@ -15,6 +15,10 @@ import utils
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 15  # between asking a child to stop and killing it
+# Ctrl-C, a scheduler, a closed terminal; a sweep under nohup ignores the last one before it comes here.
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOP_SIGNALS.append(signal.SIGHUP)
 
 
 @dataclass
@@ -41,7 +45,9 @@ def gpu_ids(num_gpus: int | None) -> list[str]:
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        found, counted_by = [name.strip() for name in visible.split(",") if name.strip()], "CUDA_VISIBLE_DEVICES names"
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+        found = names[: names.index("-1")] if "-1" in names else names  # as CUDA reads it
+        counted_by = "CUDA_VISIBLE_DEVICES names"
     else:
         found, counted_by = _ask_nvidia_smi(), "nvidia-smi lists"
     if num_gpus is None:
@@ -77,13 +83,13 @@ def run_jobs(jobs: list[Job], slots: list[str], on_change: Callable[[], None], o
     """
     threads = max(1, (os.cpu_count() or 1) // len(slots))
     waiting, free, running = list(jobs), list(slots), []
-    previous_handler = signal.signal(signal.SIGTERM, _raise_interrupt)
+    previous_handlers = {number: signal.signal(number, _raise_interrupt) for number in STOP_SIGNALS}
     try:
         while waiting or running:
             while waiting and free:
                 job = waiting.pop(0)
+                running.append(job)  # before it starts: whatever interrupts us, it will be stopped
                 _start(job, free.pop(0), threads)
-                running.append(job)
                 on_change()
             time.sleep(POLL_SECONDS)
             for job in [job for job in running if job.process.poll() is not None]:
@@ -93,14 +99,17 @@ def run_jobs(jobs: list[Job], slots: list[str], on_change: Callable[[], None], o
                 on_change()
             on_poll()
     finally:
-        _stop(running)
-        signal.signal(signal.SIGTERM, previous_handler)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # stopping the children is not interrupted again
+        _stop([job for job in running if job.process is not None])
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
 
 
 def _start(job: Job, gpu: str, threads: int) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     if not gpu:
-        environment["OMP_NUM_THREADS"] = str(threads)  # the runs on one CPU share its cores
+        environment.setdefault("OMP_NUM_THREADS", str(threads))  # the runs on one CPU share its cores
     job.gpu = gpu
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:

@@ -74,7 +74,9 @@ def parse_args(argv=None):
         "--label_smoothing", type=fraction, default=0.1, metavar="P", help="mass moved off the true class"
     )
     group.add_argument("--grad_clip", type=number_type(float, minimum=0), default=1.0, help="gradient norm; 0 = off")
-    group.add_argument("--seed", type=number_type(int, minimum=0), default=0, help="of weights, data order, dropout")
+    group.add_argument(
+        "--seed", type=number_type(int, minimum=0, below=2**63), default=0, help="of weights, data order, dropout"
+    )
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
@@ -97,10 +99,12 @@ def resolve_settings(args) -> dict:
         settings["expansion_step"] = None
     settings["device"] = machine.pick_device(args.device).type
     settings["precision"] = machine.resolve_precision(args.precision, torch.device(settings["device"]))
-    settings["run_name"] = args.run_name or utils.default_run_name(args.mask_type, settings["expansion_step"])
+    settings["run_name"] = (
+        utils.default_run_name(args.mask_type, settings["expansion_step"]) if args.run_name is None else args.run_name
+    )
     if args.compile and (error := diagonal.compile_error(settings["device"])) is not None:
         raise UsageError(f"--compile: torch.compile does not work here: {error}; mend that, or leave --compile out")
-    if Path(settings["run_name"]).name != settings["run_name"]:
+    if Path(settings["run_name"]).name != settings["run_name"] or settings["run_name"] in ("", ".."):
         raise UsageError(f"--run_name must be a plain folder name, got {settings['run_name']!r}")
     return settings
 
@@ -257,6 +261,8 @@ def main(argv=None) -> int:
     title = settings["mask_type"] if step is None else f"{settings['mask_type']}, expansion step {step}"
     figures.save(figures.draw_attention_mask(model.plan.mask, *model.grid, title), folder / utils.MASK_PICTURE)
     state = load_checkpoint(folder / utils.CHECKPOINT) if (folder / utils.CHECKPOINT).exists() else None
+    if state is not None:  # config.json may have been removed
+        refuse_other(folder, "settings", state["settings"], settings)
     print(f"{folder}: {config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}", flush=True)
     history = train(model, dataset, config, folder, state)
     utils.write_json(folder / utils.SUMMARY, summarize(history, config))

@@ -184,10 +184,12 @@ def report(plan: list[PlannedRun]) -> None:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    if args.dry_run and args.gpus is not None:
-        gpus = [str(index) for index in range(args.gpus)]  # a plan may be made for another machine
-    else:
+    try:
         gpus = launch.gpu_ids(args.gpus)
+    except utils.UsageError:
+        if not args.dry_run:
+            raise
+        gpus = [str(index) for index in range(args.gpus)]  # a plan may be made for another machine
     slots = launch.make_slots(gpus, args.runs_per_gpu)
     plan = make_plan(args, on_gpu=bool(gpus))
     if args.dry_run:

@@ -107,6 +107,11 @@ def train(model, dataset, config: dict, folder: Path, state: dict | None) -> lis
         row = train_epoch(forward, optimizer, scheduler, dataset, settings, epoch, device)
         batches = data.eval_batches(dataset, dataset.test, settings["batch_size"])
         result = evaluate(forward, batches, dataset.num_classes, device, settings["precision"])
+        if not math.isfinite(result["loss"]):
+            raise UserError(
+                f"the evaluation loss became {result['loss']} after epoch {epoch}; what was saved before stays good. "
+                "A lower --lr, a longer --warmup_fraction or --precision fp32 may help"
+            )
         row |= {
             "eval_loss": result["loss"],
             "eval_accuracy": result["top1_accuracy"],

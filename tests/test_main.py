@@ -152,6 +152,22 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_what_was_saved(tmp_path, monk
     assert not (folder / "summary.json").exists()
 
 
+def test_weights_that_became_nan_in_the_last_step_are_not_saved(tmp_path, monkeypatch):
+    original = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: original(*args) | {"loss": math.nan})
+    with pytest.raises(utils.UserError, match="evaluation loss became nan after epoch 1"):
+        run(tmp_path)
+    assert not (tmp_path / "digits" / "full" / "seed_0" / "last.pt").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_not_taken(finished, tmp_path):
+    folder = tmp_path / "digits" / "full" / "seed_0"
+    folder.mkdir(parents=True)
+    (folder / "last.pt").write_bytes((finished / "last.pt").read_bytes())
+    with pytest.raises(utils.UsageError, match="mask_type '2d_cardinal' there, 'full' asked for"):
+        run(tmp_path)
+
+
 def test_dry_run_trains_and_writes_nothing(tmp_path, capsys):
     arguments = ["--mask_type", "2d_all_neighbors", "--expansion_step", "2", "--output_dir", str(tmp_path), "--dry_run"]
     assert main.main(arguments) == 0
@@ -275,7 +291,7 @@ def test_bad_checkpoints_end_in_one_line(finished, tmp_path, kind, run_script):
     elif kind == "foreign":
         torch.save({"state_dict": {}}, path)
     elif kind == "version":
-        torch.save({"format": 99, "model_config": {}}, path)
+        torch.save({"format": 99}, path)
     code, out, err = run_script(evaluation.main, "--checkpoint", str(path))
     assert code == 1
     assert out == ""
@@ -298,6 +314,9 @@ def test_bad_checkpoints_end_in_one_line(finished, tmp_path, kind, run_script):
         (["--epoch", "3"], "unrecognized arguments"),
         (["--img_size", "30", "--dry_run"], "30x30 is no multiple of patch_size 16"),
         (["--run_name", "a/b", "--dry_run"], "plain folder name"),
+        (["--run_name", "..", "--dry_run"], "plain folder name"),
+        (["--run_name", "", "--dry_run"], "plain folder name"),
+        (["--seed", "99999999999999999999"], "below"),
     ],
 )
 def test_bad_command_lines_end_in_one_line(arguments, words, tmp_path, run_script):

@@ -126,6 +126,12 @@ def test_gpus_are_those_that_cuda_visible_devices_names(sweep, monkeypatch):
         sweep("--gpus", "3")
 
 
+def test_hidden_gpus_are_no_gpus(sweep, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert sweep("--dry_run", "--mask_types", '["full"]') == 0
+    assert capsys.readouterr().out.startswith("CPU")
+
+
 def test_on_the_cpu_no_gpu_is_visible(sweep):
     assert sweep("--gpus", "0", "--mask_types", '["full"]') == 0
     assert calls(sweep.output)[0]["gpu"] == ""
