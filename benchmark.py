@@ -66,6 +66,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--model", choices=models.PRESETS, default="vit_tiny", help="size of the model, with --level model"
     )
+    parser.add_argument("--depth", type=positive, help="blocks of the model (default: by preset)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of queries, keys and values")
     parser.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
     parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's)")
@@ -78,6 +79,8 @@ def parse_args(argv=None):
         "--plot", type=Path, metavar="FILE", help="draw the pictures of a JSON again, and measure nothing"
     )
     args = parser.parse_args(argv)
+    if 0 in args.grids:
+        parser.error("argument --grids: a grid has at least 1 patch a side, got 0")
     if args.quick:  # under a minute on two cores
         args.mask_types, args.expansion_steps, args.grids, args.rounds = ["2d_all_neighbors"], [1], [14, 28], 7
     return args
@@ -112,10 +115,11 @@ def measure_grid(args, grid: int, backends: list[str], device: torch.device) -> 
     build = attention_candidates if args.level == "attention" else model_candidates
     candidates = build(args, grid, backends, device)
     prepare(candidates, TOLERANCES[args.dtype], device)
-    turns = tqdm(range(args.rounds), f"grid {grid}x{grid}", leave=False, disable=not sys.stderr.isatty())
-    seconds = np.array(
-        [[seconds_of(candidate, device) for candidate in candidates] for _ in turns]
-    )  # [rounds, candidates]
+    seconds = np.empty((args.rounds, len(candidates)))
+    order = np.random.default_rng(0)  # anew in each turn, so that nobody always finds the caches of the same other one
+    for turn in tqdm(range(args.rounds), f"grid {grid}x{grid}", leave=False, disable=not sys.stderr.isatty()):
+        for index in order.permutation(len(candidates)):
+            seconds[turn, index] = seconds_of(candidates[index], device)
     ratios = seconds[:, :1] / seconds  # the first one is full attention
     memory = [machine.peak_memory_of(candidate.run, device) for candidate in candidates]
     return [
@@ -159,31 +163,38 @@ def format_rows(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def measure(args, argv: list[str]) -> dict:
-    """The report: settings, machine, rows."""
+def measure(args, argv: list[str]) -> tuple[dict, Path]:
+    """The report (settings, machine, rows) and its file, written after each grid: an interrupt loses one grid."""
     machine_tuned = machine.keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = machine.pick_device(args.device)
-    backends, left_out = usable_backends(args.backends, device)
+    backends, left_out = usable_backends(args.backends, args.level, device)
     for name, reason in left_out.items():
         print(f"left out: {name} ({reason})", flush=True)
-    rows = []
-    for grid in args.grids:
-        rows += measure_grid(args, grid, backends, device)
-        print(format_rows([row for row in rows if row["grid"] == grid]), flush=True)
-    return {
+    report = {
         "format": FORMAT,
         "level": args.level,
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "left_out": left_out,
         "threads": torch.get_num_threads(),
         "malloc_keeps_freed_memory": machine_tuned,
+        "first_run_is": "with compiling, or with reading from torch's cache on disk what an earlier run compiled",
         "memory_is": machine.PEAK_MEMORY_IS[device.type],
-        "protocol": f"forward and backward, {args.rounds} turns of all candidates in one process, after a first run",
+        "protocol": f"forward and backward, {args.rounds} turns of all candidates in one process, each turn in a "
+        "random order, after a first run of each",
         "provenance": machine.provenance(argv, device),
-        "rows": rows,
+        "rows": [],
     }
+    output = args.output or Path("experiments") / "benchmark" / f"{args.level}_{device.type}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for grid in args.grids:
+        rows = measure_grid(args, grid, backends, device)
+        print(format_rows(rows), flush=True)
+        report["rows"] += rows
+        utils.write_json(output, report)
+    print(f"wrote {output}")
+    return report, output
 
 
 def main(argv=None) -> int:
@@ -193,12 +204,7 @@ def main(argv=None) -> int:
         if report.get("format") != FORMAT or not report.get("rows"):
             raise UserError(f"{args.plot} is no report of benchmark.py of format {FORMAT}; measure again")
     else:
-        report = measure(args, sys.argv[1:] if argv is None else argv)
-        name = f"{args.level}_{machine.pick_device(args.device).type}.json"
-        output = args.output or Path("experiments") / "benchmark" / name
-        output.parent.mkdir(parents=True, exist_ok=True)
-        utils.write_json(output, report)
-        print(f"wrote {output}")
+        report, output = measure(args, sys.argv[1:] if argv is None else argv)
     for kind, figure in benchmark_charts.draw(report).items():
         figures.save_png_and_svg(figure, output.with_name(f"{output.stem}_{kind}"))
     print(f"drew time, speedup and memory beside {output}")

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINE_STYLES = {"dense": ":", "diagonal": "-", "uncompiled": "--", "flex": "-.", "local-attention": (0, (5, 1, 1, 1))}
+LINE_STYLES = {
+    "full SDPA": "-",
+    "timm": ":",
+    "dense": ":",
+    "diagonal": "-",
+    "flex": "-.",
+    "local-attention": (0, (5, 1, 1, 1)),
+}  # the others dashed
 PANELS_ABREAST = 2
 
 
@@ -58,18 +65,19 @@ def _draw(report: dict, ylabel: str, value_of, with_exponent: bool = False, with
         panel.remove()
     for panel, mask_type in zip(panels, mask_types, strict=False):
         steps = sorted({row["expansion_step"] for row in rows if row["mask_type"] == mask_type} - {None})
-        series = {}
+        series, with_a_ceiling = {}, set()
         for row in rows:
             if row["mask_type"] in ("full", mask_type):
                 series.setdefault((row["mask_type"], row["expansion_step"], row["backend"]), []).append(row)
         for (kind, step, backend), members in series.items():
             variant = steps.index(step) if step in steps else 0
             style = figures.style_of(kind, variant, len(steps) if kind != "full" else 1)
-            style["linestyle"] = LINE_STYLES.get(backend, "-" if backend == "full SDPA" else "--")
+            style["linestyle"] = LINE_STYLES.get(backend, "--")
             label = backend if step is None else f"step {step}: {backend}"
             _draw_series(panel, members, value_of, style, label, with_exponent)
-            if with_ceiling and backend == "diagonal":
+            if with_ceiling and step is not None and step not in with_a_ceiling:
                 _draw_ceiling(panel, members, style["color"], step)
+                with_a_ceiling.add(step)
         panel.set_xscale("log")
         panel.set_yscale("log")
         patches = sorted({row["num_patches"] for row in rows})

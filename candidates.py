@@ -20,7 +20,7 @@ import diagonal
 import masks
 import models
 
-FULL = "full SDPA"
+FULL, WITHOUT = "full SDPA", "no attention"
 BACKENDS = ("dense", "diagonal", "uncompiled", "flex", "local-attention", "natten")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Grid side -> (batch size, heads), as much as two cores can bear.
@@ -50,15 +50,21 @@ class Candidate:
         return f"{pattern}: {self.backend}"
 
 
-def usable_backends(asked: list[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
+def usable_backends(asked: list[str], level: str, device: torch.device) -> tuple[list[str], dict[str, str]]:
     """Those that can run here, and why the others cannot."""
     reasons = {}
+    if level == "model":
+        asked = [*asked, "timm"]
+        others = [name for name in asked if name != "timm" and name not in attention.BACKENDS]
+        reasons |= dict.fromkeys(others, "attention alone, not a model")
+        if importlib.util.find_spec("timm") is None:
+            reasons["timm"] = "not installed: pip install timm"
     if device.type != "cuda":
         reasons["flex"] = "FlexAttention has no backward off CUDA"
         reasons["natten"] = "runs on CUDA only"
     elif importlib.util.find_spec("natten") is None:
         reasons["natten"] = "not installed: pip install natten"
-    if importlib.util.find_spec("local_attention") is None:
+    if level == "attention" and importlib.util.find_spec("local_attention") is None:
         reasons["local-attention"] = "not installed: pip install local-attention"
     if diagonal.compile_error(device.type) is not None:
         reasons["diagonal"] = "torch.compile does not work here; the backend `uncompiled` is the same formula"
@@ -160,7 +166,7 @@ def natten_peer(mask: Tensor) -> Callable:
 def largest_error(attend: Callable, qkv: Tensor, mask: Tensor | None, num_global: int) -> float:
     """Largest error of outputs and gradients against dense attention in float64, where all flows through some rows."""
     batch_size, num_tokens = qkv.shape[:2]
-    rows = torch.linspace(0, num_tokens - 1, min(num_tokens, NUM_CHECKED_ROWS)).long()  # the global token's among them
+    rows = checked_rows(num_tokens)
     generator = torch.Generator().manual_seed(1)
     grad = torch.zeros_like(qkv[:, :, 0])
     grad[:, rows] = torch.randn(batch_size, len(rows), *qkv.shape[3:], generator=generator).to(grad)
@@ -181,10 +187,19 @@ def largest_error(attend: Callable, qkv: Tensor, mask: Tensor | None, num_global
     return max(error.abs().max().item() for error in errors)
 
 
+def checked_rows(num_tokens: int) -> Tensor:
+    """Some far apart, among them the global token, and a run of neighbors, so that gradients of shared keys add up."""
+    apart = torch.linspace(0, num_tokens - 1, min(num_tokens, NUM_CHECKED_ROWS // 2)).long()
+    run = num_tokens // 2 + torch.arange(min(num_tokens // 2, NUM_CHECKED_ROWS // 2))
+    return torch.cat([apart, run]).unique()
+
+
 def model_candidates(args, grid: int, backends: list[str], device: torch.device) -> list[Candidate]:
     """Standard ViTs of 4x4 patches with a class token: ours with full attention and with each pattern, and timm's."""
     batch_size, _ = shape_of(args, grid)
     config = {"img_size": 4 * grid, "patch_size": 4, "dropout": 0.0, **models.PRESETS[args.model]}
+    if args.depth:
+        config["depth"] = args.depth
     if args.num_heads:
         config["num_heads"] = args.num_heads
     images = torch.randn(batch_size, 3, 4 * grid, 4 * grid, generator=torch.Generator().manual_seed(0)).to(device)
@@ -201,32 +216,52 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
         loss.backward()
         return loss.detach()
 
-    def difference(model: torch.nn.Module, reference: torch.nn.Module) -> float:
-        losses = step(model) - step(reference)
-        exact = reference.pos_embed.grad
-        return max(losses.abs().item(), ((model.pos_embed.grad - exact).abs().max() / exact.abs().max()).item())
-
     full = build(None, "dense")
-    full_flops = models.count_forward_flops(full)["total"]
+    full_flops = models.count_forward_flops(full)
 
     def candidate(backend, mask_type, expansion_step, num_neighbors_mean, model, reference=None, ceiling=1.0):
-        check = None if reference is None else lambda: difference(model, reference)
+        check = None if reference is None else lambda: model_error(step, model, reference)
         return Candidate(
             backend, mask_type, expansion_step, num_neighbors_mean, batch_size, ceiling, lambda: step(model), check
         )
 
-    candidates = [candidate(FULL, "full", None, grid * grid, full)]
-    if importlib.util.find_spec("timm") is not None:
+    bare = without_attention(build(None, "dense"))
+    bare_ceiling = full_flops["total"] / (full_flops["total"] - full_flops["attention"])
+    candidates = [
+        candidate(FULL, "full", None, grid * grid, full),
+        candidate(WITHOUT, "full", None, 0, bare, ceiling=bare_ceiling),
+    ]
+    if "timm" in backends:
         candidates.append(candidate("timm", "full", None, grid * grid, timm_twin(full).to(device), full))
     for mask_type, expansion_step in patterns_of(args):
         mask = masks.build_attention_mask(mask_type, expansion_step, grid, grid)
         mean, reference = int(mask.sum()) / len(mask), build(mask, "dense")
-        ceiling = full_flops / models.count_forward_flops(reference)["total"]
+        ceiling = full_flops["total"] / models.count_forward_flops(reference)["total"]
         for backend in (name for name in backends if name in attention.BACKENDS):
             model = build(mask, backend)
             if model.plan.backend == backend:
                 candidates.append(candidate(backend, mask_type, expansion_step, mean, model, reference, ceiling))
     return candidates
+
+
+def model_error(step: Callable, model: torch.nn.Module, reference: torch.nn.Module) -> float:
+    """Largest difference of the losses and of the positions' gradients, which are small: relative to the largest."""
+    pairs = [(step(model), step(reference)), (model.pos_embed.grad, reference.pos_embed.grad)]
+    return max(((found - right).abs().max() / right.abs().max()).item() for found, right in pairs)
+
+
+class ValuesAlone(models.Attention):
+    """All of an attention layer but the attention: the values pass as they are."""
+
+    def forward(self, x: Tensor, plan: attention.Plan) -> Tensor:
+        return self.proj_drop(self.proj(self.qkv(x).chunk(3, dim=-1)[2]))
+
+
+def without_attention(model: models.VisionTransformer) -> models.VisionTransformer:
+    """The same model with attention left out: no pattern, and no backend, can make the model faster than this."""
+    for block in model.blocks:
+        block.attn.__class__ = ValuesAlone
+    return model
 
 
 def timm_twin(model: models.VisionTransformer) -> torch.nn.Module:

@@ -1,5 +1,7 @@
 """The benchmark on small grids: what it checks, what it computes from the times, what it writes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import benchmark_charts
 import candidates
 import device as machine
 import masks
+import models
 import utils
 
 CPU = torch.device("cpu")
@@ -65,11 +68,55 @@ def test_class_token_and_peers(tmp_path):
 
 def test_models_compute_the_same_and_have_a_ceiling():
     args = benchmark.parse_args([*LIGHT, "--level", "model", "--model", "vit_micro"])
-    made = candidates.model_candidates(args, 3, ["dense"], CPU)
-    assert [c.backend for c in made] == ["full SDPA", "timm", "dense", "dense"]
-    assert all(c.check() < 1e-5 for c in made[1:])
-    assert made[1].ceiling == 1
-    assert made[2].ceiling > 1
+    made = candidates.model_candidates(args, 3, ["dense", "timm"], CPU)
+    assert [c.backend for c in made] == ["full SDPA", "no attention", "timm", "dense", "dense"]
+    assert all(c.check() < 1e-4 for c in made[2:])
+    assert made[2].ceiling == 1
+    assert made[1].ceiling > made[3].ceiling > 1
+
+
+def test_a_model_with_another_mask_is_seen():
+    """Its loss and gradients differ by less than the tolerance, unless they are measured by their own size."""
+
+    def build(step):
+        torch.manual_seed(0)
+        mask = masks.build_attention_mask("2d_all_neighbors", step, 14, 14)
+        return models.VisionTransformer(56, 4, **models.PRESETS["vit_micro"], dropout=0.0, attention_mask=mask)
+
+    def step(model):
+        model.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images), torch.arange(2))
+        loss.backward()
+        return loss.detach()
+
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    assert candidates.model_error(step, build(1), build(1)) == 0
+    assert candidates.model_error(step, build(1), build(2)) > 0.1
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 12545])
+def test_checked_rows_hold_the_ends_and_neighbors(num_tokens):
+    rows = candidates.checked_rows(num_tokens).tolist()
+    assert rows == sorted(set(rows))
+    assert (rows[0], rows[-1]) == (0, num_tokens - 1)
+    assert len(rows) <= candidates.NUM_CHECKED_ROWS
+    if num_tokens > candidates.NUM_CHECKED_ROWS:
+        assert sum(b - a == 1 for a, b in itertools.pairwise(rows)) >= candidates.NUM_CHECKED_ROWS // 2 - 1
+
+
+def test_an_interrupt_keeps_the_grids_that_are_done(tmp_path, monkeypatch):
+    measure_grid = benchmark.measure_grid
+
+    def interrupted(args, grid, backends, device):
+        if grid == 5:
+            raise KeyboardInterrupt
+        return measure_grid(args, grid, backends, device)
+
+    monkeypatch.setattr(benchmark, "measure_grid", interrupted)
+    output = tmp_path / "report.json"
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main([*LIGHT, "--backends", '["dense"]', "--output", str(output)])
+    assert {row["grid"] for row in utils.read_json(output)["rows"]} == {3}
 
 
 def test_a_wrong_candidate_is_refused():
@@ -128,6 +175,7 @@ def test_peak_memory_is_that_of_the_call():
         (["--rounds", "2"], 2, "at least 3"),
         (["--backends", '["magic"]'], 2, "unknown 'magic'"),
         (["--grids", "14"], 2, "JSON list"),
+        (["--grids", "[0]"], 2, "at least 1 patch"),
         (["--plot", "nowhere.json"], 1, "nowhere.json"),
     ],
 )
