@@ -49,7 +49,8 @@ class Plan(nn.Module):
         self.num_global_tokens = num_global_tokens
         self.requested = requested
         self._block_mask: BlockMask | None = None
-        self.timings: dict[str, float] = {}  # backend -> seconds of a forward and backward, where measured
+        # backend -> seconds of a forward and backward, where measured; None = it does not work here
+        self.timings: dict[str, float | None] = {}
         found = None if mask is None else diagonal.find_diagonals(mask)
         self.offsets, holds = found if found is not None else ((), None)
         self.register_buffer("holds", holds, persistent=False)  # bool [n, N]: where each diagonal holds
@@ -123,6 +124,12 @@ def compile_mask(mask: Tensor | None, num_global_tokens: int = 0, backend: str =
     return Plan(mask, num_global_tokens, backend)
 
 
+def count_pairs(mask: Tensor | None, num_patches: int, num_global_tokens: int) -> int:
+    """How many pairs (query, key) of tokens a mask allows, those of the global tokens included."""
+    num_all = (num_global_tokens + num_patches) ** 2
+    return num_all if mask is None else num_all - num_patches**2 + int(mask.sum())
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """Attention of q, k, v, each [B, H, T, D] with the global tokens first -> [B, H, T, D]."""
     packed = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)  # [B, T, 3, H, D]
@@ -194,21 +201,22 @@ def choose_backend(
             timings = _measure(plan, ["dense"], qkv_shape, dtype, device)
             utils.write_json(path, timings)
         dense_seconds = timings["dense"] * num_calls
-        if dense_seconds >= CHOICE_SECONDS and len(timings) == 1:
+        if dense_seconds >= CHOICE_SECONDS and not timings.keys() >= {*others}:
             timings = _measure(plan, ["dense", *others], qkv_shape, dtype, device)
             utils.write_json(path, timings)
     plan.timings = timings
     if dense_seconds >= CHOICE_SECONDS:
-        measured = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in timings.items())
-        plan.use(min(timings, key=timings.get), f"the fastest measured: {measured}")
+        working = {name: seconds for name, seconds in timings.items() if seconds is not None}
+        measured = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in working.items())
+        plan.use(min(working, key=working.get), f"the fastest measured: {measured}")
     else:
         plan.use("dense", f"all dense attention of this run takes {dense_seconds:.1f} s, less than compiling another")
 
 
 def _measure(
     plan: Plan, candidates: list[str], qkv_shape: tuple, dtype: torch.dtype, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of a forward and backward, candidates interleaved; one that does not work is left out."""
+) -> dict[str, float | None]:
+    """Median seconds of a forward and backward, candidates interleaved; None for one that does not work here."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(qkv_shape, generator=generator).to(device, dtype).requires_grad_()
     grad = torch.randn(*qkv_shape[:2], *qkv_shape[3:], generator=generator).to(device, dtype)
@@ -221,7 +229,7 @@ def _measure(
         machine.synchronize(device)
         return time.perf_counter() - start
 
-    seconds = {}
+    seconds: dict[str, list[float]] = {}
     for backend in candidates:
         try:
             run(backend)  # compiles
@@ -234,7 +242,7 @@ def _measure(
     while len(seconds["dense"]) < ROUNDS and time.perf_counter() - start < SECONDS_A_MEASUREMENT:
         for backend, measured in seconds.items():
             measured.append(run(backend))
-    return {backend: statistics.median(measured) for backend, measured in seconds.items()}
+    return {name: statistics.median(seconds[name]) if name in seconds else None for name in candidates}
 
 
 def _timings_path(plan: Plan, qkv_shape: tuple, dtype: torch.dtype, device: torch.device) -> Path:
@@ -257,11 +265,11 @@ def _cache_folder() -> Path:
     )
 
 
-def _read_timings(path: Path) -> dict[str, float]:
+def _read_timings(path: Path) -> dict[str, float | None]:
     """What was measured before; {} if nothing, or if the file cannot be read."""
     try:
         timings = utils.read_json(path)
     except utils.UserError:
         return {}
-    valid = "dense" in timings and all(name in BACKENDS and value > 0 for name, value in timings.items())
-    return timings if valid else {}
+    numbers = all(value is None or (isinstance(value, float) and value > 0) for value in timings.values())
+    return timings if numbers and timings.keys() <= {*BACKENDS} and timings.get("dense") else {}

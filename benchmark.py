@@ -2,7 +2,7 @@
 
     python benchmark.py                      # attention alone, over masks, steps, grids and backends
     python benchmark.py --level model        # whole models
-    python benchmark.py --quick              # a minute
+    python benchmark.py --quick              # under a minute
     python benchmark.py --plot FILE.json     # the pictures again, from what was measured
 
 Each candidate is first checked against dense attention, output and gradient. All candidates of a grid are then timed in

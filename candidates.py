@@ -21,7 +21,7 @@ import masks
 import models
 
 FULL, WITHOUT = "full SDPA", "no attention"
-BACKENDS = ("dense", "diagonal", "uncompiled", "flex", "local-attention", "natten")
+BACKENDS = ("auto", "dense", "diagonal", "uncompiled", "flex", "local-attention", "natten")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Grid side -> (batch size, heads), as much as two cores can bear.
 SHAPES = {14: (8, 12), 28: (2, 12), 56: (1, 12), 112: (1, 3)}
@@ -81,15 +81,13 @@ def attention_candidates(args, grid: int, backends: list[str], device: torch.dev
     grad = torch.randn(*shape[:2], *shape[3:], generator=generator).to(device, DTYPES[args.dtype])
 
     def candidate(backend: str, mask_type: str, step: int | None, mask: Tensor | None, attend: Callable) -> Candidate:
-        pairs = (num_global + num_patches) ** 2
-        allowed = pairs if mask is None else int(mask.sum()) + num_global * (num_global + 2 * num_patches)
         return Candidate(
             backend,
             mask_type,
             step,
             num_patches if mask is None else int(mask.sum()) / num_patches,
             batch_size * num_heads,
-            pairs / allowed,
+            attention.count_pairs(None, num_patches, num_global) / attention.count_pairs(mask, num_patches, num_global),
             run=lambda: torch.autograd.grad(attend(qkv), qkv, grad),
             check=None if backend in INEXACT else lambda: largest_error(attend, qkv, mask, num_global),
         )
@@ -99,25 +97,32 @@ def attention_candidates(args, grid: int, backends: list[str], device: torch.dev
     for mask_type, step in patterns_of(args):
         mask = masks.build_attention_mask(mask_type, step, grid, grid)
         for backend in backends:
-            attend = make_attend(backend, mask_type, mask, num_global, device)
+            attend = make_attend(backend, mask_type, mask, num_global, qkv)
             if attend is not None:
                 candidates.append(candidate(backend, mask_type, step, mask, attend))
     return candidates
 
 
-def make_attend(backend: str, mask_type: str, mask: Tensor, num_global: int, device: torch.device) -> Callable | None:
+def make_attend(backend: str, mask_type: str, mask: Tensor, num_global: int, qkv: Tensor) -> Callable | None:
     """qkv [B, T, 3, H, D] -> [B, T, H, D] by one backend; None if it does not know this pattern."""
     if backend == "local-attention":
         knows = mask_type.startswith("1d") and not num_global and mask.sum() > len(mask)  # no window of one
         return local_attention_peer(mask) if knows else None
     if backend == "natten":
         return natten_peer(mask) if mask_type == "2d_all_neighbors" and not num_global else None
-    plan = attention.compile_mask(mask, num_global, "diagonal" if backend == "uncompiled" else backend).to(device)
-    if plan.backend != plan.requested:
+    plan = attention.compile_mask(mask, num_global, "diagonal" if backend == "uncompiled" else backend).to(qkv.device)
+    if backend == "auto":
+        choose(plan, qkv.shape[0], *qkv.shape[3:], qkv.dtype, qkv.device)
+    elif plan.backend != plan.requested:
         return None
     if backend == "uncompiled":
         return lambda qkv: UncompiledDiagonal.apply(qkv, plan.holds, plan.offsets, num_global)
     return lambda qkv: attention.attend_packed(qkv, plan)
+
+
+def choose(plan: attention.Plan, batch_size: int, num_heads: int, head_dim: int, dtype, device) -> None:
+    """Let `auto` choose as for a long run."""
+    attention.choose_backend(plan, batch_size, num_heads, head_dim, dtype, device, num_calls=10**9)
 
 
 class UncompiledDiagonal(torch.autograd.Function):
@@ -239,7 +244,10 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
         ceiling = full_flops["total"] / models.count_forward_flops(reference)["total"]
         for backend in (name for name in backends if name in attention.BACKENDS):
             model = build(mask, backend)
-            if model.plan.backend == backend:
+            if backend == "auto":
+                heads = model.config["num_heads"]
+                choose(model.plan, batch_size, heads, model.config["embed_dim"] // heads, DTYPES[args.dtype], device)
+            if backend in ("auto", model.plan.backend):
                 candidates.append(candidate(backend, mask_type, expansion_step, mean, model, reference, ceiling))
     return candidates
 

@@ -195,9 +195,8 @@ def count_forward_flops(model: VisionTransformer) -> dict[str, int]:
 
     Counted are matrix products, 2 FLOPs a multiply-add, and only the pairs of tokens that the mask allows.
     """
-    c, mask, num_global = model.config, model.plan.mask, model.plan.num_global_tokens
-    tokens = num_global + model.num_patches
-    pairs = tokens**2 if mask is None else int(mask.sum()) + num_global * (tokens + model.num_patches)
+    c, plan, tokens = model.config, model.plan, model.plan.num_global_tokens + model.num_patches
+    pairs = attention.count_pairs(plan.mask, model.num_patches, plan.num_global_tokens)
     attention_flops = 2 * c["depth"] * 2 * pairs * c["embed_dim"]
     block_weights = (4 + 2 * c["mlp_ratio"]) * c["embed_dim"] ** 2
     patch_weights = c["in_channels"] * c["patch_size"] ** 2 * c["embed_dim"]

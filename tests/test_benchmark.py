@@ -75,6 +75,17 @@ def test_models_compute_the_same_and_have_a_ceiling():
     assert made[1].ceiling > made[3].ceiling > 1
 
 
+@pytest.mark.parametrize("level", ["attention", "model"])
+def test_auto_is_measured_as_it_chooses(level, monkeypatch):
+    monkeypatch.setattr(attention, "choose_backend", lambda plan, *args, **kwargs: plan.use("diagonal", "chosen"))
+    monkeypatch.setattr(candidates.diagonal, "can_compile", lambda device_type: False)
+    args = benchmark.parse_args([*LIGHT, "--level", level, "--model", "vit_micro"])
+    build = candidates.attention_candidates if level == "attention" else candidates.model_candidates
+    made = build(args, 3, ["auto"], CPU)
+    assert [c.backend for c in made if c.mask_type != "full"] == ["auto"] * 2
+    assert made[-1].check() < 1e-4
+
+
 def test_a_model_with_another_mask_is_seen():
     """Its loss and gradients differ by less than the tolerance, unless they are measured by their own size."""
 
