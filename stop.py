@@ -1,0 +1,58 @@
+"""Being asked to stop: SIGTERM and SIGUSR1 (schedulers' warnings), Ctrl-C, a parent that has died.
+
+A run that is asked to stop finishes its step, saves, and exits with `utils.EXIT_AGAIN`, or 130 after Ctrl-C; a second
+Ctrl-C ends it at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+# The sweep's process, told to its runs: they stop when it is gone.
+PARENT = "LOCAL_ATTENTION_PARENT"
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class StopRequest:
+    """Whether and why this process should stop."""
+
+    def __init__(self):
+        self.reason: str | None = None
+        self.by_keyboard = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, signals are requests. For the main thread."""
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+        before = {number: signal.signal(number, self._receive) for number in numbers}
+        if parent := os.environ.get(PARENT):
+            threading.Thread(target=self._watch, args=(int(parent),), daemon=True).start()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # once more ends it at once
+            self.by_keyboard = True
+            print("stopping after this step; Ctrl-C once more stops at once", file=sys.stderr)
+        self.reason = signal.Signals(number).name
+
+    def _watch(self, parent: int) -> None:
+        is_ours = os.getppid() == parent  # else torchrun is between
+        while self.reason is None:
+            try:
+                os.kill(parent, 0)
+            except OSError:
+                self.reason = "the sweep is gone"
+            if is_ours and os.getppid() != parent:
+                self.reason = "the sweep is gone"
+            time.sleep(SECONDS_BETWEEN_LOOKS)
