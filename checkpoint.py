@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -9,19 +10,53 @@ import torch
 
 import masks
 import models
+import utils
 from utils import UserError, atomic_path, first_line
 
-FORMAT = 1
+FORMAT = 2
 KEYS = {"model", "model_config", "settings", "data", "epoch", "history"}
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    with atomic_path(path) as temporary:
+class DamagedError(UserError):
+    """A file that should be a checkpoint and cannot be read."""
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write last.pt, whole or not at all; the one before stays as previous.pt."""
+    last = folder / utils.CHECKPOINT
+    with atomic_path(last) as temporary:
         torch.save({"format": FORMAT, **state}, temporary)
+        keep_as(folder / utils.PREVIOUS_CHECKPOINT, last)
+
+
+def keep_as(other: Path, path: Path) -> None:
+    """Give a file, if it is there, a second name, under which it stays when the first is given to another."""
+    if path.exists():
+        other.unlink(missing_ok=True)
+        try:
+            os.link(path, other)
+        except OSError:  # a file system without links
+            os.replace(path, other)
+
+
+def load_latest(folder: Path) -> dict | None:
+    """The state of last.pt, else of previous.pt, or None if there is none; a damaged file is set aside and named."""
+    for path in (folder / utils.CHECKPOINT, folder / utils.PREVIOUS_CHECKPOINT):
+        if path.exists():
+            try:
+                return load_checkpoint(path)
+            except DamagedError as error:
+                aside = path.with_name(f"{path.name}.damaged")
+                os.replace(path, aside)
+                utils.warn(f"{error}; set aside as {aside.name}, going on from what was saved before it")
+    return None
 
 
 def load_checkpoint(path: Path) -> dict:
-    """The state in a file of `save_checkpoint`, on the CPU. Raises UserError if it is none, or is damaged."""
+    """The state in a file of `save_checkpoint`, on the CPU.
+
+    Raises UserError if it is of another version, DamagedError if it is no checkpoint, or is damaged.
+    """
     try:
         with warnings.catch_warnings():  # of foreign files; the error says it all
             warnings.simplefilter("ignore")
@@ -29,23 +64,23 @@ def load_checkpoint(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}; expected the last.pt of a run folder") from None
     except Exception as error:  # of a damaged file anything may come
-        raise UserError(
+        raise DamagedError(
             f"{path} is no readable checkpoint (damaged, or made by something else): {first_line(error)}"
         ) from error
     if not isinstance(state, dict) or "format" not in state or (state["format"] == FORMAT and not state.keys() >= KEYS):
-        raise UserError(f"{path} is no checkpoint of this project: expected the last.pt that main.py writes")
+        raise DamagedError(f"{path} is no checkpoint of this project: expected the last.pt that main.py writes")
     if state["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}; train it again")
     return state
 
 
 def rebuild_model(state: dict, backend: str = "auto") -> models.VisionTransformer:
-    """The trained model as the checkpoint describes it, on the CPU, in eval mode."""
+    """The trained model as the checkpoint describes it, on the CPU, in eval mode; averaged weights, if it has any."""
     settings, config = state["settings"], state["model_config"]
     height, width = (size // config["patch_size"] for size in config["img_size"])
     mask = masks.build_attention_mask(settings["mask_type"], settings["expansion_step"], height, width)
     model = models.VisionTransformer(**config, attention_mask=mask, backend=backend)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state.get("average") or state["model"])
     return model.eval()
 
 

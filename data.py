@@ -1,45 +1,41 @@
-"""Datasets as one uint8 tensor on the device, and batches made from them there: crop, flip, resize, normalize.
+"""Datasets as one uint8 tensor on the device, and batches made from them there: crop, flip, augment, resize, normalize.
 
-Nothing is done image by image in Python, and there are no worker processes. All random draws of an epoch are a pure
-function of (seed, epoch): an exact resume needs no stored state.
+    python data.py --benchmark    # images/s of this pipeline, and of PIL images through a DataLoader
+
+Nothing is done image by image in Python. All random draws of an epoch are a pure function of (seed, epoch), made on the
+CPU and whole: an exact resume needs no stored state, a rank of a parallel run takes its part of them, and nothing waits
+for the device.
 
 Shapes: n images of the split, b of the batch, C channels, H x W pixels as stored, h x w pixels as the model wants.
-A dataset of your own: a function that returns `Images` for both splits, and an entry in DATASETS.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
 
-import imagefolder
-from utils import UserError
+import augment
+import device as machine
+import mixing
+import sources
+import utils
 
-
-@dataclass
-class Images:
-    """What a loader returns for both splits: uint8 images [n, C, H, W] and int64 labels [n], on the CPU."""
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    class_names: list[str]
-    label: str  # how the data is called where results are shown
+BATCHES_AHEAD = 3  # of a dataset that streams
 
 
 @dataclass
 class Split:
-    """Images and labels on the compute device where they fit, else on the CPU."""
+    """Images and labels: both on the compute device, or both on the CPU, from where batches are then streamed."""
 
     images: Tensor  # uint8 [n, C, H, W]
     labels: Tensor  # int64 [n]
@@ -51,7 +47,7 @@ class Split:
 @dataclass
 class Dataset:
     name: str
-    label: str
+    label: str  # how the data is called where results are shown
     class_names: list[str]
     train: Split
     test: Split
@@ -60,6 +56,7 @@ class Dataset:
     flip: bool  # whether a mirrored image is of the same class
     img_size: tuple[int, int]  # (h, w) of the batches
     device: torch.device  # of the batches
+    streams: bool = False  # whether batches are fetched ahead, from images that are not on the device
 
     @property
     def in_channels(self) -> int:
@@ -84,18 +81,23 @@ class Dataset:
         }
 
 
-def load_dataset(name: str, data_dir: str, img_size: tuple[int, int], device: torch.device) -> Dataset:
-    """Read a dataset of DATASETS; batches will be of `img_size` = (h, w) on `device`.
+def load_dataset(
+    name: str, data_dir: str, img_size: tuple[int, int], device: torch.device, limit_bytes: float | None = None
+) -> Dataset:
+    """Read a dataset of sources.DATASETS; batches will be of `img_size` = (h, w) on `device`.
 
-    Raises UserError, with the remedy, if the data cannot be read.
+    Images of more than `limit_bytes` (by default half of a GPU's free memory) stay on the CPU, and their batches are
+    streamed. Raises UserError, with the remedy, if the data cannot be read.
     """
-    source = DATASETS[name]
+    source = sources.DATASETS[name]
     loaded = source.load(Path(data_dir), img_size)
     mean, std = channel_statistics(loaded.train[0])
     num_bytes = sum(images.nbytes for images, _ in (loaded.train, loaded.test))
-    storage = device if num_bytes < _bytes_for_data(device) else torch.device("cpu")
+    streams = num_bytes > (_bytes_for_data(device) if limit_bytes is None else limit_bytes)
+    storage = torch.device("cpu") if streams else device
     splits = [Split(images.to(storage), labels.to(storage)) for images, labels in (loaded.train, loaded.test)]
-    return Dataset(name, loaded.label, loaded.class_names, *splits, mean, std, source.flip, img_size, device)
+    flip = source.flip
+    return Dataset(name, loaded.label, loaded.class_names, *splits, mean, std, flip, img_size, device, streams)
 
 
 def _bytes_for_data(device: torch.device) -> float:
@@ -119,41 +121,140 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 # Batches
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images; the flags of main.py of the same names."""
+
+    crop: bool = True
+    flip: bool = True  # where the dataset allows it
+    policy: str = "none"  # of augment.POLICIES
+    random_erasing: float = 0.0  # probability
+    mix: float = 0.0  # share of the batches that are mixed
+    mixup_alpha: float = 0.8
+    cutmix_alpha: float = 1.0
+
+
 def num_steps(num_images: int, batch_size: int) -> int:
     """Batches an epoch; the last one may be smaller."""
     return -(-num_images // batch_size)
 
 
-def train_batches(dataset: Dataset, batch_size: int, seed: int, epoch: int, start_step: int = 0) -> Iterator:
-    """Batches of (images float32 [b, C, h, w], labels int64 [b]): each training image once, augmented, shuffled."""
-    split, num_images = dataset.train, len(dataset.train)
-    padding = crop_padding(split.images)
-    # Drawn on the CPU, the same for every device, and whole, so that any step can be the first.
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-    order = torch.randperm(num_images, generator=generator).to(split.images.device)
-    offsets = torch.randint(2 * padding + 1, (num_images, 2), generator=generator).to(split.images.device)
-    mirrored = (torch.rand(num_images, generator=generator) < 0.5).to(split.images.device)
-    for start in range(start_step * batch_size, num_images, batch_size):
-        here = slice(start, start + batch_size)
-        images = crop_with_padding(split.images[order[here]], offsets[here], padding)
-        if dataset.flip:
-            images = flip_horizontally(images, mirrored[here])
-        yield _finish(dataset, images, split.labels[order[here]])
+def train_batches(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    augmentation: Augmentation | None = None,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images float32 [b, C, h, w] and labels, each training image once, shuffled and augmented.
+
+    Labels are int64 [b], or float32 [b, classes] in a batch that was mixed. `batch_size` is that of all ranks
+    together, of which each takes its part (`rank_part`); a rank without a part gets one image that is not its own.
+    """
+    draws = EpochDraws(dataset, augmentation or Augmentation(), batch_size, seed, epoch)
+    steps = range(start_step, num_steps(len(dataset.train), batch_size))
+    positions = [draws.positions_of(step, rank, world_size) for step in steps]
+    fetched = fetch(dataset.train, (draws.order[here] for here in positions), dataset)
+    for step, here, (images, labels) in zip(steps, positions, fetched, strict=True):
+        yield draws.mix(draws.augment(images, here, dataset), labels, step)
 
 
-def eval_batches(dataset: Dataset, split: Split, batch_size: int) -> Iterator:
-    """Batches of (images float32 [b, C, h, w], labels int64 [b]) in order, as they are."""
-    for start in range(0, len(split), batch_size):
-        here = slice(start, start + batch_size)
-        yield _finish(dataset, split.images[here], split.labels[here])
+def eval_batches(dataset: Dataset, split: Split, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator:
+    """Batches of (images float32 [b, C, h, w], labels int64 [b]) in order, as they are; a rank's are every n-th."""
+    starts = range(rank * batch_size, len(split), world_size * batch_size)
+    indices = (torch.arange(start, min(start + batch_size, len(split))) for start in starts)
+    for images, labels in fetch(split, indices, dataset):
+        yield normalize_and_resize(images, dataset.mean, dataset.std, dataset.img_size), labels
 
 
-def _finish(dataset: Dataset, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    if images.device.type == "cpu" and dataset.device.type == "cuda":
-        images, labels = images.pin_memory(), labels.pin_memory()
-    images = images.to(dataset.device, non_blocking=True)
-    images = normalize_and_resize(images, dataset.mean, dataset.std, dataset.img_size)
-    return images, labels.to(dataset.device, non_blocking=True)
+def rank_part(num_images: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(first, last + 1) of the images of a batch that a rank takes: as even as can be, none if there are too few."""
+    return rank * num_images // world_size, (rank + 1) * num_images // world_size
+
+
+def fetch(split: Split, indices: Iterable[Tensor], dataset: Dataset) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images uint8 [b, C, H, W], labels [b]) on the device for each of `indices`, int64 [b] on the CPU.
+
+    Images that are not on the device are gathered a few batches ahead, in a thread, into pinned memory.
+    """
+    if not dataset.streams:
+        for index in indices:
+            index = to_device(index, dataset.device)
+            yield split.images[index], split.labels[index]
+        return
+
+    def gather(index: Tensor) -> tuple[Tensor, Tensor]:
+        return pinned(split.images[index], dataset.device), pinned(split.labels[index], dataset.device)
+
+    indices = iter(indices)
+    with ThreadPoolExecutor(1) as thread:
+        ahead = deque(thread.submit(gather, index) for index in islice(indices, BATCHES_AHEAD))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(thread.submit(gather, index) for index in islice(indices, 1))
+            yield tuple(part.to(dataset.device, non_blocking=True) for part in batch)
+
+
+def pinned(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor from which a copy to the device does not wait."""
+    return x.pin_memory() if device.type == "cuda" else x
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    return pinned(x, device).to(device, non_blocking=True)
+
+
+class EpochDraws:
+    """Everything random about an epoch's batches, on the CPU: the order, and for each position in it the rest."""
+
+    def __init__(self, dataset: Dataset, augmentation: Augmentation, batch_size: int, seed: int, epoch: int):
+        self.num_images, self.batch_size = len(dataset.train), batch_size
+        self.seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(self.seed)
+        n, size, a = self.num_images, tuple(dataset.train.images.shape[-2:]), augmentation
+        self.order = torch.randperm(n, generator=generator)
+        self.padding = crop_padding(dataset.train.images)
+        offsets = torch.randint(2 * self.padding + 1, (n, 2), generator=generator)
+        self.offsets = offsets if a.crop else torch.full_like(offsets, self.padding)
+        mirrored = torch.rand(n, generator=generator) < 0.5
+        self.mirrored = mirrored if a.flip and dataset.flip else torch.zeros_like(mirrored)
+        self.policy = augment.draw_policy(a.policy, n, size, generator)
+        self.boxes = augment.draw_erasing(a.random_erasing, n, dataset.img_size, generator)
+        self.alphas = {"mixup": a.mixup_alpha, "cutmix": a.cutmix_alpha}
+        self.kinds = mixing.draw_kinds(a.mix, self.alphas, num_steps(n, batch_size), generator)
+        self.erases, self.num_classes = a.random_erasing > 0, dataset.num_classes
+
+    def positions_of(self, step: int, rank: int, world_size: int) -> Tensor:
+        """Where in the epoch a rank's images of a batch are; those of a mixed batch with the partner of the first."""
+        first = step * self.batch_size
+        size = min(self.batch_size, self.num_images - first)
+        start, stop = rank_part(size, rank, world_size)
+        here = torch.arange(start, max(stop, start + 1))
+        if self.kinds[step] is not None:
+            here = torch.cat([here[:1] - 1, here])
+        return first + here % size
+
+    def augment(self, images: Tensor, positions: Tensor, dataset: Dataset) -> Tensor:
+        """uint8 [b, C, H, W] -> float32 [b, C, h, w]."""
+        offsets, mirrored = (to_device(x[positions], images.device) for x in (self.offsets, self.mirrored))
+        images = crop_and_flip(images, offsets, mirrored, self.padding)
+        images = augment.apply_policy(images, self.policy.at(positions))
+        images = normalize_and_resize(images, dataset.mean, dataset.std, dataset.img_size)
+        return augment.erase(images, to_device(self.boxes[positions], images.device)) if self.erases else images
+
+    def mix(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The images and labels of `positions_of(step)`, mixed where the step was drawn to be."""
+        kind = self.kinds[step]
+        if kind is None:
+            return images, labels
+        return mixing.mix(kind, self.alphas[kind], images, labels, self.num_classes, seed=self.seed + step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
 
 
 def crop_padding(images: Tensor) -> int:
@@ -161,105 +262,75 @@ def crop_padding(images: Tensor) -> int:
     return round(min(images.shape[-2:]) / 8)
 
 
-def crop_with_padding(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """Pad images [b, C, H, W] with black, and cut each [C, H, W] out at its own offset [b, 2] in [0, 2 * padding]."""
-    height, width = images.shape[-2:]
+def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: int) -> Tensor:
+    """Pad images [b, C, H, W] with black, cut each out at its offset [b, 2] in [0, 2 * padding], mirror the `mirrored`.
+
+    One gather for all images, channels and pixels.
+    """
+    b, channels, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view, [b, C, 2p + 1, 2p + 1, H, W]
-    return windows[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
-
-
-def flip_horizontally(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror those of the images [b, C, H, W] that `mirrored`, bool [b], names."""
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)  # [b, H]
+    columns = torch.arange(width, device=images.device)
+    columns = offsets[:, 1:] + torch.where(mirrored[:, None], width - 1 - columns, columns)  # [b, W]
+    pixels = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]  # [b, H, W]
+    pixels = pixels.view(b, 1, -1).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, pixels).view_as(images)
 
 
 def normalize_and_resize(images: Tensor, mean: list[float], std: list[float], img_size: tuple[int, int]) -> Tensor:
     """uint8 [b, C, H, W] -> float32 [b, C, h, w], of zero mean and unit variance; bilinear, antialiased to shrink."""
-    mean = torch.tensor(mean, device=images.device).view(-1, 1, 1)
-    std = torch.tensor(std, device=images.device).view(-1, 1, 1)
-    images = (images - 255 * mean) / (255 * std)  # before the resize, which is linear: most images grow
+    mean, std = (to_device(torch.tensor(values).view(-1, 1, 1), images.device) for values in (mean, std))
+    images = images.float().sub_(255 * mean).div_(255 * std)  # before the resize, which is linear: most images grow
     if images.shape[-2:] == img_size:
         return images
-    shrinks = images.shape[-2] > img_size[0] or images.shape[-1] > img_size[1]
+    height, width = images.shape[-2:]
+    if img_size[0] % height == 0 and img_size[1] % width == 0:
+        return enlarge(enlarge(images, img_size[1] // width, dim=3), img_size[0] // height, dim=2)
+    shrinks = height > img_size[0] or width > img_size[1]
     return F.interpolate(images, img_size, mode="bilinear", antialias=shrinks)
 
 
+def enlarge(x: Tensor, factor: int, dim: int) -> Tensor:
+    """Linear interpolation by a whole factor along one dimension, as F.interpolate has it but three times as fast.
+
+    All pixels between the same two neighbors are one broadcast operation; the border is repeated outwards.
+    """
+    size = x.shape[dim]
+    x = torch.cat([x.narrow(dim, 0, 1), x, x.narrow(dim, size - 1, 1)], dim).unsqueeze(dim + 1)
+    phases = torch.arange(factor, device=x.device, dtype=x.dtype) / factor + (0 if factor % 2 else 0.5 / factor)
+    phases = phases.view(-1, *[1] * (x.ndim - dim - 2))
+    between = torch.lerp(x.narrow(dim, 0, size + 1), x.narrow(dim, 1, size + 1), phases)  # [..., size + 1, factor, ...]
+    return between.flatten(dim, dim + 1).narrow(dim, (factor + 1) // 2, size * factor)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Loaders: (data_dir, img_size) -> Images
+# How fast it is
 
 
-def load_sklearn_digits(data_dir: Path, img_size: tuple[int, int]) -> Images:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, in a fixed stratified split of 1,437 and 360."""
-    from sklearn.datasets import load_digits  # deferred: takes seconds to import
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)[:, None]  # [n, 1, 8, 8], from 0..16
-    parts = train_test_split(pixels, digits.target, test_size=360, stratify=digits.target, random_state=0)
-    train_images, test_images, train_labels, test_labels = map(torch.from_numpy, parts)
-    names = [str(name) for name in digits.target_names]
-    return Images((train_images, train_labels), (test_images, test_labels), names, "digits (scikit-learn)")
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(description="Images of the data pipeline, how many a second.")
+    parser.add_argument("--benchmark", action="store_true", required=True, help="measure, beside PIL and a DataLoader")
+    parser.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
+    workers = utils.number_type(int, minimum=0)
+    parser.add_argument("--workers", type=workers, default=2, help="processes of the DataLoader")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON to write")
+    return parser.parse_args(argv)
 
 
-def load_torchvision(class_name: str, label: str) -> Callable[[Path, tuple[int, int]], Images]:
-    """A loader of one of torchvision's datasets, downloaded and checksummed on first use."""
+def main(argv=None) -> int:
+    import pipeline_benchmark  # deferred: it imports this module
 
-    def load(data_dir: Path, img_size: tuple[int, int]) -> Images:
-        import torchvision  # deferred: takes seconds to import
-
-        kind = getattr(torchvision.datasets, class_name)
-        quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-        try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            # The runs of a sweep start together: one downloads, the others wait. A read-only folder is only read.
-            writable = os.access(data_dir, os.W_OK)
-            with FileLock(data_dir / f".{class_name}.lock") if writable else contextlib.nullcontext(), quiet:
-                splits = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
-        except Exception as error:  # no network, a bad checksum, a damaged archive: torchvision raises anything
-            reason = str(error) or type(error).__name__
-            where = getattr(kind, "url", None) or getattr(kind, "mirrors", ["its authors"])[0]
-            raise UserError(
-                f"cannot load {label} from {data_dir.resolve()}: {reason}. With a network it is "
-                f"downloaded there on first use; without, get it from {where} and put it there; if a file there is "
-                "damaged, remove it. --dataset digits needs no download"
-            ) from error
-        train, test = ((_as_channels_first(split.data), torch.as_tensor(split.targets)) for split in splits)
-        return Images(train, test, list(splits[0].classes), label)
-
-    return load
+    args = parse_args(argv)
+    machine.keep_freed_memory()
+    report = pipeline_benchmark.run(
+        machine.pick_device(args.device), args.workers, sys.argv[1:] if argv is None else argv
+    )
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        utils.write_json(args.output, report)
+        print(f"wrote {args.output}")
+    return 0
 
 
-def _as_channels_first(pixels: np.ndarray | Tensor) -> Tensor:
-    """[n, H, W] or [n, H, W, C] -> [n, C, H, W]."""
-    pixels = torch.as_tensor(pixels)
-    return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-
-
-def load_imagefolder(data_dir: Path, img_size: tuple[int, int]) -> Images:
-    return Images(*imagefolder.read(data_dir, img_size))
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a dataset comes from, and what is known of it before it is read."""
-
-    load: Callable[[Path, tuple[int, int]], Images]
-    in_channels: int
-    num_classes: int | None  # None: as many as there are folders
-    flip: bool
-
-
-DATASETS = {
-    "cifar10": Source(load_torchvision("CIFAR10", "CIFAR-10"), 3, 10, flip=True),
-    "cifar100": Source(load_torchvision("CIFAR100", "CIFAR-100"), 3, 100, flip=True),
-    "fashion_mnist": Source(load_torchvision("FashionMNIST", "Fashion-MNIST"), 1, 10, flip=True),
-    "imagefolder": Source(load_imagefolder, 3, None, flip=True),
-    "digits": Source(load_sklearn_digits, 1, 10, flip=False),
-}
-
-
-def channels_and_classes(name: str, data_dir: str) -> tuple[int, int]:
-    """(in_channels, num_classes) of a dataset, without reading or downloading its images."""
-    source = DATASETS[name]
-    return source.in_channels, source.num_classes or len(imagefolder.find_classes(Path(data_dir), "train"))
+if __name__ == "__main__":
+    utils.run_cli(main)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import attention
 import data
 import device as machine
+import parallel
 import utils
 from checkpoint import load_checkpoint, rebuild_model
 
@@ -27,7 +28,7 @@ SPLITS = ("test", "train")
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device, precision: str
 ) -> dict:
-    """Run the model over batches of (images [B, C, height, width], labels [B]).
+    """Run the model over batches of (images [B, C, height, width], labels [B]), in a parallel run those of all ranks.
 
     Nothing is read from the device before the end. Returns `loss` (mean cross-entropy, nats), `top1_accuracy`,
     `top5_accuracy` (percent; None with 5 classes or fewer), `per_class_accuracy` (percent; None for a class without
@@ -47,6 +48,7 @@ def evaluate(
         confusion += torch.bincount(labels * num_classes + logits.argmax(1), minlength=num_classes**2)
         if num_classes > 5:
             top5_hits += (logits.topk(5).indices == labels[:, None]).sum()
+    parallel.sum_over_ranks(loss_sum, top5_hits, confusion)
     confusion = confusion.view(num_classes, num_classes).cpu()  # waits for the device
     seconds = time.perf_counter() - start
     model.train(was_training)
@@ -107,7 +109,7 @@ def main(argv=None) -> int:
     output = args.output or args.checkpoint.with_name(f"eval_{args.split}.json")
     report = {
         "checkpoint": str(args.checkpoint),
-        "epoch": state["epoch"],
+        "epoch": len(state["history"]),  # that were finished
         "data": dataset.label,
         "split": args.split,
         "precision": precision,

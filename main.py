@@ -7,106 +7,31 @@ Run the same command again to resume an interrupted run; a finished one is left 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 import attention
 import data
 import device as machine
-import diagonal
 import figures
 import masks
 import models
+import parallel
+import sources
 import utils
-from checkpoint import load_checkpoint
-from train import train
-from utils import UsageError, UserError, number_type
+from checkpoint import load_latest
+from settings import NOT_PART_OF_THE_RESULT, parse_args, resolve_settings
+from stop import StopRequest
+from train import Stopped, Trainer
+from utils import BusyError, OutOfMemoryError, UsageError, UserError
 
-CONFIG_FORMAT = 1
-# Settings that say where a run lies or computes, not what it computes: a resumed run may change them.
-NOT_PART_OF_THE_RESULT = ("data_dir", "output_dir", "device", "dry_run")
-
-
-def parse_args(argv=None):
-    parser = utils.ArgumentParser(description="Train one ViT with one attention pattern. Run it again to resume.")
-    positive, fraction = number_type(int, minimum=1), number_type(float, minimum=0, below=1)
-
-    group = parser.add_argument_group("attention pattern")
-    group.add_argument("--mask_type", choices=masks.MASK_TYPES, default="full", help="who attends to whom")
-    group.add_argument(
-        "--expansion_step",
-        type=number_type(int, minimum=0),
-        default=1,
-        metavar="S",
-        help="reach, in patches; not for full",
-    )
-    group.add_argument("--backend", choices=attention.BACKENDS, default="auto", help="how masked attention is computed")
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=data.DATASETS, default="cifar10", help="what to train on")
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="downloads go here; for imagefolder: its root")
-
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=models.PRESETS, default="vit_base", help="size preset")
-    group.add_argument("--img_size", type=positive, default=224, metavar="PX", help="images are resized to this side")
-    group.add_argument("--patch_size", type=positive, default=16, metavar="PX", help="side of a patch")
-    group.add_argument(
-        "--pool", choices=models.POOLS, default="cls", help="class token (global), or mean of the patches"
-    )
-    group.add_argument(
-        "--dropout", type=fraction, default=0.1, metavar="P", help="probability; not on attention weights"
-    )
-
-    group = parser.add_argument_group("optimization")
-    group.add_argument("--epochs", type=positive, default=50, metavar="N", help="passes over the training images")
-    group.add_argument("--batch_size", type=positive, default=64, metavar="N", help="images a step")
-    group.add_argument("--lr", type=number_type(float, above=0), default=3e-4, help="peak learning rate of AdamW")
-    group.add_argument(
-        "--weight_decay", type=number_type(float, minimum=0), default=0.1, help="on weight matrices only"
-    )
-    group.add_argument(
-        "--warmup_fraction", type=fraction, default=0.1, metavar="F", help="of all steps; then cosine to 0"
-    )
-    group.add_argument(
-        "--label_smoothing", type=fraction, default=0.1, metavar="P", help="mass moved off the true class"
-    )
-    group.add_argument("--grad_clip", type=number_type(float, minimum=0), default=1.0, help="gradient norm; 0 = off")
-    group.add_argument(
-        "--seed", type=number_type(int, minimum=0, below=2**63), default=0, help="of weights, data order, dropout"
-    )
-
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
-    group.add_argument("--precision", choices=machine.PRECISIONS, default="auto", help="auto: bf16 on CUDA from 8.0")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-
-    group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="experiments", metavar="DIR", help="root of all run folders")
-    group.add_argument(
-        "--run_name", metavar="NAME", help="folder name (default: <mask_type>_expansion_<step>, or full)"
-    )
-    group.add_argument("--dry_run", action="store_true", help="print the resolved configuration and stop")
-    return parser.parse_args(argv)
-
-
-def resolve_settings(args) -> dict:
-    """Every setting, with nothing left to be decided: what config.json holds and a resumed run is compared by."""
-    settings = vars(args).copy()
-    if args.mask_type == "full":
-        settings["expansion_step"] = None
-    settings["device"] = machine.pick_device(args.device).type
-    settings["precision"] = machine.resolve_precision(args.precision, torch.device(settings["device"]))
-    settings["run_name"] = (
-        utils.default_run_name(args.mask_type, settings["expansion_step"]) if args.run_name is None else args.run_name
-    )
-    if args.compile and (error := diagonal.compile_error(settings["device"])) is not None:
-        raise UsageError(f"--compile: torch.compile does not work here: {error}; mend that, or leave --compile out")
-    if Path(settings["run_name"]).name != settings["run_name"] or settings["run_name"] in ("", ".."):
-        raise UsageError(f"--run_name must be a plain folder name, got {settings['run_name']!r}")
-    return settings
+CONFIG_FORMAT = 2
 
 
 def build_model(settings: dict, in_channels: int, num_classes: int) -> models.VisionTransformer:
@@ -121,26 +46,27 @@ def build_model(settings: dict, in_channels: int, num_classes: int) -> models.Vi
             in_channels=in_channels,
             num_classes=num_classes,
             dropout=settings["dropout"],
+            drop_path=settings["drop_path"],
             pool=settings["pool"],
             attention_mask=mask,
             backend=settings["backend"],
-            **models.PRESETS[settings["model"]],
+            **{name: settings[name] for name in models.PRESETS[settings["model"]]},
         )
 
 
-def choose_backend(model: models.VisionTransformer, settings: dict, num_train: int) -> None:
+def choose_backend(model: models.VisionTransformer, settings: dict, num_train: int, device: torch.device) -> None:
     """Settle how masked attention is computed in this run; not counted as training time."""
     num_steps = settings["epochs"] * data.num_steps(num_train, settings["batch_size"])
     config, dtype = model.config, torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
     with utils.usage_errors():
         attention.choose_backend(
             model.plan,
-            settings["batch_size"],
+            max(1, settings["batch_size"] // parallel.WORLD_SIZE // settings["grad_accumulation"]),
             config["num_heads"],
             config["embed_dim"] // config["num_heads"],
             dtype,
-            torch.device(settings["device"]),
-            num_calls=config["depth"] * num_steps,
+            device,
+            num_calls=config["depth"] * num_steps * settings["grad_accumulation"],
         )
 
 
@@ -212,62 +138,148 @@ def summarize(history: list[dict], config: dict) -> dict:
 
 
 def dry_run(settings: dict, folder: Path) -> None:
-    in_channels, num_classes = data.channels_and_classes(settings["dataset"], settings["data_dir"])
+    in_channels, num_classes = sources.channels_and_classes(settings["dataset"], settings["data_dir"])
     model = build_model(settings, in_channels, num_classes)
     print(json.dumps({"run_folder": str(folder), "settings": settings, **describe_model(model, settings)}, indent=2))
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the run folder's lock, which the system frees when a process dies. Raises BusyError if another holds it."""
+    if not parallel.IS_FIRST:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / utils.LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise BusyError(f"another process is writing to {folder}; wait for it, or choose another --run_name") from None
+    try:
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Running out of memory as an error with a remedy, and with an exit code that a sweep acts on."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        words = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory: {utils.first_line(error)}. --grad_accumulation 2 halves what a step holds at once and "
+            "gives the same result; so does --checkpoint_activations"
+        ) from error
 
 
 def main(argv=None) -> int:
     machine.keep_freed_memory()
     argv = sys.argv[1:] if argv is None else argv
     settings = resolve_settings(parse_args(argv))
-    device = torch.device(settings["device"])
     folder = utils.run_folder(settings["output_dir"], settings["dataset"], settings["run_name"], settings["seed"])
     if settings["dry_run"]:
         dry_run(settings, folder)
         return 0
-
-    found = read_config(folder)
-    if found is not None:
-        refuse_other(folder, "settings", found["settings"], settings)
-        if (folder / utils.SUMMARY).exists():
-            final = utils.read_json(folder / utils.SUMMARY)["final"]
-            print(f"{folder} is finished: {final['eval_accuracy']:.2f}% after epoch {final['epoch']}; nothing to do")
+    stop = StopRequest()
+    with stop.listening(), memory_errors(), parallel.process_group(torch.device(settings["device"])) as device:
+        if is_finished(folder, settings):
             return 0
+        dataset = load_dataset(settings, device)
+        with only_writer(folder):
+            try:
+                return run(settings, dataset, folder, device, stop, argv)
+            except Stopped:
+                print(f"stopped ({stop.reason}); all is saved in {folder}, the same command goes on", flush=True)
+                return 130 if stop.by_keyboard else utils.EXIT_AGAIN
 
-    dataset = data.load_dataset(settings["dataset"], settings["data_dir"], (settings["img_size"],) * 2, device)
+
+def is_finished(folder: Path, settings: dict) -> bool:
+    """Whether the folder holds this run, complete; says so then. Raises UsageError if it holds another run."""
+    found = read_config(folder)
+    if found is None:
+        return False
+    refuse_other(folder, "settings", found["settings"], settings)
+    if not (folder / utils.SUMMARY).exists():
+        return False
+    final = utils.read_json(folder / utils.SUMMARY)["final"]
+    if parallel.IS_FIRST:
+        print(f"{folder} is finished: {final['eval_accuracy']:.2f}% after epoch {final['epoch']}; nothing to do")
+    return True
+
+
+def load_dataset(settings: dict, device: torch.device) -> data.Dataset:
+    limit, img_size = settings["device_data_limit"], (settings["img_size"],) * 2
+    limit_bytes = None if limit is None else limit * 2**30
+    return data.load_dataset(settings["dataset"], settings["data_dir"], img_size, device, limit_bytes)
+
+
+def run(
+    settings: dict, dataset: data.Dataset, folder: Path, device: torch.device, stop: StopRequest, argv: list[str]
+) -> int:
+    """Begin the run or go on with it, to its end."""
+    if is_finished(folder, settings):  # by another process, before this one had the folder
+        return 0
+    found, state = parallel.from_first(read_folder(folder) if parallel.IS_FIRST else None)
     model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
     if found is None:
-        choose_backend(model, settings, len(dataset.train))
+        if parallel.IS_FIRST:
+            choose_backend(model, settings, len(dataset.train), device)
+        model.plan.use(*parallel.from_first((model.plan.backend, model.plan.reason)))
     else:  # what was chosen when the run began, so that a resume is exact
         model.plan.use(found["attention"]["backend"], found["attention"]["backend_reason"])
         with utils.usage_errors():
             model.plan.check_device(device)
-    provenance = machine.provenance(argv, device)
+    config = make_config(found, folder, model, dataset, settings, machine.provenance(argv, device))
+    if state is not None:  # config.json may have been removed
+        refuse_other(folder, "settings", state["settings"], settings)
+    trainer = Trainer(model, dataset, config, folder, device, stop)
+    if state is not None:
+        trainer.load(state)
+    if parallel.IS_FIRST:
+        utils.write_json(folder / utils.CONFIG, config)
+        draw_mask(model, settings, folder)
+        device_name = config["provenance"]["device"]
+        print(f"{folder}: {config['num_parameters']:,} parameters, {dataset.label}, {device_name}", flush=True)
+        if state is not None:
+            print(f"resuming in epoch {trainer.epoch} after step {trainer.step}", flush=True)
+    history = trainer.train()
+    if parallel.IS_FIRST:
+        utils.write_json(folder / utils.SUMMARY, summarize(history, config))
+        print(f"finished: {history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images; results in {folder}")
+    return 0
+
+
+def read_folder(folder: Path) -> tuple[dict | None, dict | None]:
+    """(config.json, the newest readable checkpoint) of a run that was begun, None for what is not there."""
+    return read_config(folder), load_latest(folder)
+
+
+def make_config(
+    found: dict | None, folder: Path, model, dataset: data.Dataset, settings: dict, provenance: dict
+) -> dict:
+    """What config.json is to hold. Raises UsageError if the run was begun with other data."""
     if found is not None:
         refuse_other(folder, "data", found["data"], dataset.describe())
-        config = {**found, "settings": settings, "resumed": [*found.get("resumed", []), provenance]}
-    else:
-        config = {
-            "format": CONFIG_FORMAT,
-            "settings": settings,
-            **describe_model(model, settings),
-            "data": dataset.describe(),
-            "provenance": provenance,
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    utils.write_json(folder / utils.CONFIG, config)
+        return {**found, "settings": settings, "resumed": [*found.get("resumed", []), provenance]}
+    return {
+        "format": CONFIG_FORMAT,
+        "settings": settings,
+        **describe_model(model, settings),
+        "data": dataset.describe(),
+        "provenance": provenance,
+    }
+
+
+def draw_mask(model: models.VisionTransformer, settings: dict, folder: Path) -> None:
     step = settings["expansion_step"]
     title = settings["mask_type"] if step is None else f"{settings['mask_type']}, expansion step {step}"
     figures.save(figures.draw_attention_mask(model.plan.mask, *model.grid, title), folder / utils.MASK_PICTURE)
-    state = load_checkpoint(folder / utils.CHECKPOINT) if (folder / utils.CHECKPOINT).exists() else None
-    if state is not None:  # config.json may have been removed
-        refuse_other(folder, "settings", state["settings"], settings)
-    print(f"{folder}: {config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}", flush=True)
-    history = train(model, dataset, config, folder, state)
-    utils.write_json(folder / utils.SUMMARY, summarize(history, config))
-    print(f"finished: {history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images; results in {folder}")
-    return 0
 
 
 if __name__ == "__main__":

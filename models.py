@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import attention
 
@@ -32,6 +33,8 @@ class VisionTransformer(nn.Module):
         pool: "cls" classifies from a class token, which is global (it attends to all patches and all attend to it);
             "mean" has no class token and classifies from the mean of the patch tokens.
         dropout: on the embeddings, after both projections and inside the MLP; never on attention weights.
+        drop_path: stochastic depth (Huang et al. 2016): the probability, of each image, to skip the last block's two
+            branches; it grows linearly from 0 at the first block.
         attention_mask: bool [N, N] over patches in row-major order, True = query i may attend to key j; None = full.
         backend: how masked attention is computed, see `attention.compile_mask`.
 
@@ -49,6 +52,7 @@ class VisionTransformer(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
+        drop_path: float = 0.0,
         pool: str = "cls",
         attention_mask: Tensor | None = None,
         backend: str = "auto",
@@ -78,8 +82,10 @@ class VisionTransformer(nn.Module):
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
             "dropout": dropout,
+            "drop_path": drop_path,
             "pool": pool,
         }
+        self.checkpoint_activations = False  # of blocks: computed again in the backward instead of kept
         num_global_tokens = 1 if pool == "cls" else 0
         self.plan = attention.compile_mask(attention_mask, num_global_tokens, backend)  # one for all blocks
 
@@ -87,7 +93,10 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if num_global_tokens else None
         self.pos_embed = nn.Parameter(torch.zeros(1, num_global_tokens + num_patches, embed_dim))
         self.pos_drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, dropout, drop_path * layer / max(1, depth - 1))
+            for layer in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
         self._init_weights()
@@ -117,7 +126,10 @@ class VisionTransformer(nn.Module):
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, T, E]
         x = self.pos_drop(x + self.pos_embed)
         for block in self.blocks:
-            x = block(x, self.plan)
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, self.plan, use_reentrant=False)
+            else:
+                x = block(x, self.plan)
         x = self.norm(x)
         x = x.mean(dim=1) if self.cls_token is None else x[:, 0]  # [B, E]
         return self.head(x)
@@ -164,16 +176,23 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, [B, T, E] -> [B, T, E]."""
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, dropout: float):
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, dropout: float, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, num_heads, dropout)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), dropout)
+        self.drop_path = stochastic_depth(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, plan: attention.Plan) -> Tensor:
-        x = x + self.attn(self.norm1(x), plan)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x), plan))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def stochastic_depth(probability: float) -> nn.Module:
+    from torchvision.ops import StochasticDepth  # deferred: takes a second to import
+
+    return StochasticDepth(probability, mode="row")
 
 
 def sincos_positions(height: int, width: int, embed_dim: int) -> Tensor:

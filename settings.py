@@ -85,6 +85,9 @@ def build_parser() -> utils.ArgumentParser:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--model", choices=models.PRESETS, default="vit_base", help="size preset")
+    add("--embed_dim", type=positive, metavar="E", help="width (default: by preset)")
+    add("--depth", type=positive, metavar="L", help="blocks (default: by preset)")
+    add("--num_heads", type=positive, metavar="H", help="heads (default: by preset)")
     add("--img_size", type=positive, default=224, metavar="PX", help="images are resized to this side")
     add("--patch_size", type=positive, default=16, metavar="PX", help="side of a patch")
     add("--pool", choices=models.POOLS, help="* class token (global), or mean of the patches")
@@ -154,6 +157,8 @@ def resolve_settings(args) -> dict:
     settings = vars(args).copy()
     if args.mask_type == "full":
         settings["expansion_step"] = None
+    for name, value in models.PRESETS[args.model].items():
+        settings[name] = settings[name] or value
     if args.lr is None:
         settings["lr"] = strong_lr(args.batch_size)
     settings["device"] = machine.pick_device(args.device).type

@@ -1,7 +1,12 @@
-"""The training loop: schedule, forward, backward, step, log, evaluate, save."""
+"""The training loop: forward, backward, step, log, evaluate, save; one run, on one process or on many.
+
+Nothing in a step waits for the device: losses and hits add up there, and are read once an epoch (or every
+`--log_every` steps, and for the progress bar of a terminal, once a second).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -9,140 +14,317 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 import data
 import device as machine
+import models
+import optim
+import parallel
 import utils
 from checkpoint import rng_state, save_checkpoint, set_rng_state
 from eval import evaluate
+from stop import StopRequest
 from utils import UserError
 
-
-def build_optimizer(model: torch.nn.Module, settings: dict, total_steps: int):
-    """AdamW with weight decay on the weight matrices only; a schedule by step: linear warmup, then cosine to zero."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and name not in ("cls_token", "pos_embed")]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or name in ("cls_token", "pos_embed")]
-    groups = [{"params": decayed, "weight_decay": settings["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings["lr"], fused=True)
-    warmup_steps = round(settings["warmup_fraction"] * total_steps)
-
-    def lr_factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
+STEPS_BETWEEN_VOTES = 10  # of the processes of a parallel run, on whether to save or to stop
+REMEDIES = "what was saved before stays good. A lower --lr, a longer --warmup_fraction or --precision fp32 may help"
 
 
-def train_epoch(model, optimizer, scheduler, dataset, settings: dict, epoch: int, device: torch.device) -> dict:
-    """One pass over the training images. Losses and hits stay on the device, are read for the bar and at the end."""
-    num_images, batch_size = len(dataset.train), settings["batch_size"]
-    num_steps = data.num_steps(num_images, batch_size)
-    losses = torch.zeros(num_steps, device=device)
-    num_correct = torch.zeros((), dtype=torch.int64, device=device)
-    weights = torch.full((num_steps,), float(batch_size), device=device)  # images of each step
-    weights[-1] = num_images - batch_size * (num_steps - 1)
-    model.train()
-    start = last_look = time.perf_counter()
-    batches = data.train_batches(dataset, batch_size, settings["seed"], epoch)
-    title = f"epoch {epoch}/{settings['epochs']}"
-    with tqdm(total=num_images, desc=title, unit="img", leave=False, disable=not sys.stdout.isatty()) as bar:
-        for step, (images, labels) in enumerate(batches):
-            with machine.autocast(device, settings["precision"]):
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
-            loss.backward()
-            if settings["grad_clip"]:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
+class Stopped(Exception):
+    """The run was asked to stop, and all that it has done is saved."""
+
+
+class Trainer:
+    """One run. `load` a saved state or not; `train` goes on to the last epoch and keeps the run folder complete."""
+
+    # Plain numbers that are saved as they are. The epoch and its step are those in progress; the seconds are of it,
+    # those of the first step of a process, which compiles, apart from the others and the images of these.
+    PROGRESS = ("history", "epoch", "epoch_step", "compile_seconds", "timed_seconds", "timed_images")
+
+    def __init__(
+        self,
+        model: models.VisionTransformer,
+        dataset: data.Dataset,
+        config: dict,
+        folder: Path,
+        device: torch.device,
+        stop: StopRequest,
+    ):
+        self.model, self.dataset, self.config, self.folder = model, dataset, config, folder
+        self.device, self.stop, self.settings = device, stop, config["settings"]
+        s = self.settings
+        self.num_images, self.batch_size = len(dataset.train), s["batch_size"]
+        self.steps_per_epoch = data.num_steps(self.num_images, self.batch_size)
+        self.optimizers = optim.build_optimizers(model, s)
+        self.schedulers = optim.build_schedulers(self.optimizers, s, s["epochs"] * self.steps_per_epoch)
+        self.average = optim.WeightAverage(model, s["ema"]) if s["ema"] else None
+        model.checkpoint_activations = s["checkpoint_activations"]
+        compiled = model if s["compile"] == "off" else torch.compile(model, mode=s["compile"], dynamic=False)
+        self.forward = parallel.wrap(compiled, device)
+        self.history: list[dict] = []
+        self.start_epoch(1)
+        self.steps_here, self.saved_at = 0, time.monotonic()
+        torch.manual_seed((s["seed"] + parallel.RANK) % 2**63)
+
+    def start_epoch(self, epoch: int) -> None:
+        self.epoch, self.epoch_step = epoch, 0
+        self.losses = torch.zeros(self.steps_per_epoch, device=self.device)  # this process's part of each step's
+        self.num_correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.compile_seconds = self.timed_seconds = 0.0
+        self.timed_images = 0
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # State
+
+    def save(self) -> None:
+        """Write last.pt. Raises UserError, and keeps the one before, if the weights are not finite."""
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            raise UserError(f"the weights are not finite after step {self.step} (epoch {self.epoch}); {REMEDIES}")
+        of_rank = {"rng": rng_state(self.device), "losses": self.losses.cpu(), "num_correct": self.num_correct.cpu()}
+        of_ranks = parallel.from_all(of_rank)
+        if parallel.IS_FIRST:
+            state = {
+                "model": self.model.state_dict(),
+                "average": self.average and self.average.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+                "ranks": of_ranks,
+                "settings": self.settings,
+                "model_config": self.model.config,
+                "data": self.config["data"],
+            }
+            save_checkpoint(self.folder, state | {name: getattr(self, name) for name in self.PROGRESS})
+        self.saved_at = time.monotonic()
+
+    def load(self, state: dict) -> None:
+        """Go on from a saved state, on as many processes as it was saved by or on others."""
+        self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.model.load_state_dict(state["average"])
+        for name in ("optimizers", "schedulers"):
+            for mine, saved in zip(getattr(self, name), state[name], strict=True):
+                mine.load_state_dict(saved)
+        for name in self.PROGRESS:
+            setattr(self, name, state[name])
+        ranks = state["ranks"]
+        if len(ranks) == parallel.WORLD_SIZE:
+            mine = ranks[parallel.RANK]
+            set_rng_state(mine["rng"], self.device)
+            losses, num_correct = mine["losses"], mine["num_correct"]
+        else:  # other processes: what all have summed up goes to the first
+            share = 1 if parallel.IS_FIRST else 0
+            losses, num_correct = (share * sum(rank[name] for rank in ranks) for name in ("losses", "num_correct"))
+        self.losses, self.num_correct = losses.to(self.device), num_correct.to(self.device)
+
+    @property
+    def step(self) -> int:
+        """Steps of the run that are done."""
+        return (self.epoch - 1) * self.steps_per_epoch + self.epoch_step
+
+    def agree(self, flag: bool) -> bool:
+        """Whether it is true on any process of the run; asked now and then only, as the answer costs a message."""
+        if parallel.WORLD_SIZE > 1 and self.epoch_step % STEPS_BETWEEN_VOTES:
+            return False
+        return parallel.any_rank(flag)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def train(self) -> list[dict]:
+        """Train to the last epoch -> the rows of metrics.jsonl. Raises Stopped if asked to stop; all is saved then."""
+        self.write_metrics()  # the checkpoint is the truth, the log follows it
+        while self.epoch <= self.settings["epochs"]:
+            self.train_epoch()
+            row = self.finish_epoch()
+            self.history.append(row)
+            self.start_epoch(self.epoch + 1)
+            self.save()
+            self.write_metrics()
+            if parallel.IS_FIRST:
+                print(format_epoch(row, self.settings["epochs"]), flush=True)
+            if self.epoch <= self.settings["epochs"] and parallel.any_rank(self.stop.reason is not None):
+                raise Stopped
+        return self.history
+
+    def write_metrics(self) -> None:
+        if parallel.IS_FIRST:
+            utils.write_json_lines(self.folder / utils.METRICS, self.history)
+
+    def train_epoch(self) -> None:
+        """The rest of the epoch in progress; saved within, now and then and when asked to stop."""
+        s, minutes = self.settings, self.settings["checkpoint_every_minutes"]
+        mixes = self.epoch <= s["epochs"] * (1 - s["mix_off"])
+        names = ("crop", "flip", "policy", "random_erasing", "mixup_alpha", "cutmix_alpha")
+        augmentation = data.Augmentation(**{name: s[name] for name in names}, mix=s["mix"] if mixes else 0.0)
+        batches = data.train_batches(
+            *(self.dataset, self.batch_size, s["seed"], self.epoch, augmentation, self.epoch_step),
+            *(parallel.RANK, parallel.WORLD_SIZE),
+        )
+        self.model.train()
+        self.clock = time.perf_counter()
+        with Progress(self) as progress:
+            for images, labels in batches:
+                self.train_step(images, labels)
+                self.epoch_step += 1
+                self.steps_here += 1
+                if self.steps_here == 1:
+                    self.compile_seconds += self.read_clock()
+                else:
+                    self.timed_images += self.size_of_batch(self.epoch_step - 1)
+                progress.show()
+                if self.epoch_step == self.steps_per_epoch:
+                    break
+                due = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+                if self.agree(due or self.stop.reason is not None):
+                    self.timed_seconds += self.read_clock()
+                    self.save()
+                    if parallel.any_rank(self.stop.reason is not None):
+                        raise Stopped
+                    self.clock = time.perf_counter()
+        self.timed_seconds += self.read_clock()
+
+    def read_clock(self) -> float:
+        """Seconds since the last reading, when the device has done all that it was given."""
+        machine.synchronize(self.device)
+        last, self.clock = self.clock, time.perf_counter()
+        return self.clock - last
+
+    def size_of_batch(self, epoch_step: int) -> int:
+        """Images of a step, over all processes."""
+        return min(self.batch_size, self.num_images - epoch_step * self.batch_size)
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One step on this process's images [b, C, h, w] of a batch; labels int64 [b] or float [b, classes]."""
+        size = self.size_of_batch(self.epoch_step)
+        first, stop = data.rank_part(size, parallel.RANK, parallel.WORLD_SIZE)
+        weight = 1 / size if stop > first else 0.0  # of each image; none if this one belongs to another process
+        num_parts = min(self.settings["grad_accumulation"], len(images))
+        parts = list(zip(images.tensor_split(num_parts), labels.tensor_split(num_parts), strict=True))
+        for number, (x, y) in enumerate(parts, start=1):
+            last = contextlib.nullcontext() if number == num_parts else parallel.without_sync(self.forward)
+            with last:
+                loss, hits = self.loss_of(x, y)
+                loss = weight * loss
+                (parallel.WORLD_SIZE * loss).backward()  # the processes' gradients are averaged
+            self.losses[self.epoch_step] += loss.detach()
+            self.num_correct += hits if weight else 0
+        if self.settings["grad_clip"]:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["grad_clip"])
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            losses[step] = loss.detach()
-            num_correct += (logits.argmax(1) == labels).sum()
-            bar.update(len(labels))
-            if not bar.disable and time.perf_counter() - last_look > 1:  # a look waits for the device: once a second
-                last_look = time.perf_counter()
-                seen = (step + 1) * batch_size
-                bar.set_postfix(loss=f"{losses[step].item():.3f}", accuracy=f"{100 * num_correct.item() / seen:.1f}%")
-    losses = losses.cpu().double()  # waits for the device
-    seconds = time.perf_counter() - start
-    first_step = (epoch - 1) * num_steps
-    if not losses.isfinite().all():
-        bad = int((~losses.isfinite()).nonzero()[0])
-        raise UserError(
-            f"the loss became {losses[bad].item()} at step {first_step + bad + 1} (epoch {epoch}); what was saved "
-            "before it stays good. A lower --lr, a longer --warmup_fraction or --precision fp32 may help"
-        )
-    return {
-        "epoch": epoch,
-        "step": first_step + num_steps,
-        "train_loss": (losses @ weights.cpu().double()).item() / num_images,
-        "train_accuracy": 100 * num_correct.item() / num_images,
-        "lr": scheduler.get_last_lr()[0],
-        "train_images_per_second": num_images / seconds,
-        "epoch_seconds": seconds,
-    }
+        if self.average:
+            self.average.update(self.step + 1)
 
+    def loss_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of the images, nats, and how many are classified right."""
+        if self.settings["compile"] == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        with machine.autocast(self.device, self.settings["precision"]):
+            logits = self.forward(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.settings["label_smoothing"], reduction="sum")
+        true = labels if labels.ndim == 1 else labels.argmax(1)  # of a mixed image the class it has more of
+        return loss, (logits.argmax(1) == true).sum()
 
-def train(model, dataset, config: dict, folder: Path, state: dict | None) -> list[dict]:
-    """Train to the last epoch, from the beginning or from `state`; the run folder is complete up to each epoch."""
-    settings = config["settings"]
-    device = torch.device(settings["device"])
-    total_steps = settings["epochs"] * data.num_steps(len(dataset.train), settings["batch_size"])
-    optimizer, scheduler = build_optimizer(model, settings, total_steps)
-    torch.manual_seed(settings["seed"])
-    history = []
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        set_rng_state(state["rng"], device)
-        history = state["history"]
-        print(f"resuming after epoch {len(history)}")
-    forward = torch.compile(model) if settings["compile"] else model
-    utils.write_json_lines(folder / utils.METRICS, history)  # the checkpoint is the truth, the log follows it
-    for epoch in range(len(history) + 1, settings["epochs"] + 1):
-        machine.reset_peak_memory(device)
-        row = train_epoch(forward, optimizer, scheduler, dataset, settings, epoch, device)
-        batches = data.eval_batches(dataset, dataset.test, settings["batch_size"])
-        result = evaluate(forward, batches, dataset.num_classes, device, settings["precision"])
-        if not math.isfinite(result["loss"]):
-            raise UserError(
-                f"the evaluation loss became {result['loss']} after epoch {epoch}; what was saved before stays good. "
-                "A lower --lr, a longer --warmup_fraction or --precision fp32 may help"
-            )
-        row |= {
+    # -----------------------------------------------------------------------------------------------------------------
+    # The end of an epoch
+
+    def finish_epoch(self) -> dict:
+        """Evaluate -> the epoch's row of metrics.jsonl."""
+        parallel.sum_over_ranks(self.losses, self.num_correct)
+        losses = self.losses.cpu().double()
+        if not losses.isfinite().all():
+            bad = int((~losses.isfinite()).nonzero()[0])
+            step = self.step - self.steps_per_epoch + bad + 1
+            raise UserError(f"the loss became {losses[bad].item()} at step {step} (epoch {self.epoch}); {REMEDIES}")
+        sizes = torch.tensor([float(self.size_of_batch(step)) for step in range(self.steps_per_epoch)])
+        result = self.evaluate()
+        timed = self.timed_images > 0  # else the epoch had but one step, and it compiled
+        rate = self.timed_images / self.timed_seconds if timed else self.num_images / self.compile_seconds
+        seconds = self.compile_seconds + self.timed_seconds + result["seconds"]
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": (losses @ sizes.double()).item() / self.num_images,
+            "train_accuracy": 100 * self.num_correct.item() / self.num_images,
+            "lr": self.schedulers[0].get_last_lr()[0],
+            "train_images_per_second": rate,
+            "epoch_seconds": seconds,
+            "compile_seconds": self.compile_seconds,
+            "flops_utilization": self.flops_utilization(rate),
             "eval_loss": result["loss"],
             "eval_accuracy": result["top1_accuracy"],
             "eval_images_per_second": result["images_per_second"],
-            "epoch_seconds": row["epoch_seconds"] + result["seconds"],
-            "peak_memory_bytes": machine.peak_memory_bytes(device),
+            "peak_memory_bytes": machine.peak_memory_bytes(self.device),
         }
-        history.append(row)
-        save_checkpoint(
-            folder / utils.CHECKPOINT,
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "rng": rng_state(device),
-                "epoch": epoch,
-                "history": history,
-                "settings": settings,
-                "model_config": model.config,
-                "data": config["data"],
-            },
-        )
-        utils.write_json_lines(folder / utils.METRICS, history)
-        print(format_epoch(row, settings["epochs"]), flush=True)
-    return history
+
+    def evaluate(self) -> dict:
+        """On the test images, with the averaged weights if there are any."""
+        model = self.average.model if self.average else self.model
+        split = (self.dataset, self.dataset.test, self.batch_size, parallel.RANK, parallel.WORLD_SIZE)
+        batches = data.eval_batches(*split)
+        result = evaluate(model, batches, self.dataset.num_classes, self.device, self.settings["precision"])
+        if not math.isfinite(result["loss"]):
+            raise UserError(f"the evaluation loss became {result['loss']} after epoch {self.epoch}; {REMEDIES}")
+        return result
+
+    def flops_utilization(self, images_per_second: float) -> float | None:
+        """Percent of the devices' peak rate that the model's own arithmetic makes up; None for an unknown device.
+
+        Counted are the matrix products of forward and backward (three times the forward's), and only the pairs of
+        tokens that the mask allows; what activation checkpointing computes twice counts once (Chowdhery et al. 2022,
+        PaLM, appendix B).
+        """
+        peak = machine.peak_flops(self.device, self.settings["precision"])
+        if peak is None:
+            return None
+        flops = 3 * self.config["attention"]["forward_flops_per_image"] * images_per_second
+        return 100 * flops / (peak * parallel.WORLD_SIZE)
+
+
+class Progress:
+    """A bar on a terminal, and a line every `log_every` steps; on the first process alone."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.log_every = trainer, trainer.settings["log_every"]
+        self.quiet = not parallel.IS_FIRST
+        done = trainer.epoch_step * trainer.batch_size
+        self.title = f"epoch {trainer.epoch}/{trainer.settings['epochs']}"
+        off = self.quiet or not sys.stdout.isatty()
+        self.bar = tqdm(total=trainer.num_images, initial=done, desc=self.title, unit="img", leave=False, disable=off)
+        self.last_look = time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def show(self) -> None:
+        t, step = self.trainer, self.trainer.epoch_step
+        self.bar.update(t.size_of_batch(step - 1))
+        if not self.bar.disable and time.perf_counter() - self.last_look > 1:  # a look waits for the device
+            self.last_look = time.perf_counter()
+            accuracy = 100 * t.num_correct.item() / (step * t.batch_size / parallel.WORLD_SIZE)
+            self.bar.set_postfix(loss=f"{self.mean_loss(1):.3f}", accuracy=f"{accuracy:.1f}%")
+        if self.log_every and step % self.log_every == 0 and not self.quiet:
+            self.bar.write(f"{self.title}, step {step}/{t.steps_per_epoch}: loss {self.mean_loss(self.log_every):.4f}")
+
+    def mean_loss(self, num_steps: int) -> float:
+        """Of the last steps, as this process has seen it."""
+        step = self.trainer.epoch_step
+        return parallel.WORLD_SIZE * self.trainer.losses[max(0, step - num_steps) : step].mean().item()
 
 
 def format_epoch(row: dict, num_epochs: int) -> str:
+    utilization = "" if row["flops_utilization"] is None else f" ({row['flops_utilization']:.1f}% of peak)"
+    compiling = f", {row['compile_seconds']:.1f} s of it the first step" if row["compile_seconds"] > 1 else ""
     return (
         f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}"
         f" | train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f}%"
         f" | eval loss {row['eval_loss']:.4f}, accuracy {row['eval_accuracy']:5.2f}%"
-        f" | {row['train_images_per_second']:.0f} images/s | {row['epoch_seconds']:.1f} s"
+        f" | {row['train_images_per_second']:.0f} images/s{utilization} | {row['epoch_seconds']:.1f} s{compiling}"
     )

@@ -13,18 +13,25 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent
 
 # The files of a run folder, <output_dir>/<dataset>/<run_name>/seed_<n>/. SUMMARY is written last: its presence = done.
-CONFIG, METRICS, CHECKPOINT, SUMMARY, MASK_PICTURE, LOG = (
+CONFIG, METRICS, SUMMARY, MASK_PICTURE, LOG = (
     "config.json",
     "metrics.jsonl",
-    "last.pt",
     "summary.json",
     "attention_mask.png",
     "log.txt",
 )
+CHECKPOINT, PREVIOUS_CHECKPOINT = "last.pt", "previous.pt"
+LOCK = ".lock"  # held while a process writes to the folder; the system frees that of a dead one
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors and command lines
+
+
+# Exit codes beside 0 done, 1 failure, 2 usage, 130 interrupted; a sweep and a scheduler act on them.
+EXIT_AGAIN = 75  # asked to stop: all is saved, the same command goes on
+EXIT_BUSY = 76  # another process is writing to the run folder
+EXIT_OUT_OF_MEMORY = 77
 
 
 class UserError(Exception):
@@ -37,6 +44,16 @@ class UsageError(UserError):
     """The command line asks for something that cannot be."""
 
     exit_code = 2
+
+
+class BusyError(UserError):
+    """Another process is writing to the run folder."""
+
+    exit_code = EXIT_BUSY
+
+
+class OutOfMemoryError(UserError):
+    exit_code = EXIT_OUT_OF_MEMORY
 
 
 @contextlib.contextmanager
@@ -66,8 +83,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], int]) -> None:
-    """Run a script's main() and exit: 0 done, 1 failure, 2 usage, 130 interrupted; errors as one line on stderr."""
+    """Run a script's main() and exit: 0 done, 1 failure, 2 usage, 130 interrupted; errors as one line on stderr.
+
+    With `--debug` among the arguments errors keep their traceback.
+    """
     program = Path(sys.argv[0]).name
+    if "--debug" in sys.argv:
+        sys.exit(main())
     try:
         code = main()
     except UserError as error:
@@ -94,8 +116,14 @@ def warn(message: str) -> None:
     print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
 
 
-def number_type(kind: type, minimum: float | None = None, above: float | None = None, below: float | None = None):
-    """An argparse type: an int or a finite float with `minimum <= value`, `above < value < below`."""
+def number_type(
+    kind: type,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+):
+    """An argparse type: an int or a finite float with `minimum <= value <= maximum`, `above < value < below`."""
 
     def parse(text: str):
         try:
@@ -106,6 +134,7 @@ def number_type(kind: type, minimum: float | None = None, above: float | None = 
             ) from None
         limits = [
             (minimum is None or value >= minimum, f"at least {minimum}"),
+            (maximum is None or value <= maximum, f"at most {maximum}"),
             (above is None or value > above, f"above {above}"),
             (below is None or value < below, f"below {below}"),
             (value == value and abs(value) != float("inf"), "finite"),

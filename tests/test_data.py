@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 import data
 import main
+import sources
 from utils import REPOSITORY, UserError
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_digits():
 def test_digits_are_those_of_scikit_learn():
     from sklearn.datasets import load_digits
 
-    loaded = data.load_sklearn_digits(Path(), (8, 8))
+    loaded = sources.load_sklearn_digits(Path(), (8, 8))
     images, labels = (torch.cat([loaded.train[part], loaded.test[part]]) for part in (0, 1))
     ours = {(image.numpy().tobytes(), int(label)) for image, label in zip(images, labels, strict=True)}
     digits = load_digits()
@@ -158,7 +159,7 @@ def test_torchvision_datasets(tmp_path, no_checksums, no_network, name, shape, n
         assert torch.equal(split.images, images)
         assert torch.equal(split.labels, labels)
     assert (dataset.in_channels, dataset.num_classes) == (shape[0], num_classes)
-    assert (dataset.in_channels, dataset.num_classes) == data.channels_and_classes(name, "nowhere")
+    assert (dataset.in_channels, dataset.num_classes) == sources.channels_and_classes(name, "nowhere")
     assert dataset.flip
     assert no_network == []
 
@@ -243,7 +244,7 @@ def test_loading_is_quiet(tmp_path, no_checksums, capfd, recwarn):
 
 def test_a_read_only_folder_of_others_is_enough(tmp_path, no_checksums, monkeypatch):
     write_cifar(tmp_path)
-    monkeypatch.setattr(data.os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(sources.os, "access", lambda path, mode: False)  # root may write anywhere
     before = set(tmp_path.rglob("*"))
     assert len(data.load_dataset("cifar10", str(tmp_path), (32, 32), CPU).train) == 20
     assert set(tmp_path.rglob("*")) == before
@@ -271,12 +272,12 @@ def test_main_without_network_ends_in_one_line(tmp_path):
 def test_channels_and_classes_read_no_image(tmp_path):
     expected = {"cifar10": (3, 10), "cifar100": (3, 100), "fashion_mnist": (1, 10), "digits": (1, 10)}
     for name, answer in expected.items():
-        assert data.channels_and_classes(name, "nowhere") == answer
+        assert sources.channels_and_classes(name, "nowhere") == answer
     for name in ("ant", "bee", "cow"):
         (tmp_path / "train" / name).mkdir(parents=True)
         (tmp_path / "train" / name / "0.jpg").write_text("no image")
-    assert data.channels_and_classes("imagefolder", str(tmp_path)) == (3, 3)
-    assert set(data.DATASETS) == {*expected, "imagefolder"}
+    assert sources.channels_and_classes("imagefolder", str(tmp_path)) == (3, 3)
+    assert set(sources.DATASETS) == {*expected, "imagefolder"}
     assert not Path("nowhere").exists()
 
 
@@ -318,23 +319,17 @@ SHAPES = [(6, 3, 8, 8), (5, 1, 6, 11), (4, 3, 13, 5), (1, 3, 9, 9)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("padding", [0, 1, 3])
-def test_crop_with_padding(shape, padding):
+def test_crop_and_flip(shape, padding):
     images = random_images(*shape)
     offsets = torch.randint(2 * padding + 1, (len(images), 2))
     offsets[0], offsets[-1] = 2 * padding, torch.tensor([0, 2 * padding])
-    cropped = data.crop_with_padding(images, offsets, padding)
-    for image, (top, left), result in zip(images, offsets.tolist(), cropped, strict=True):
-        padded = transforms.pad(image, [padding])
-        assert torch.equal(result, transforms.crop(padded, top, left, *shape[-2:]))
-    untouched = data.crop_with_padding(images, torch.full_like(offsets, padding), padding)
+    mirrored = torch.arange(len(images)) % 2 == 0
+    found = data.crop_and_flip(images, offsets, mirrored, padding)
+    for image, (top, left), flip, result in zip(images, offsets.tolist(), mirrored, found, strict=True):
+        cropped = transforms.crop(transforms.pad(image, [padding]), top, left, *shape[-2:])
+        assert torch.equal(result, transforms.horizontal_flip(cropped) if flip else cropped)
+    untouched = data.crop_and_flip(images, torch.full_like(offsets, padding), torch.zeros_like(mirrored), padding)
     assert torch.equal(untouched, images)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_flip_horizontally(shape):
-    images, mirrored = random_images(*shape), torch.arange(shape[0]) % 2 == 0
-    for image, flip, result in zip(images, mirrored, data.flip_horizontally(images, mirrored), strict=True):
-        assert torch.equal(result, transforms.horizontal_flip(image) if flip else image)
 
 
 @pytest.mark.parametrize(("shorter", "padding"), [(32, 4), (8, 1), (28, 4), (1, 0), (224, 28)])
@@ -433,7 +428,7 @@ def test_batches_depend_on_seed_and_epoch_alone():
 def test_start_step_continues_exactly(start_step):
     dataset = dataset_of(random_images(21, 3, 8, 8), img_size=(12, 12))
     whole = list(data.train_batches(dataset, 8, 3, 4))
-    assert same(list(data.train_batches(dataset, 8, 3, 4, start_step)), whole[start_step:])
+    assert same(list(data.train_batches(dataset, 8, 3, 4, start_step=start_step)), whole[start_step:])
 
 
 def test_the_draws_of_an_image_do_not_depend_on_the_batch_size():
@@ -496,14 +491,14 @@ def test_batches_on_cuda_are_those_of_the_cpu(monkeypatch, fits):
 @pytest.mark.skipif(not JPEG_COPY.is_dir(), reason="data/cifar10-jpeg is not there")
 def test_the_jpeg_copy_of_cifar10(monkeypatch):
     """All files are found; one in 50 is read, for time."""
-    find, counts = data.imagefolder._find_files, []
+    find, counts = sources.imagefolder._find_files, []
 
     def find_some(*args):
         files = find(*args)
         counts.append(len(files))
         return files[::50]
 
-    monkeypatch.setattr(data.imagefolder, "_find_files", find_some)
+    monkeypatch.setattr(sources.imagefolder, "_find_files", find_some)
     dataset = data.load_dataset("imagefolder", str(JPEG_COPY), (224, 224), CPU)
     assert counts == [50_000, 10_000]
     assert dataset.train.images.shape == (1000, 3, 32, 32)
@@ -515,3 +510,134 @@ def test_the_jpeg_copy_of_cifar10(monkeypatch):
     images, labels = next(data.train_batches(dataset, 16, 0, 1))
     assert images.shape == (16, 3, 224, 224)
     assert labels.shape == (16,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resizing, augmentation, ranks, streaming
+
+
+@pytest.mark.parametrize("factors", [(1, 2), (2, 1), (3, 3), (7, 7), (8, 4), (5, 2)])
+@pytest.mark.parametrize("size", [(1, 1), (4, 6), (9, 2)])
+def test_enlarging_by_whole_factors(factors, size):
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    found = data.enlarge(data.enlarge(x, factors[1], dim=3), factors[0], dim=2)
+    expected = F.interpolate(x, [s * f for s, f in zip(size, factors, strict=True)], mode="bilinear")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+STRONG = data.Augmentation(policy="rand", random_erasing=0.5, mix=0.5)
+
+
+def test_switched_off_augmentation_leaves_the_images_alone():
+    images = random_images(10, 3, 8, 8)
+    batches = data.train_batches(dataset_of(images), 4, 0, 1, data.Augmentation(crop=False, flip=False))
+    found, labels = collect(batches)
+    assert torch.equal(found.round().byte(), images[labels])
+
+
+def test_each_image_of_a_batch_is_augmented_by_its_own_draws():
+    dataset = dataset_of(random_images(1, 3, 16, 16).expand(64, -1, -1, -1), torch.zeros(64, dtype=torch.int64))
+    for how in (
+        data.Augmentation(crop=False, flip=False, policy="trivial"),
+        data.Augmentation(False, random_erasing=1),
+    ):
+        ((images, _),) = data.train_batches(dataset, 64, 0, 1, how)
+        assert len({image.numpy().tobytes() for image in images}) > 20
+
+
+def labelled(num_images, num_classes=5, size=8):
+    dataset = dataset_of(random_images(num_images, 3, size, size), torch.arange(num_images) % num_classes)
+    dataset.class_names = [str(number) for number in range(num_classes)]
+    return dataset
+
+
+def test_mixed_batches_have_mixed_targets():
+    dataset = labelled(640)
+    batches = list(data.train_batches(dataset, 10, 0, 1, data.Augmentation(mix=0.5)))
+    mixed = [labels for _, labels in batches if labels.ndim == 2]
+    assert 15 < len(mixed) < 50
+    for labels in mixed:
+        torch.testing.assert_close(labels.sum(1), torch.ones(10))
+        assert labels.shape == (10, 5)
+    assert any((labels.max(1).values < 1).any() for labels in mixed)
+    assert not any(labels.ndim == 2 for _, labels in data.train_batches(dataset, 10, 0, 1))
+    assert all(labels.ndim == 2 for _, labels in data.train_batches(dataset, 10, 0, 1, data.Augmentation(mix=1)))
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_an_image_is_mixed_with_the_one_before_it(kind):
+    """Constant images: what is mixed in can be read off, and its share is that of the label."""
+    values = torch.tensor([50, 0, 100, 200], dtype=torch.uint8)
+    images = values.view(4, 1, 1, 1).expand(4, 3, 20, 20).float()
+    labels = torch.arange(4)
+    found, targets = data.mixing.mix(kind, 1.0, images, labels, 4, seed=3)
+    assert found.shape == (3, 3, 20, 20)
+    for i, (image, target) in enumerate(zip(found, targets, strict=True), start=1):
+        own, other = float(values[i]), float(values[i - 1])
+        assert image.mean().item() == pytest.approx(target[i].item() * own + target[i - 1].item() * other, abs=1e-3)
+        assert 0 < target[i] < 1
+        if kind == "cutmix":
+            assert set(image.unique().tolist()) == {own, other}
+    again = data.mixing.mix(kind, 1.0, images, labels, 4, seed=3)
+    assert torch.equal(again[0], found)
+    assert not torch.equal(data.mixing.mix(kind, 1.0, images, labels, 4, seed=4)[0], found)
+
+
+def test_mixing_disturbs_no_other_draws():
+    state = torch.random.get_rng_state()
+    list(data.train_batches(labelled(20), 5, 0, 1, data.Augmentation(mix=1)))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("augmentation", [data.Augmentation(), STRONG])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_ranks_share_each_batch(augmentation, world_size):
+    """21 images in batches of 6: the last has 3, fewer than there are ranks."""
+    dataset = labelled(21)
+    whole = list(data.train_batches(dataset, 6, 3, 4, augmentation))
+    parts = [
+        list(data.train_batches(dataset, 6, 3, 4, augmentation, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    for step, (images, labels) in enumerate(whole):
+        limits = [data.rank_part(len(images), rank, world_size) for rank in range(world_size)]
+        assert limits[0][0] == 0
+        assert limits[-1][1] == len(images)
+        for rank, (start, stop) in enumerate(limits):
+            assert start == (limits[rank - 1][1] if rank else 0)
+            found, found_labels = parts[rank][step]
+            if stop > start:
+                torch.testing.assert_close(found, images[start:stop])
+                torch.testing.assert_close(found_labels, labels[start:stop])
+            else:
+                assert len(found) == 1  # something to compute with, that counts nothing
+
+
+@pytest.mark.parametrize("augmentation", [data.Augmentation(), STRONG])
+def test_streaming_gives_what_resident_images_give(augmentation):
+    dataset, streaming = labelled(50), labelled(50)
+    streaming.streams = True
+    for start_step in (0, 3):
+        resident = list(data.train_batches(dataset, 8, 0, 1, augmentation, start_step))
+        assert same(list(data.train_batches(streaming, 8, 0, 1, augmentation, start_step)), resident)
+    expected = list(data.eval_batches(dataset, dataset.test, 8))
+    assert same(list(data.eval_batches(streaming, streaming.test, 8)), expected)
+    next(iter(data.train_batches(streaming, 8, 0, 1)))  # left in the middle: the thread ends all the same
+
+
+def test_the_limit_decides_what_streams():
+    size = 1797 * 64
+    for limit, streams in ((size, False), (size - 1, True), (0, True), (None, False)):
+        assert data.load_dataset("digits", "nowhere", (8, 8), CPU, limit).streams == streams
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("streams", [True, False])
+def test_batches_do_not_wait_for_the_device(streams):
+    dataset = data.load_dataset("digits", "nowhere", (16, 16), torch.device("cuda"), 0 if streams else None)
+    list(data.train_batches(dataset, 100, 0, 1, STRONG))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(data.train_batches(dataset, 100, 0, 2, STRONG))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

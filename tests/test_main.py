@@ -18,7 +18,7 @@ DIGITS = [
     *("--batch_size", "256", "--lr", "2e-3", "--epochs", "3"),
 ]
 LOCAL = ["--mask_type", "2d_cardinal", "--expansion_step", "1"]
-TIMES = ("epoch_seconds", "train_images_per_second", "eval_images_per_second", "peak_memory_bytes")
+TIMES = ("epoch_seconds", "train_images_per_second", "eval_images_per_second", "peak_memory_bytes", "compile_seconds")
 
 
 def run(output, *arguments):
@@ -39,17 +39,16 @@ def finished(tmp_path_factory):
 
 def test_the_run_folder_is_complete(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "attention_mask.png",
-        "last.pt",
-        "summary.json",
+        *("config.json", "metrics.jsonl", "attention_mask.png", "last.pt", "previous.pt", "summary.json", ".lock")
     }
     rows = utils.read_json_lines(finished / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert [row["step"] for row in rows] == [6, 12, 18]  # 1,437 images in batches of 256
     keys = "epoch step train_loss train_accuracy eval_loss eval_accuracy lr epoch_seconds train_images_per_second"
-    assert set(rows[0]) == {*keys.split(), "eval_images_per_second", "peak_memory_bytes"}
+    others = "eval_images_per_second peak_memory_bytes compile_seconds flops_utilization"
+    assert set(rows[0]) == {*keys.split(), *others.split()}
+    assert rows[0]["compile_seconds"] > 0 == rows[1]["compile_seconds"]  # of the first step of a process
+    assert rows[0]["flops_utilization"] is None  # the CPU's peak is not known
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] < 2.5
     assert rows[-1]["train_accuracy"] > rows[0]["train_accuracy"]
     assert rows[-1]["lr"] == 0
@@ -92,10 +91,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkey
 
     original, saved = train.save_checkpoint, []
 
-    def save_and_die(path, state):
+    def save_and_die(folder, state):
         if len(saved) == saved_epochs:
             raise KilledError
-        original(path, state)
+        original(folder, state)
         saved.append(state["epoch"])
         if len(saved) == saved_epochs:
             raise KilledError
@@ -129,7 +128,7 @@ def test_a_config_of_another_version_is_refused(tmp_path):
     folder = tmp_path / "digits" / "full" / "seed_0"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"format": 99}')
-    with pytest.raises(utils.UserError, match="has format 99, expected 1"):
+    with pytest.raises(utils.UserError, match="has format 99, expected 2"):
         run(tmp_path)
 
 
@@ -147,7 +146,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_what_was_saved(tmp_path, monk
     with pytest.raises(utils.UserError, match=r"became nan at step 10 \(epoch 2\)"):
         run(tmp_path)
     folder = tmp_path / "digits" / "full" / "seed_0"
-    assert checkpoint.load_checkpoint(folder / "last.pt")["epoch"] == 1
+    assert checkpoint.load_checkpoint(folder / "last.pt")["epoch"] == 2  # the one in progress
     assert len(utils.read_json_lines(folder / "metrics.jsonl")) == 1
     assert not (folder / "summary.json").exists()
 
@@ -196,20 +195,6 @@ def test_defaults_are_those_of_the_design():
         "run_name": "full",
     }
     assert {key: settings[key] for key in expected} == expected
-
-
-def test_schedule_warms_up_then_falls_to_zero():
-    model = torch.nn.Linear(2, 2)
-    optimizer, scheduler = train.build_optimizer(model, {"weight_decay": 0.1, "lr": 1.0, "warmup_fraction": 0.2}, 10)
-    rates = []
-    for _ in range(10):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[2:] == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
-    assert scheduler.get_last_lr()[0] == pytest.approx(0)
-    assert [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups] == [(1, 0.1), (1, 0.0)]
 
 
 def test_compiled_training_gives_the_same_losses(finished, tmp_path):
@@ -287,7 +272,7 @@ def test_bad_checkpoints_end_in_one_line(finished, tmp_path, kind, run_script):
     elif kind == "truncated":
         path.write_bytes((finished / "last.pt").read_bytes()[:-2000])
     elif kind == "code":
-        torch.save({"format": 1, "model_config": Evil()}, path)
+        torch.save({"format": checkpoint.FORMAT, "model_config": Evil()}, path)
     elif kind == "foreign":
         torch.save({"state_dict": {}}, path)
     elif kind == "version":

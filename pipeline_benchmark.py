@@ -1,0 +1,106 @@
+"""Images a second of the data pipeline alone, and of the usual one: PIL images, torchvision's transforms, a DataLoader.
+
+Both crop, flip, resize and normalize the same random images of 32x32; `python data.py --benchmark` runs it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+import data
+import device as machine
+
+SIDE, BATCH_SIZE, ROUNDS = 32, 128, 7
+NUM_IMAGES = {32: 12_800, 224: 2_560}  # of ours, by the size that they are resized to
+NUM_PIL_IMAGES = {32: 2_560, 224: 1_280}
+AUGMENTATIONS = {
+    "crop, flip": data.Augmentation(),
+    "crop, flip, TrivialAugment": data.Augmentation(policy="trivial"),
+    "crop, flip, RandAugment, mix": data.Augmentation(policy="rand", mix=0.5),
+}
+
+
+class PilImages(Dataset):
+    """Random images as PIL has them, and torchvision's transforms of them."""
+
+    def __init__(self, pixels: torch.Tensor, img_size: int):
+        from torchvision import transforms  # deferred: takes a second to import
+
+        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+        steps = [transforms.RandomCrop(SIDE, padding=SIDE // 8), transforms.RandomHorizontalFlip()]
+        steps += [transforms.Resize(img_size)] if img_size != SIDE else []
+        self.transform = transforms.Compose(
+            [*steps, transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.25] * 3)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.images[index]), 0
+
+
+def pil_loader(pixels: torch.Tensor, img_size: int, num_workers: int, device: torch.device) -> DataLoader:
+    return DataLoader(
+        PilImages(pixels, img_size),
+        BATCH_SIZE,
+        shuffle=True,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def dataset_of(pixels: torch.Tensor, img_size: int, device: torch.device) -> data.Dataset:
+    split = data.Split(pixels.to(device), torch.zeros(len(pixels), dtype=torch.int64, device=device))
+    names, mean, std = [str(number) for number in range(10)], [0.5] * 3, [0.25] * 3
+    return data.Dataset("random", "Random", names, split, split, mean, std, True, (img_size, img_size), device)
+
+
+def rate(epoch: Callable[[], Iterator], device: torch.device) -> float:
+    """Images a second of one pass, each batch taken to the device."""
+    machine.synchronize(device)
+    start, count = time.perf_counter(), 0
+    for images, _ in epoch():
+        count += len(images.to(device, non_blocking=True))
+    machine.synchronize(device)
+    return count / (time.perf_counter() - start)
+
+
+def measure(img_size: int, device: torch.device, num_workers: int) -> dict[str, list[float]]:
+    """Images a second of each pipeline in each turn; the pipelines take turns in one process."""
+    pixels = torch.randint(256, (NUM_IMAGES[img_size], 3, SIDE, SIDE), dtype=torch.uint8)
+    dataset = dataset_of(pixels, img_size, device)
+    loader = pil_loader(pixels[: NUM_PIL_IMAGES[img_size]], img_size, num_workers, device)
+    epochs = {
+        name: lambda how=how: data.train_batches(dataset, BATCH_SIZE, 0, 1, how) for name, how in AUGMENTATIONS.items()
+    }
+    epochs["PIL and DataLoader: crop, flip"] = lambda: loader
+    rates = {name: [] for name in epochs}
+    for turn in range(ROUNDS + 1):
+        for name, epoch in epochs.items():
+            found = rate(epoch, device)
+            if turn > 0:  # the first one warms up
+                rates[name].append(found)
+    return rates
+
+
+def run(device: torch.device, num_workers: int, argv: list[str]) -> dict:
+    """Measure, print a table, and return it with where it comes from."""
+    report = {"provenance": machine.provenance(argv, device), "batch_size": BATCH_SIZE, "workers": num_workers}
+    for img_size in NUM_IMAGES:
+        rates = measure(img_size, device, num_workers)
+        *_, peer = rates.values()
+        report[f"images_per_second_at_{img_size}"] = rates
+        print(f"{SIDE}x{SIDE} -> {img_size}x{img_size}, batches of {BATCH_SIZE}, on {machine.device_name(device)}")
+        for name, values in rates.items():
+            low, median, high = statistics.quantiles(values, n=4)
+            ratio = statistics.median(ours / theirs for ours, theirs in zip(values, peer, strict=True))
+            print(f"  {name:<32}{median:>10,.0f} images/s ({low:,.0f} to {high:,.0f}){ratio:>7.1f} x PIL", flush=True)
+    return report

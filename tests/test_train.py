@@ -1,0 +1,258 @@
+"""The training loop: micro-batches, processes, stops within an epoch, averaged weights, no waiting for the device."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+import main
+import train
+import utils
+from models import VisionTransformer
+from stop import PARENT, StopRequest
+
+DIGITS = [
+    *("--dataset", "digits", "--model", "vit_micro", "--img_size", "8", "--patch_size", "2", "--device", "cpu"),
+    *("--batch_size", "128", "--lr", "2e-3", "--epochs", "2", "--dropout", "0"),
+]
+TIMES = ("seconds", "per_second", "memory")
+
+
+def run(output, *arguments):
+    return main.main([*DIGITS, "--output_dir", str(output), *arguments])
+
+
+def folder_of(output, name="full"):
+    return output / "digits" / name / "seed_0"
+
+
+def rows_of(folder):
+    """The rows of metrics.jsonl, without what a clock measured."""
+    rows = utils.read_json_lines(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not any(word in key for word in TIMES)} for row in rows]
+
+
+def weights_of(folder):
+    return checkpoint.load_checkpoint(folder / "last.pt")["model"]
+
+
+def assert_close(rows, others, tolerance=1e-4):
+    for row, other in zip(rows, others, strict=True):
+        for key in ("train_loss", "eval_loss"):
+            assert row[key] == pytest.approx(other[key], rel=tolerance), key
+
+
+STRONG = ["--policy", "rand", "--mix", "0.5", "--mix_off", "0.5", "--random_erasing", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run of one process with mixing in its first epoch."""
+    output = tmp_path_factory.mktemp("reference")
+    assert run(output, *STRONG) == 0
+    return folder_of(output)
+
+
+@pytest.mark.parametrize("options", [["--grad_accumulation", "3"], ["--checkpoint_activations"], ["--log_every", "5"]])
+def test_ways_of_computing_give_the_same_run(reference, tmp_path, options, capsys):
+    assert run(tmp_path, *STRONG, *options) == 0
+    assert_close(rows_of(folder_of(tmp_path)), rows_of(reference))
+    if "--log_every" in options:
+        assert "epoch 1/2, step 10/12: loss 2." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--ema 0.9", "--optimizer muon", "--drop_path 0.3", "--device_data_limit 0"])
+def test_ways_of_training_learn_and_resume_exactly(tmp_path, monkeypatch, option):
+    options = option.split()
+    assert run(tmp_path / "whole", *options) == 0
+    stop_after(monkeypatch, 17)  # in the second epoch
+    assert run(tmp_path / "parts", *options) == utils.EXIT_AGAIN
+    monkeypatch.undo()
+    assert run(tmp_path / "parts", *options) == 0
+    whole, parts = folder_of(tmp_path / "whole"), folder_of(tmp_path / "parts")
+    assert rows_of(parts) == rows_of(whole)
+    assert rows_of(whole)[1]["train_loss"] < rows_of(whole)[0]["train_loss"]
+    assert all(torch.equal(weights_of(parts)[name], weight) for name, weight in weights_of(whole).items())
+
+
+def stop_after(monkeypatch, num_steps, number=signal.SIGTERM):
+    """Send this process a signal in a training step."""
+    step, count = train.Trainer.train_step, []
+
+    def counted(self, *args):
+        step(self, *args)
+        count.append(1)
+        if len(count) == num_steps:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train.Trainer, "train_step", counted)
+
+
+STOPS = [(step, signal.SIGTERM) for step in (1, 5, 11, 12, 13, 23)] + [(5, signal.SIGUSR1), (5, signal.SIGINT)]
+
+
+@pytest.mark.parametrize(("num_steps", "number"), STOPS)
+def test_stopped_in_a_step_and_resumed_equals_uninterrupted(
+    reference, tmp_path, monkeypatch, num_steps, number, capsys
+):
+    stop_after(monkeypatch, num_steps, number)
+    code = 130 if number == signal.SIGINT else utils.EXIT_AGAIN
+    assert run(tmp_path, *STRONG) == code
+    assert "the same command goes on" in capsys.readouterr().out
+    folder = folder_of(tmp_path)
+    assert not (folder / "summary.json").exists()
+    assert [row["epoch"] for row in rows_of(folder)] == list(range(1, num_steps // 12 + 1))
+    monkeypatch.undo()
+    torch.manual_seed(99)
+    assert run(tmp_path, *STRONG) == 0
+    assert rows_of(folder) == rows_of(reference)
+    assert all(torch.equal(weights_of(folder)[name], weight) for name, weight in weights_of(reference).items())
+
+
+def test_a_signal_in_the_last_step_does_not_stop_a_run_that_is_done(tmp_path, monkeypatch):
+    stop_after(monkeypatch, 24)
+    assert run(tmp_path) == 0
+    assert (folder_of(tmp_path) / "summary.json").exists()
+
+
+def test_long_epochs_are_saved_within(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        train, "save_checkpoint", lambda folder, state: saved.append((state["epoch"], state["epoch_step"]))
+    )
+    assert run(tmp_path, "--epochs", "1", "--checkpoint_every_minutes", "1e-9") == 0
+    assert saved == [*((1, step) for step in range(1, 12)), (2, 0)]
+
+
+def test_the_average_is_what_is_evaluated(tmp_path):
+    run(tmp_path, "--ema", "0.9")
+    folder = folder_of(tmp_path)
+    state = checkpoint.load_checkpoint(folder / "last.pt")
+    assert not torch.equal(state["average"]["head.weight"], state["model"]["head.weight"])
+    rebuilt = checkpoint.rebuild_model(state)
+    assert torch.equal(rebuilt.head.weight, state["average"]["head.weight"])
+
+
+def test_muon_and_drop_path_are_in_the_checkpoint(tmp_path):
+    run(tmp_path, "--optimizer", "muon", "--drop_path", "0.2", "--epochs", "1")
+    state = checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")
+    assert len(state["optimizers"]) == len(state["schedulers"]) == 2
+    assert state["model_config"]["drop_path"] == 0.2
+    blocks = checkpoint.rebuild_model(state).blocks
+    assert [getattr(block.drop_path, "p", 0.0) for block in blocks] == pytest.approx([0, 0.2 / 3, 0.4 / 3, 0.2])
+
+
+def test_stochastic_depth_skips_whole_images():
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, dropout=0.0, drop_path=0.5)
+    images = torch.randn(1, 3, 8, 8).expand(64, -1, -1, -1)
+    outputs = {tuple(row.tolist()) for row in model.train()(images).detach()}
+    assert len(outputs) == 4  # the last block's two branches are there or not
+    assert len({tuple(row.tolist()) for row in model.eval()(images).detach()}) == 1
+
+
+def test_another_writer_is_refused(tmp_path):
+    folder = folder_of(tmp_path)
+    with main.only_writer(folder), pytest.raises(utils.BusyError, match="another process is writing") as caught:
+        run(tmp_path)
+    assert caught.value.exit_code == utils.EXIT_BUSY
+    assert run(tmp_path, "--epochs", "1") == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_running_out_of_memory_says_what_to_do(tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(train.Trainer, "train_step", fail)
+    with pytest.raises(utils.OutOfMemoryError, match="--grad_accumulation 2") as caught:
+        run(tmp_path)
+    assert caught.value.exit_code == utils.EXIT_OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(reference, tmp_path, monkeypatch, damage, capsys):
+    stop_after(monkeypatch, 17)
+    assert run(tmp_path, *STRONG) == utils.EXIT_AGAIN
+    monkeypatch.undo()
+    last = folder_of(tmp_path) / "last.pt"
+    content = last.read_bytes()
+    last.write_bytes({"truncated": content[:-1000], "empty": b"", "garbage": b"x" * 5000}[damage])
+    assert run(tmp_path, *STRONG) == 0
+    captured = capsys.readouterr()
+    assert "set aside as last.pt.damaged" in captured.err
+    assert "resuming in epoch 2 after step 12" in captured.out
+    assert rows_of(folder_of(tmp_path)) == rows_of(reference)
+
+
+def test_the_death_of_the_parent_is_a_request_to_stop(monkeypatch):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    monkeypatch.setenv(PARENT, str(done.pid))
+    stop = StopRequest()
+    with stop.listening():
+        for _ in range(100):
+            if stop.reason:
+                break
+            signal.sigtimedwait([], 0.05)
+    assert stop.reason == "the sweep is gone"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many processes
+
+
+def torchrun(num_processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += ["main.py", *DIGITS, *arguments]
+    return subprocess.run(command, cwd=utils.REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_train_as_one(reference, tmp_path):
+    """The same global batch, the last of an epoch smaller and mixed batches among them."""
+    done = torchrun(2, "--output_dir", str(tmp_path), *STRONG)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished: ") == 1
+    assert_close(rows_of(folder_of(tmp_path)), rows_of(reference), 1e-3)
+    state = checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")
+    assert len(state["ranks"]) == 2
+    for name, weight in weights_of(reference).items():
+        torch.testing.assert_close(state["model"][name], weight, atol=2e-3, rtol=1e-2)
+
+
+def test_two_processes_stop_and_resume_as_one(reference, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 17)
+    assert run(tmp_path, *STRONG) == utils.EXIT_AGAIN  # by one process
+    done = torchrun(2, "--output_dir", str(tmp_path), *STRONG)
+    assert done.returncode == 0, done.stderr
+    assert "resuming in epoch 2 after step 17" in done.stdout
+    assert_close(rows_of(folder_of(tmp_path)), rows_of(reference), 1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
+    step, count = train.Trainer.train_step, []
+
+    def watched(self, *args):
+        count.append(1)
+        torch.cuda.set_sync_debug_mode("error" if len(count) > 2 else "default")
+        try:
+            step(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(train.Trainer, "train_step", watched)
+    assert run(tmp_path, *STRONG, "--device", "cuda", "--ema", "0.9", "--compile", "off") == 0
+    assert len(count) == 24
