@@ -9,6 +9,7 @@ import pytest
 
 import masks
 import utils
+from settings import RECIPES, parse_args, resolve_settings, strong_lr
 
 README = (utils.REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -79,7 +80,7 @@ def test_the_tables_of_patterns_and_flags_agree_with_the_code():
     for name in masks.MASK_TYPES:
         assert f"| `{name}` |" in README
     parser = parser_of("main")
-    table = README.split("## Flags that matter")[1].split("\n## ")[0]
+    table = README.split("## Training")[1].split("| `--recipe plain` |")[0]
     rows = re.findall(r"^\| (`--[^|]*) \| ([^|]*) \|", table, flags=re.MULTILINE)
     assert len(rows) >= 6
     for flags, defaults in rows:
@@ -89,3 +90,16 @@ def test_the_tables_of_patterns_and_flags_agree_with_the_code():
         for name, value in zip(names, values, strict=True):
             default = parser.get_default(name)
             assert str(default) == value or float(default) == float(value), name
+
+
+def test_the_recipes_are_those_of_the_table():
+    table = README.split("| `--recipe plain` |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `--(\w+)` \| ([^|]*) \| ([^|]*) \|$", table, flags=re.MULTILINE)
+    assert {name for name, *_ in rows} == set(RECIPES["plain"]) == set(RECIPES["strong"])
+    for column, recipe in enumerate(("plain", "strong"), start=1):
+        settings = resolve_settings(parse_args(["--recipe", recipe, "--device", "cpu"]))
+        assert {row[0]: row[column].strip(" `") for row in rows} == {row[0]: str(settings[row[0]]) for row in rows}
+    given = ["--recipe", "strong", "--lr", "0.5", "--mix", "0", "--batch_size", "512"]
+    settings = resolve_settings(parse_args([*given, "--device", "cpu"]))
+    assert (settings["lr"], settings["mix"], settings["policy"]) == (0.5, 0.0, "rand")
+    assert [strong_lr(size) for size in (64, 128, 256, 512)] == [0.0005, 0.001, 0.001, 0.002]
