@@ -1,5 +1,6 @@
 # make demo   set up, run the whole comparison on a small dataset that needs no download, and plot it
 # make test   set up, then lint and the whole test suite
+# make faults kill runs, fill disks, damage files, try command lines: long
 # make lint | format | clean
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO_DIR = experiments/demo
 
-.PHONY: demo test lint format clean
+.PHONY: demo test faults lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python run_experiments.py --gpus 0 --runs_per_gpu 2 --dataset digits --expansion_steps '[1, 2]' --output_dir $(DEMO_DIR) -- \
@@ -16,6 +17,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/installed-dev
+	FAULTS=long $(BIN)/python -m pytest tests/faults
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

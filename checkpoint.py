@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -22,10 +23,16 @@ class DamagedError(UserError):
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write last.pt, whole or not at all; the one before stays as previous.pt."""
+    """Write last.pt, whole or not at all; the one before stays as previous.pt. Raises UserError without space."""
     last = folder / utils.CHECKPOINT
     with atomic_path(last) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+        try:
+            torch.save({"format": FORMAT, **state}, temporary)
+        except RuntimeError as error:  # torch's writer does not say why
+            raise UserError(
+                f"cannot write {last}: no space left on the disk, or a quota reached ({first_line(error)}). What was "
+                "saved before stays good; make room, then the same command goes on"
+            ) from error
         keep_as(folder / utils.PREVIOUS_CHECKPOINT, last)
 
 
@@ -60,6 +67,9 @@ def load_checkpoint(path: Path) -> dict:
     try:
         with warnings.catch_warnings():  # of foreign files; the error says it all
             warnings.simplefilter("ignore")
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}; expected the last.pt of a run folder") from None

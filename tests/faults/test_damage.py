@@ -1,0 +1,97 @@
+"""Files damaged at random: what reads them says one line, or reads what was written; never something in between."""
+
+import contextlib
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import victims
+
+import checkpoint
+import eval as evaluation
+import plot_result
+import utils
+
+
+def damage(content: bytes, draws) -> bytes:
+    """Cut off, a byte changed, a run of zeros, or something put in."""
+    kind, place = draws.integers(4), int(draws.integers(len(content)))
+    if kind == 0:
+        return content[:place]
+    if kind == 1:
+        return content[:place] + bytes([content[place] ^ int(draws.integers(1, 256))]) + content[place + 1 :]
+    if kind == 2:
+        return content[:place] + bytes(min(512, len(content) - place)) + content[place + 512 :]
+    return content[:place] + draws.bytes(20) + content[place:]
+
+
+def call(main, *arguments):
+    """-> (exit code, stderr); any exception but SystemExit fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        utils.run_cli(lambda: main(list(arguments)))
+    return stop.value.code, err.getvalue()
+
+
+def test_a_damaged_checkpoint_is_refused_or_whole(uninterrupted, tmp_path, is_long, count):
+    path = victims.folder_of(uninterrupted) / utils.CHECKPOINT
+    content, expected = path.read_bytes(), checkpoint.load_checkpoint(path)
+    draws, num_refused = np.random.default_rng(0), 0
+    for _ in range(1000 if is_long else 60):
+        damaged = tmp_path / utils.CHECKPOINT
+        damaged.write_bytes(damage(content, draws))
+        count("damaged files tried")
+        try:
+            state = checkpoint.load_checkpoint(damaged)
+        except utils.UserError:
+            num_refused += 1
+            continue
+        for name in victims.STATE:  # the damage was in a gap between the records
+            torch.testing.assert_close(state[name], expected[name], rtol=0, atol=0)
+    assert num_refused > 0
+
+
+@pytest.mark.parametrize("name", [utils.CONFIG, utils.METRICS, utils.SUMMARY])
+def test_damaged_logs_are_named(uninterrupted, tmp_path, name, is_long, count):
+    """plot_result.py skips such a run with a warning, or reads it."""
+    draws = np.random.default_rng(1)
+    content = (victims.folder_of(uninterrupted) / name).read_bytes()
+    for number in range(60 if is_long else 4):
+        output = tmp_path / str(number)
+        shutil.copytree(victims.folder_of(uninterrupted), victims.folder_of(output), ignore=lambda *_: ["last.pt"])
+        (victims.folder_of(output) / name).write_bytes(damage(content, draws))
+        count("damaged files tried")
+        code, err = call(plot_result.main, "--results_path", str(output))
+        assert code in (0, 1), err
+        assert "Traceback" not in err
+        assert "error:" in err or code == 0
+
+
+@pytest.mark.parametrize("name", [utils.CHECKPOINT, utils.CONFIG, utils.METRICS])
+def test_a_run_goes_on_from_a_damaged_folder_or_says_why_not(uninterrupted, tmp_path, name, is_long, count):
+    draws = np.random.default_rng(2)
+    for number in range(10 if is_long else 1):
+        output = tmp_path / str(number)
+        shutil.copytree(victims.folder_of(uninterrupted), victims.folder_of(output))
+        (victims.folder_of(output) / utils.SUMMARY).unlink()
+        path = victims.folder_of(output) / name
+        path.write_bytes(damage(path.read_bytes(), draws))
+        count("damaged files tried")
+        code = victims.finish(output)
+        log = (output / "log.txt").read_text()
+        assert "Traceback" not in log
+        if code == 0:
+            victims.assert_same_result(output, uninterrupted)
+        else:
+            assert code in (1, 2)
+            assert log.count("error:") == 1
+
+
+def test_the_evaluation_of_a_damaged_checkpoint_ends_in_one_line(uninterrupted, tmp_path):
+    content = (victims.folder_of(uninterrupted) / utils.CHECKPOINT).read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
+    code, err = call(evaluation.main, "--checkpoint", str(tmp_path / "last.pt"))
+    assert code == 1
+    assert len(err.splitlines()) == 1

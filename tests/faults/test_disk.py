@@ -1,0 +1,74 @@
+"""A disk that is full, a folder that cannot be written: one clear line, and what was saved stays good."""
+
+import contextlib
+import os
+import subprocess
+
+import pytest
+import victims
+
+import checkpoint
+import utils
+
+
+def errors_of(output):
+    return [line for line in (output / "log.txt").read_text().splitlines() if "error:" in line or "Traceback" in line]
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 500_000, 2_000_000])
+def test_files_that_cannot_grow(uninterrupted, tmp_path, limit, count):
+    """Every write beyond the limit fails; then there is room again."""
+    size = (victims.folder_of(uninterrupted) / utils.CHECKPOINT).stat().st_size
+    assert limit < size
+    assert victims.finish(tmp_path, limit_bytes=limit) == 1
+    (error,) = errors_of(tmp_path)
+    assert error.startswith("main.py: error: ")
+    assert "too large" in error or "space" in error
+    assert not (victims.folder_of(tmp_path) / utils.SUMMARY).exists()
+    count("full disks survived")
+    assert victims.finish(tmp_path) == 0
+    victims.assert_same_result(tmp_path, uninterrupted)
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True
+    )
+    if done.returncode != 0:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_during_training(uninterrupted, tmp_path, count):
+    """Room for one checkpoint and a bit: the second one does not fit beside the first."""
+    size = (victims.folder_of(uninterrupted) / utils.CHECKPOINT).stat().st_size
+    with small_disk(tmp_path / "disk", max(1, round(1.7 * size / 2**20))):
+        output = tmp_path / "disk" / "runs"
+        assert victims.finish(output) == 1
+        (error,) = errors_of(output)
+        assert "no space left on the disk" in error
+        state = checkpoint.load_checkpoint(victims.folder_of(output) / utils.CHECKPOINT)  # still good
+        assert state["epoch"] == 1
+        assert not (victims.folder_of(output) / utils.SUMMARY).exists()
+        count("full disks survived")
+        subprocess.run(["mount", "-o", "remount,size=50m", str(tmp_path / "disk")], check=True)
+        assert victims.finish(output) == 0
+        victims.assert_same_result(output, uninterrupted)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    with contextlib.ExitStack() as stack:
+        if os.geteuid() == 0:  # for whom permissions do not count
+            stack.enter_context(small_disk(tmp_path / "disk", 1))
+            subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        else:
+            (tmp_path / "disk").mkdir(mode=0o500)
+        (tmp_path / "log").mkdir()
+        assert victims.finish(tmp_path / "disk" / "runs", log=tmp_path / "log") == 1
+        (error,) = errors_of(tmp_path / "log")
+        assert "Read-only file system" in error or "Permission denied" in error

@@ -1,0 +1,155 @@
+"""Small runs in processes of their own, to be killed, with faults that can be put into them.
+
+They are forked from a server that has imported everything, so that a start takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import checkpoint
+import utils
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["main", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"])
+
+RUN = [
+    *("--dataset", "digits", "--model", "vit_micro", "--img_size", "8", "--patch_size", "4", "--device", "cpu"),
+    *("--batch_size", "64", "--lr", "2e-3", "--epochs", "3", "--mask_type", "2d_cardinal", "--policy", "trivial"),
+    *("--mix", "0.5", "--ema", "0.9", "--checkpoint_every_minutes", "0.0005"),  # 30 ms: many within an epoch
+]
+NUM_EPOCHS = 3
+STATE = ("model", "average", "optimizers", "schedulers", "ranks", "epoch")  # of a checkpoint, without clocks
+TIMES = ("seconds", "per_second", "memory")
+
+# Where a run can be made to kill itself: the n-th time that it comes to such a place.
+FAULTS = (
+    "in a step",
+    "in the write of a checkpoint",
+    "between the write of a checkpoint and its name",
+    "between a checkpoint and its metrics line",
+    "in the write of the metrics",
+    "before summary.json",
+    "in the write of config.json",
+)
+
+
+def start(output: Path, fault: tuple[str, int] | None = None, limit_bytes: int | None = None, log: Path | None = None):
+    """A process that runs main.py; what it prints goes to log.txt in `log`, by default in `output`."""
+    log = log or output
+    log.mkdir(parents=True, exist_ok=True)
+    arguments = [*RUN, "--output_dir", str(output)]
+    process = CONTEXT.Process(target=_run, args=(arguments, log / "log.txt", fault, limit_bytes))
+    process.start()
+    return process
+
+
+def finish(output: Path, **how) -> int:
+    """Run to the end -> the exit code, negative for a signal."""
+    process = start(output, **how)
+    process.join()
+    return process.exitcode
+
+
+def folder_of(output: Path) -> Path:
+    return output / "digits" / "2d_cardinal_expansion_1" / "seed_0"
+
+
+def result_of(output: Path) -> tuple[list[dict], dict]:
+    """The metrics without what a clock measured, and the final state but for clocks."""
+    rows = utils.read_json_lines(folder_of(output) / utils.METRICS)
+    rows = [{key: value for key, value in row.items() if not any(word in key for word in TIMES)} for row in rows]
+    state = checkpoint.load_checkpoint(folder_of(output) / utils.CHECKPOINT)
+    return rows, {name: state[name] for name in STATE}
+
+
+def assert_same_result(output: Path, uninterrupted: Path) -> None:
+    """The finished run is that of `uninterrupted`, its weights bit for bit, each epoch logged once."""
+    rows, state = result_of(output)
+    expected_rows, expected_state = result_of(uninterrupted)
+    assert [row["epoch"] for row in rows] == list(range(1, NUM_EPOCHS + 1))
+    assert rows == expected_rows
+    import torch
+
+    torch.testing.assert_close(state, expected_state, rtol=0, atol=0)  # bit for bit
+    summary = utils.read_json(folder_of(output) / utils.SUMMARY)
+    assert summary["epochs"] == NUM_EPOCHS
+    assert not list(folder_of(output).glob(".*.tmp"))
+
+
+def _run(arguments: list[str], log: Path, fault: tuple[str, int] | None, limit_bytes: int | None) -> None:
+    import torch
+
+    import main
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    if fault is not None:
+        _plant(*fault)
+    if limit_bytes is not None:
+        _limit_file_size(limit_bytes)
+    sys.argv = ["main.py", *arguments]
+    utils.run_cli(main.main)
+
+
+def _limit_file_size(num_bytes: int) -> None:
+    """Writing more to a file fails, as on a full disk."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def _plant(place: str, count: int) -> None:
+    """Make this process kill itself when it is at a place for the count-th time."""
+    import main
+    import train
+
+    left = [count]
+
+    def die_when_due() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(owner, name: str, condition=lambda *args, **kwargs: True) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            if condition(*args, **kwargs):
+                die_when_due()
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    if place == "in a step":
+        before(train.Trainer, "loss_of")
+    elif place == "in the write of a checkpoint":
+        original = checkpoint.torch.save
+
+        def half(state, path):
+            original(state, path)
+            os.truncate(path, os.path.getsize(path) // 2)
+            die_when_due()
+            original(state, path)
+
+        checkpoint.torch.save = half
+    elif place == "between the write of a checkpoint and its name":
+        before(checkpoint, "keep_as")
+    elif place == "between a checkpoint and its metrics line":
+        before(train.Trainer, "write_metrics")
+    elif place == "in the write of the metrics":
+        before(utils.os, "replace", lambda source, target: Path(target).name == utils.METRICS)
+    elif place == "before summary.json":
+        before(main, "summarize")
+    elif place == "in the write of config.json":
+        before(utils.os, "replace", lambda source, target: Path(target).name == utils.CONFIG)
+    else:
+        raise ValueError(place)
