@@ -8,6 +8,8 @@ What was submitted is written to `<output_dir>/slurm`; the rest is read from the
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -134,7 +136,7 @@ def submit(submitit, runs: list[PlannedRun], rules: launch.Rules, args, root: Pa
         **resources,
     )
     try:
-        with executor.batch():
+        with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # it repeats what sbatch says, and so do we
             submitted = [executor.submit(Task(run, rules, root, args.gpus is None)) for run in runs]
     except submitit.core.utils.FailedJobError as error:
         raise utils.UserError(f"sbatch refused the jobs: {last_words(str(error))}") from None

@@ -320,3 +320,24 @@ def test_progress_line_names_the_epoch(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 4, "eval')
     assert run_experiments.describe_last_epoch(tmp_path) == ""
     assert re.fullmatch("", run_experiments.describe_last_epoch(tmp_path / "nowhere"))
+
+
+def test_slurm_without_submitit_says_what_to_install(sweep, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(utils.UserError, match=r"pip install -r requirements-slurm\.txt"):
+        sweep("--launcher", "slurm")
+
+
+def test_slurm_without_its_commands_is_one_line(sweep, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(utils.UserError, match="there is no squeue here"):
+        sweep("--launcher", "slurm", "--mask_types", '["full"]')
+
+
+def test_a_plan_for_slurm(sweep, capsys):
+    assert sweep("--launcher", "slurm", "--dry_run", *TWO) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["Slurm", "Slurm"]
+    assert "--device cuda" in lines[0]
+    assert sweep("--launcher", "slurm", "--gpus", "0", "--dry_run", *TWO) == 0
+    assert "--device cpu" in capsys.readouterr().out
