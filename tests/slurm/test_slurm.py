@@ -14,6 +14,7 @@ import pytest
 import utils
 
 HERE = Path(__file__).resolve().parent
+MAIN = utils.REPOSITORY / "main.py"
 STAND_IN = HERE.parent / "stand_in.py"
 TWO = ["--mask_types", '["full", "2d_cardinal"]', "--expansion_steps", "[1]"]
 LOCAL = "2d_cardinal_expansion_1"
@@ -79,16 +80,25 @@ def job_of(output, name):
     return {row["run"]: row["job"] for row in rows(output / "slurm" / "jobs.jsonl")}[f"digits/{name}/seed_0"]
 
 
-def test_a_sweep_of_real_runs_to_the_end_and_again(tmp_path):
-    options = "--model vit_micro --img_size 8 --patch_size 2 --batch_size 256 --epochs 1 --device cpu --backend dense"
+def test_real_runs_are_queued_again_and_resume_exactly(tmp_path):
+    options = "--model vit_micro --img_size 8 --patch_size 2 --batch_size 128 --epochs 12 --device cpu --backend dense"
     arguments = ["--", *options.split()]
-    code, printed, error = end_of(start_sweep(tmp_path, *arguments, script=utils.REPOSITORY / "main.py"))
+    sweep = start_sweep(tmp_path, *arguments, script=MAIN)
+    folder = tmp_path / "digits" / "full" / "seed_0"
+    wait_for(lambda: len(rows(folder / "metrics.jsonl")) >= 2)
+    subprocess.run(["scancel", "--signal=USR1", job_of(tmp_path, "full")], check=True)
+    code, printed, error = end_of(sweep)
     assert code == 0, (printed, error)
     assert printed.count("(n = 1)") == 2
-    assert "queued in Slurm as" in printed
-    for name in ("full", LOCAL):
-        assert "finished: " in (tmp_path / "digits" / name / "seed_0" / "log.txt").read_text()
-    code, printed, _ = end_of(start_sweep(tmp_path, *arguments, script=utils.REPOSITORY / "main.py"))
+    log = (folder / "log.txt").read_text()
+    assert "stopped (" in log
+    assert "resuming in epoch" in log
+    whole = tmp_path / "whole"
+    command = [sys.executable, str(MAIN), "--dataset", "digits", "--output_dir", str(whole), *options.split()]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    losses = [[row["eval_loss"] for row in rows(at / "digits/full/seed_0/metrics.jsonl")] for at in (tmp_path, whole)]
+    assert losses[0] == losses[1]
+    code, printed, _ = end_of(start_sweep(tmp_path, *arguments, script=MAIN))
     assert code == 0
     assert "2 finished before" in printed
     assert len(rows(tmp_path / "slurm" / "jobs.jsonl")) == 2
