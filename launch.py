@@ -1,4 +1,4 @@
-"""Run commands as subprocesses on a pool of slots: a GPU, or the CPU, has so many slots and never runs more."""
+"""Run jobs as subprocesses on a pool of slots: a GPU, some GPUs, or the CPU, has so many slots and never runs more."""
 
 from __future__ import annotations
 
@@ -6,35 +6,42 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import utils
+from plan import DONE, ELSEWHERE, FAILED, RUNNING, WAITING, Job, last_lines
+from stop import PARENT
 
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 15  # between asking a child to stop and killing it
-# Ctrl-C, a scheduler, a closed terminal; a sweep under nohup ignores the last one before it comes here.
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SECONDS_BETWEEN_LOOKS = 2.0  # at runs that another process writes
+GRACE_SECONDS = 120  # between asking a child to stop, which then saves, and killing it
+# Ctrl-C, schedulers, a closed terminal; a sweep under nohup ignores the last one before it comes here.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     STOP_SIGNALS.append(signal.SIGHUP)
 
 
-@dataclass
-class Job:
-    """A command to run, and what became of it."""
+@dataclass(frozen=True)
+class Rules:
+    """How runs are started, and when one is given up."""
 
-    name: str
-    command: list[str]
-    log: Path
-    gpu: str | None = None  # what CUDA_VISIBLE_DEVICES was set to; None = not started
-    exit_code: int | None = None
-    process: subprocess.Popen | None = field(default=None, repr=False)
+    script: Path  # main.py
+    retries: int = 0
+    timeout_minutes: float | None = None
+    gpus_per_run: int = 1  # or processes, on the CPU
 
-    @property
-    def failed(self) -> bool:
-        return self.exit_code not in (None, 0)
+    def command(self, job: Job) -> list[str]:
+        number = str(self.gpus_per_run)
+        torchrun = [str(utils.REPOSITORY / "torchrun.py"), "--standalone", "--nproc_per_node", number]
+        return [sys.executable, *(torchrun if self.gpus_per_run > 1 else []), str(self.script), *job.arguments()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPUs
 
 
 def gpu_ids(num_gpus: int | None) -> list[str]:
@@ -70,75 +77,220 @@ def _ask_nvidia_smi() -> list[str] | None:
     return [str(index) for index in range(num_gpus)]
 
 
-def make_slots(gpus: list[str], runs_per_gpu: int) -> list[str]:
-    """One entry a slot, its GPU ("" = the CPU); the GPUs take turns, so that few runs spread over many."""
-    return (gpus or [""]) * runs_per_gpu
-
-
-def run_jobs(jobs: list[Job], slots: list[str], on_change: Callable[[], None], on_poll: Callable[[], None]) -> None:
-    """Run all jobs, each as soon as a slot is free; a failed job does not stop the others.
-
-    `on_change` is called when a job starts or ends, `on_poll` in between. On Ctrl-C or SIGTERM the children are asked
-    to stop, then killed, and KeyboardInterrupt is raised.
-    """
-    threads = max(1, (os.cpu_count() or 1) // len(slots))
-    waiting, free, running = list(jobs), list(slots), []
-    previous_handlers = {number: signal.signal(number, _raise_interrupt) for number in STOP_SIGNALS}
+def answers(gpu: str) -> bool:
+    """Whether nvidia-smi finds the GPU; True where there is no nvidia-smi."""
     try:
-        while waiting or running:
-            while waiting and free:
-                job = waiting.pop(0)
-                running.append(job)  # before it starts: whatever interrupts us, it will be stopped
-                _start(job, free.pop(0), threads)
-                on_change()
-            time.sleep(POLL_SECONDS)
-            for job in [job for job in running if job.process.poll() is not None]:
-                job.exit_code = job.process.returncode
-                running.remove(job)
-                free.append(job.gpu)
-                on_change()
-            on_poll()
-    finally:
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # stopping the children is not interrupted again
-        _stop([job for job in running if job.process is not None])
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
+        done = subprocess.run(["nvidia-smi", "-i", gpu, "-L"], capture_output=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return False
+    except OSError:
+        return True
+    return done.returncode == 0
 
 
-def _start(job: Job, gpu: str, threads: int) -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    if not gpu:
-        environment.setdefault("OMP_NUM_THREADS", str(threads))  # the runs on one CPU share its cores
-    job.gpu = gpu
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(job.log, "ab") as log:
-        # A session of its own: Ctrl-C reaches the sweep alone, which then stops its children in order.
-        job.process = subprocess.Popen(
-            job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+def make_slots(gpus: list[str], runs_per_gpu: int, gpus_per_run: int = 1) -> list[str]:
+    """One entry a slot, its GPUs as in CUDA_VISIBLE_DEVICES ("" = the CPU); few runs spread over many GPUs.
+
+    Raises UsageError if the GPUs are too few for one run.
+    """
+    if not gpus:
+        return [""] * runs_per_gpu
+    if len(gpus) < gpus_per_run:
+        raise utils.UsageError(
+            f"--gpus_per_run {gpus_per_run}, but there are {len(gpus)} GPUs to use; ask for at most that many"
         )
+    starts = range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)
+    return [",".join(gpus[start : start + gpus_per_run]) for start in starts] * runs_per_gpu
 
 
-def _stop(running: list[Job]) -> None:
-    for job in running:
-        _signal_group(job, signal.SIGINT)
-    deadline = time.monotonic() + GRACE_SECONDS
-    for job in running:
+# ---------------------------------------------------------------------------------------------------------------------
+# The pool
+
+
+@dataclass(eq=False)
+class Child:
+    """A process that runs a job."""
+
+    job: Job
+    slot: str
+    process: subprocess.Popen
+    ends_at: float = float("inf")  # then it is asked to stop, by time.monotonic()
+    is_late: bool = False
+
+
+class Pool:
+    """Runs all jobs, each as soon as a slot is free; a failed one does not stop the others.
+
+    `on_change` is called when a job's state has changed, `on_poll` in between.
+    """
+
+    def __init__(
+        self, jobs: list[Job], slots: list[str], rules: Rules, on_change: Callable[[], None], on_poll: Callable
+    ):
+        self.jobs, self.slots, self.rules, self.on_change, self.on_poll = jobs, list(slots), rules, on_change, on_poll
+        self.children: list[Child] = []
+        self.signals: list[int] = []  # that have come
+        self.looked_at = 0.0
+        num_cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count() or 1)
+        self.threads = max(1, num_cpus // (len(slots) * rules.gpus_per_run))
+        # Only of a GPU that nvidia-smi has found can it be said later that it has gone.
+        self.known_gpus = {gpu for gpu in set(",".join(slots).split(",")) if gpu and answers(gpu)}
+
+    def run(self) -> int | None:
+        """Until no job is left that could be run; the signal that ended it early, or None.
+
+        On the signal the children are asked to stop and have time to save; Ctrl-C then kills them at once. However
+        this ends, no child is left.
+        """
+        previous_handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
-            job.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _signal_group(job, signal.SIGKILL)
-            job.process.wait()
+            while not self.signals and not all(job.is_over for job in self.jobs) and (self.slots or self.children):
+                self._look_elsewhere()
+                self._fill_slots()
+                time.sleep(POLL_SECONDS)
+                self._collect()
+                self._stop_the_late()
+                self.on_poll()
+        finally:
+            self._stop()
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
+        return self.signals[0] if self.signals else None
+
+    def _receive(self, number: int, frame) -> None:
+        self.signals.append(number)
+
+    def _set(self, job: Job, state: str, note: str) -> None:
+        job.state, job.note = state, note
+        self.on_change()
+
+    def _look_elsewhere(self) -> None:
+        """Runs that another process was writing: done by it, or free to be taken over."""
+        if time.monotonic() - self.looked_at < SECONDS_BETWEEN_LOOKS:
+            return
+        self.looked_at = time.monotonic()
+        for job in self.jobs:
+            if job.state == ELSEWHERE and not job.run.is_being_written():
+                job.state = WAITING
+
+    def _fill_slots(self) -> None:
+        for job in self.jobs:
+            if job.state == WAITING and self.slots and not self.signals:
+                try:
+                    if job.run.is_finished():
+                        self._set(job, DONE, "finished by another process")
+                    elif job.run.is_being_written():
+                        self._set(job, ELSEWHERE, "is being written by another process, left to it")
+                    else:
+                        self._start(job, self.slots[0])
+                except OSError as error:
+                    self._set(job, FAILED, f"FAILED to start: {utils.first_line(error)}")
+
+    def _start(self, job: Job, slot: str) -> None:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": slot, PARENT: str(os.getpid())}
+        if not slot:
+            environment.setdefault("OMP_NUM_THREADS", str(self.threads))  # the runs on one CPU share its cores
+        job.run.folder.mkdir(parents=True, exist_ok=True)
+        with open(job.run.log, "ab") as log:
+            # A session of its own: Ctrl-C reaches the sweep alone, which then stops its children in order.
+            process = subprocess.Popen(
+                self.rules.command(job),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        child = Child(job, slot, process)
+        if self.rules.timeout_minutes is not None:
+            child.ends_at = time.monotonic() + 60 * self.rules.timeout_minutes
+        self.children.append(child)
+        self.slots.remove(slot)
+        self._set(job, RUNNING, f"started on {'GPU ' + slot if slot else 'the CPU'}, log in {job.run.log}")
+
+    def _collect(self) -> None:
+        """See which children have ended, free their slots and judge their jobs."""
+        for child in [child for child in self.children if child.process.poll() is not None]:
+            _kill_group(child.process)  # whatever it started and left behind
+            self.children.remove(child)
+            self.slots.append(child.slot)
+            self._set(child.job, *self._judge(child))
+
+    def _judge(self, child: Child) -> tuple[str, str]:
+        """The state of a job whose process has ended, and what there is to say."""
+        job, code = child.job, child.process.returncode
+        if code == 0 and (job.run.folder / utils.SUMMARY).exists():
+            return DONE, "finished"
+        if child.is_late:
+            return FAILED, f"FAILED: timed out after {self.rules.timeout_minutes:g} minutes"
+        if code == utils.EXIT_AGAIN:
+            return WAITING, "stopped, all is saved" if self.signals else "was asked to stop, and starts again"
+        if code == utils.EXIT_BUSY:
+            return ELSEWHERE, "is being written by another process, left to it"
+        if self.signals and code < 0:  # by our signal, before it could save
+            return WAITING, f"ended by {describe_exit(code)}"
+        if code == utils.EXIT_OUT_OF_MEMORY and job.micro_batches is None:
+            job.micro_batches = 2 * job.run.micro_batches()
+            return WAITING, f"out of memory, starts again with {job.micro_batches} micro-batches a step"
+        if self._drop_lost_gpus(child.slot):
+            return WAITING, "lost its GPU, and waits for another"
+        reason = describe_exit(code) if code else f"it ended without a {utils.SUMMARY}"
+        text = f"with {reason}: {last_lines(job.run.log)[-1].strip()}"
+        if job.num_retries < self.rules.retries:
+            job.num_retries += 1
+            return WAITING, f"failed {text}; retry {job.num_retries} of {self.rules.retries}"
+        return FAILED, f"FAILED {text}"
+
+    def _drop_lost_gpus(self, slot: str) -> bool:
+        """Whether a GPU of the slot no longer answers; then no slot with it is used again."""
+        lost = {gpu for gpu in slot.split(",") if gpu in self.known_gpus and not answers(gpu)}
+        if lost:
+            self.slots = [slot for slot in self.slots if not lost & set(slot.split(","))]
+            utils.warn(f"GPU {', '.join(sorted(lost))} no longer answers to nvidia-smi; nothing is started there again")
+        return bool(lost)
+
+    def _stop_the_late(self) -> None:
+        for child in self.children:
+            if time.monotonic() > child.ends_at:
+                if child.is_late:
+                    _kill_group(child.process)
+                else:
+                    _ask_to_stop(child.process)
+                child.is_late, child.ends_at = True, time.monotonic() + GRACE_SECONDS
+
+    def _stop(self) -> None:
+        for child in self.children:
+            _ask_to_stop(child.process)
+        if self.children:
+            with contextlib.suppress(OSError):
+                print(f"\nstopping: {len(self.children)} runs save first; Ctrl-C kills them at once", flush=True)
+        deadline, signals_before = time.monotonic() + GRACE_SECONDS, len(self.signals)
+        while self.children:
+            if signal.SIGINT in self.signals[signals_before:] or time.monotonic() > deadline:
+                for child in self.children:
+                    _kill_group(child.process)
+            time.sleep(POLL_SECONDS)
+            with contextlib.suppress(OSError):  # of whoever reads our output
+                self._collect()
 
 
-def _signal_group(job: Job, number: int) -> None:
-    """Signal the child and the processes that it started itself."""
+def describe_exit(code: int) -> str:
+    """In words; negative codes are signals, as subprocess has it."""
+    with contextlib.suppress(ValueError):
+        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _ask_to_stop(process: subprocess.Popen) -> None:
+    """The process alone: those that it started are its to stop. It must not lose its compilers while it saves."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    """Kill a child and the processes that it started itself."""
     if hasattr(os, "killpg"):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.process.pid, number)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
     else:  # Windows
-        job.process.terminate()
-
-
-def _raise_interrupt(number, frame):
-    raise KeyboardInterrupt
+        process.kill()

@@ -17,7 +17,7 @@ from pathlib import Path
 import masks
 import utils
 
-CONFIG_FORMAT = 1
+CONFIG_FORMATS = (1, 2)  # what is read here is the same in both
 GIB = 2**30
 
 # What is read from a config.json without asking twice; everything else in it is optional here.
@@ -36,7 +36,10 @@ REQUIRED = {
 }
 # What the runs of a sweep are meant to differ in, and settings that say where a run is, not what it computes. The
 # device is compared by its name, in the provenance.
-MAY_DIFFER = {"mask_type", "expansion_step", "run_name", "seed", "data_dir", "output_dir", "device", "dry_run"}
+MAY_DIFFER = {
+    *("mask_type", "expansion_step", "run_name", "seed", "data_dir", "output_dir", "device", "device_data_limit"),
+    *("grad_accumulation", "checkpoint_activations", "log_every", "checkpoint_every_minutes", "dry_run", "debug"),
+}
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,14 @@ class Row:
         """The highest of all finished runs."""
         return max(filter(None, (_number(run.summary, "peak_memory_bytes") for run in self.done)), default=None)
 
+    @property
+    def state(self) -> str:
+        """How many runs are done, and whether one went through its batches in parts: the sweep's way to save memory."""
+        done = "done" if len(self.done) == len(self.runs) else f"{len(self.done)} of {len(self.runs)} done"
+        numbers = [run.settings.get("grad_accumulation") for run in self.runs]
+        parts = max((number for number in numbers if isinstance(number, int)), default=1)
+        return f"{done}, batches in {parts} parts" if parts > 1 else done
+
     def curve(self, metric: str) -> list[tuple[int, float, float, float]]:
         """(epoch, mean, lowest, highest) over the seeds that have got to that epoch."""
         curves = [run.curve(metric) for run in self.runs]
@@ -176,8 +187,9 @@ def load_run(folder: Path) -> Run | None:
 
 
 def _check_config(path: Path, config: dict) -> None:
-    if config.get("format") != CONFIG_FORMAT:
-        raise utils.UserError(f"{path} has format {config.get('format')!r}, expected {CONFIG_FORMAT}")
+    if config.get("format") not in CONFIG_FORMATS:
+        expected = " or ".join(map(str, CONFIG_FORMATS))
+        raise utils.UserError(f"{path} has format {config.get('format')!r}, expected {expected}")
     for section, keys in REQUIRED.items():
         if not isinstance(config.get(section), dict):
             raise utils.UserError(f"{path} has no {section}")
@@ -232,6 +244,8 @@ def differing_settings(runs: list[Run]) -> list[str]:
     machines = {
         "device": lambda run: run.config["provenance"].get("device"),
         "torch": lambda run: (run.config["provenance"].get("versions") or {}).get("torch"),
+        "--grad_accumulation": lambda run: run.settings.get("grad_accumulation", 1),
+        "--checkpoint_activations": lambda run: run.settings.get("checkpoint_activations", False),
     }
     notes = [f"{name} differs between the runs: {text}" for name, text in _differing(runs, compared)]
     return notes + [
@@ -273,7 +287,7 @@ def format_table(rows: list[Row]) -> str:
                 format_accuracy(row.accuracy),
                 "–" if row.throughput is None else f"{row.throughput.mean:,.{0 if row.throughput.mean >= 100 else 1}f}",
                 "–" if memory is None else f"{memory / GIB:.2f}",
-                "done" if len(row.done) == len(row.runs) else f"{len(row.done)} of {len(row.runs)} done",
+                row.state,
             ]
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -11,30 +11,19 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import launch
 import masks
 import results
+import slurm
 import utils
+from plan import DONE, FAILED, RUNNING, Job, PlannedRun, last_lines, make_plan
 from utils import json_list, number_type
 
 MAIN_SCRIPT = utils.REPOSITORY / "main.py"
+LOG_LINES_OF_A_FAILURE = 5
 SWEPT = ("--mask_type", "--expansion_step", "--seed", "--dataset", "--output_dir", "--run_name", "--dry_run")
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    mask_type: str
-    expansion_step: int | None  # None for full
-    seed: int
-    folder: Path
-    arguments: tuple[str, ...]  # of main.py
-
-    @property
-    def name(self) -> str:
-        return f"{self.folder.parent.name} seed {self.seed}"
 
 
 def parse_args(argv=None):
@@ -45,27 +34,28 @@ def parse_args(argv=None):
         usage="%(prog)s [options] [-- options of main.py]",
         epilog="Options of main.py go after a lone --, for example: run_experiments.py --gpus 2 -- --epochs 20",
     )
-    at_least_1 = number_type(int, minimum=1)
+    at_least_1, at_least_0 = number_type(int, minimum=1), number_type(int, minimum=0)
     types = list(masks.MASK_TYPES)
-    parser.add_argument(
-        "--gpus",
-        type=number_type(int, minimum=0),
-        metavar="N",
-        help="GPUs to use; 0 = the CPU (default: all there are)",
-    )
-    parser.add_argument(
-        "--runs_per_gpu", type=at_least_1, default=1, metavar="N", help="runs that share a GPU, or the CPU"
-    )
-    parser.add_argument(
-        "--mask_types", type=json_list(str, types), default=types, metavar="JSON", help="patterns to run"
-    )
-    parser.add_argument(
-        "--expansion_steps", type=json_list(int), default=[1, 2, 3], metavar="JSON", help="reaches to run"
-    )
-    parser.add_argument("--seeds", type=json_list(int), default=[0], metavar="JSON", help="seeds to run each with")
-    parser.add_argument("--dataset", default="cifar10", help="as in main.py")
-    parser.add_argument("--output_dir", default="experiments", metavar="DIR", help="root of all run folders")
-    parser.add_argument("--dry_run", action="store_true", help="list the plan and stop")
+    add = parser.add_argument_group("what is run").add_argument
+    add("--mask_types", type=json_list(str, types), default=types, metavar="JSON", help="patterns to run")
+    add("--expansion_steps", type=json_list(int), default=[1, 2, 3], metavar="JSON", help="reaches to run")
+    add("--seeds", type=json_list(int), default=[0], metavar="JSON", help="seeds to run each with")
+    add("--dataset", default="cifar10", help="as in main.py")
+    add("--output_dir", default="experiments", metavar="DIR", help="root of all run folders")
+    add("--dry_run", action="store_true", help="list the plan and stop")
+
+    add = parser.add_argument_group("where").add_argument
+    add("--launcher", choices=("local", "slurm"), default="local", help="this machine, or a Slurm cluster")
+    add("--gpus", type=at_least_0, metavar="N", help="GPUs to use; 0 = the CPU (default: all there are)")
+    add("--runs_per_gpu", type=at_least_1, default=1, metavar="N", help="runs that share a GPU, or the CPU")
+    gpus_help = "GPUs of one run, one process each; on the CPU: processes"
+    add("--gpus_per_run", type=at_least_1, default=1, metavar="K", help=gpus_help)
+
+    add = parser.add_argument_group("when a run fails").add_argument
+    add("--retries", type=at_least_0, default=0, metavar="N", help="times that a failed run is started again")
+    above_0 = number_type(float, above=0)
+    add("--timeout_minutes", type=above_0, metavar="M", help="a run is stopped after so long (default: never)")
+    slurm.add_arguments(parser)
     args, unknown = parser.parse_known_args(argv[:split])
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; options of main.py go after a lone --")
@@ -73,90 +63,51 @@ def parse_args(argv=None):
     for option in args.main_options:
         if option.split("=")[0] in SWEPT:
             parser.error(f"{option} cannot be given after --: the sweep sets it for each run")
+    slurm.check_arguments(parser, args)
     return args
 
 
-def make_plan(args, on_gpu: bool) -> list[PlannedRun]:
-    """`full` once, every other mask type at each step; seeds outermost, so that one whole comparison is there early."""
-    patterns = [
-        (mask_type, step)
-        for mask_type in args.mask_types
-        for step in ([None] if mask_type == "full" else args.expansion_steps)
-    ]
-    device = [] if "--device" in args.main_options else ["--device", "cuda" if on_gpu else "cpu"]
-    plan = []
-    for seed in args.seeds:
-        for mask_type, step in patterns:
-            swept = {"mask_type": mask_type, "expansion_step": step, "seed": seed, "dataset": args.dataset}
-            swept["output_dir"] = args.output_dir
-            arguments = [text for key, value in swept.items() if value is not None for text in (f"--{key}", str(value))]
-            name = utils.default_run_name(mask_type, step)
-            folder = utils.run_folder(args.output_dir, args.dataset, name, seed)
-            plan.append(PlannedRun(mask_type, step, seed, folder, (*arguments, *device, *args.main_options)))
-    return plan
-
-
-def is_finished(run: PlannedRun) -> bool:
-    """Whether this very command has finished. Another one's result is left to main.py, which compares settings."""
-    if not (run.folder / utils.SUMMARY).exists():
-        return False
-    try:
-        command = utils.read_json(run.folder / utils.CONFIG)["provenance"]["command"]
-    except (utils.UserError, KeyError, TypeError):
-        return False
-    return command[1:] == list(run.arguments)
-
-
 def print_plan(plan: list[PlannedRun], slots: list[str]) -> None:
+    """`slots` as of launch.make_slots; none = Slurm's."""
     turn = 0
     for run in plan:
-        if is_finished(run):
+        if run.is_finished():
             where = "finished"
         else:
-            gpu = slots[turn % len(slots)]
-            where, turn = f"GPU {gpu}" if gpu else "CPU", turn + 1
+            where = "Slurm" if not slots else f"GPU {slot}" if (slot := slots[turn % len(slots)]) else "CPU"
+            turn += 1
         print(f"{where:<9} {run.name:<34} {' '.join(run.arguments)}")
-    if turn > len(slots):
+    if turn > len(slots) > 0:
         print(f"The first {len(slots)} start at once; after that each takes the first slot that is free.")
 
 
 class Progress:
-    """One live line on a terminal; elsewhere a line whenever a run starts or ends."""
+    """One live line on a terminal; elsewhere a line whenever there is something new to say of a run."""
 
-    def __init__(self, plan: list[PlannedRun], jobs: dict[PlannedRun, launch.Job]):
-        self.plan, self.jobs = plan, jobs
+    def __init__(self, num_runs: int, jobs: list[Job]):
+        self.num_runs, self.jobs = num_runs, jobs
         self.live, self.told = sys.stdout.isatty(), {}
 
     def on_change(self) -> None:
-        for run, job in self.jobs.items():
-            status = self._status(job)
-            if status is not None and self.told.get(run) != status:
-                self.told[run] = status
-                self._clear()
-                print(f"{run.name}: {status}", flush=True)
-
-    def _status(self, job: launch.Job) -> str | None:
-        if job.gpu is None:
-            return None
-        if job.exit_code is None:
-            return f"started on {'GPU ' + job.gpu if job.gpu else 'the CPU'}, log in {job.log}"
-        if job.exit_code == 0:
-            return "finished"
-        return f"FAILED with exit code {job.exit_code}: {last_line(job.log)}"
+        for job in self.jobs:
+            if job.note and self.told.get(job.run) != job.note:
+                self.told[job.run] = job.note
+                self.clear()
+                print(f"{job.run.name}: {job.note}", flush=True)
 
     def on_poll(self) -> None:
         if not self.live:
             return
-        running = [run for run, job in self.jobs.items() if job.gpu is not None and job.exit_code is None]
-        num_failed = sum(job.failed for job in self.jobs.values())
-        num_left = sum(job.exit_code is None for job in self.jobs.values())
-        text = f"{len(self.plan) - num_left - num_failed}/{len(self.plan)} done, {num_failed} failed"
-        for run in running:
-            text += f" | {run.name}{describe_last_epoch(run.folder)}"
+        num_failed = sum(job.state == FAILED for job in self.jobs)
+        num_left = sum(not job.is_over for job in self.jobs)
+        text = f"{self.num_runs - num_left - num_failed}/{self.num_runs} done, {num_failed} failed"
+        for job in self.jobs:
+            if job.state == RUNNING:
+                text += f" | {job.run.name}{describe_last_epoch(job.run.folder)}"
         width = shutil.get_terminal_size().columns - 1
         print(f"\r\033[K{text[:width]}", end="", flush=True)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         if self.live:
             print("\r\033[K", end="")
 
@@ -169,52 +120,64 @@ def describe_last_epoch(folder: Path) -> str:
         return ""  # no epoch yet
 
 
-def last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "the log is empty"
-
-
-def report(plan: list[PlannedRun]) -> None:
+def report(plan: list[PlannedRun], jobs: list[Job]) -> None:
+    """The table, and how the logs of failed runs end. Raises UserError if there are runs that are not done."""
     runs = [run for run in map(results.load_run, dict.fromkeys(run.folder for run in plan)) if run is not None]
     if runs:
         print(f"\n{results.format_table(results.group_by_pattern(runs))}")
     for note in results.differing_settings(runs):
         utils.warn(note)
+    failed = [job for job in jobs if job.state == FAILED]
+    for job in failed:
+        print(f"\n{job.run.name}: {job.note.split(': ')[0]}; {job.run.log} ends:")
+        print("\n".join(f"    {line}" for line in last_lines(job.run.log, LOG_LINES_OF_A_FAILURE)))
+    left = [job.run.name for job in jobs if not job.is_over]
+    if left:
+        raise utils.UserError(
+            f"no GPU is left that answers; {len(left)} of {len(plan)} runs left: {', '.join(left)}. Mend the GPUs "
+            "(nvidia-smi, dmesg), then run the same command again"
+        )
+    if failed:
+        names = ", ".join(job.run.name for job in failed)
+        raise utils.UserError(f"{len(failed)} of {len(plan)} runs failed: {names}; their logs say why")
+
+
+def say_what_is_left(jobs: list[Job], num_runs: int) -> None:
+    left = [job.run.name for job in jobs if job.state != DONE]
+    print(f"\ninterrupted; {len(left)} of {num_runs} runs left: {', '.join(left)}")
+    print("Run the same command again to go on where they stopped.")
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    try:
-        gpus = launch.gpu_ids(args.gpus)
-    except utils.UsageError:
-        if not args.dry_run:
-            raise
-        gpus = [str(index) for index in range(args.gpus)]  # a plan may be made for another machine
-    slots = launch.make_slots(gpus, args.runs_per_gpu)
-    plan = make_plan(args, on_gpu=bool(gpus))
+    rules = launch.Rules(MAIN_SCRIPT, args.retries, args.timeout_minutes, args.gpus_per_run)
+    on_slurm, slots = args.launcher == "slurm", []
+    if not on_slurm:
+        try:
+            gpus = launch.gpu_ids(args.gpus)
+        except utils.UsageError:
+            if not args.dry_run:
+                raise
+            gpus = [str(index) for index in range(args.gpus)]  # a plan may be made for another machine
+        slots = launch.make_slots(gpus, args.runs_per_gpu, args.gpus_per_run)
+    plan = make_plan(args, "cuda" if (args.gpus != 0 if on_slurm else slots[0]) else "cpu")
     if args.dry_run:
         print_plan(plan, slots)
         return 0
-    jobs = {
-        run: launch.Job(run.name, [sys.executable, str(MAIN_SCRIPT), *run.arguments], run.folder / utils.LOG)
-        for run in plan
-        if not is_finished(run)
-    }
-    print(
-        f"{len(plan)} runs, {len(plan) - len(jobs)} finished before, {min(len(slots), len(jobs))} at a time", flush=True
-    )
-    progress = Progress(plan, jobs)
-    try:
-        launch.run_jobs(list(jobs.values()), slots, progress.on_change, progress.on_poll)
-    except KeyboardInterrupt:
-        left = [run.name for run, job in jobs.items() if job.exit_code is None]
-        print(f"\ninterrupted; {len(left)} of {len(plan)} runs left: {', '.join(left)}")
-        print("Run the same command again to go on where they stopped.")
+    jobs = [Job(run) for run in plan if not run.is_finished()]
+    at_a_time = min(args.slurm_array_parallelism if on_slurm else len(slots), len(jobs))
+    print(f"{len(plan)} runs, {len(plan) - len(jobs)} finished before, {at_a_time} at a time", flush=True)
+    progress = Progress(len(plan), jobs)
+    if on_slurm:
+        stopped = slurm.run_jobs(jobs, rules, args, progress.on_change, progress.on_poll)
+    else:
+        stopped = launch.Pool(jobs, slots, rules, progress.on_change, progress.on_poll).run() is not None
+        if stopped:
+            say_what_is_left(jobs, len(plan))
+    progress.clear()
+    if stopped:
         return 130
-    report(plan)
-    failed = [run.name for run, job in jobs.items() if job.failed]
-    if failed:
-        raise utils.UserError(f"{len(failed)} of {len(plan)} runs failed: {', '.join(failed)}; their logs say why")
+    report(plan, jobs)
     return 0
 
 

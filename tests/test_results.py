@@ -51,7 +51,7 @@ def test_what_is_not_a_run_is_passed_over_in_silence(tmp_path, capsys):
     [
         ("config.json", '{"format": 1, "sett', "cannot read"),
         ("config.json", "[]", "should hold a JSON object"),
-        ("config.json", '{"format": 2}', "format 2, expected 1"),
+        ("config.json", '{"format": 3}', "format 3, expected 1 or 2"),
         ("config.json", '{"format": 1}', "has no settings"),
         ("config.json", '{"format": 1, "settings": {"mask_type": 3}}', "settings.mask_type is 3"),
         ("config.json", '{"format": 1, "settings": {}}', "settings.mask_type is 'missing'"),
@@ -206,3 +206,12 @@ def test_table(tmp_path):
 def test_importing_loads_neither_torch_nor_matplotlib(module):
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'matplotlib'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=utils.REPOSITORY).returncode == 0
+
+
+def test_the_state_says_that_batches_went_in_parts(tmp_path):
+    for seed, parts in enumerate([1, 2]):
+        write_run(tmp_path, seed=seed, grad_accumulation=parts)
+    runs = results.load_runs(tmp_path)
+    assert results.group_by_pattern(runs)[0].state == "done, batches in 2 parts"
+    assert [note.split(" differs")[0] for note in results.differing_settings(runs)] == ["--grad_accumulation"]
+    assert "images/s and peak memory do not compare" in results.differing_settings(runs)[0]

@@ -14,46 +14,17 @@ import launch
 import run_experiments
 import utils
 
-STAND_IN = """
-import argparse, fcntl, json, os, pathlib, sys, time
-parser = argparse.ArgumentParser()
-for name in ("mask_type", "expansion_step", "seed", "dataset", "output_dir", "device", "fail", "hang", "seconds"):
-    parser.add_argument(f"--{name}")
-args = parser.parse_args()
-name = "full" if args.mask_type == "full" else f"{args.mask_type}_expansion_{args.expansion_step}"
-folder = pathlib.Path(args.output_dir, args.dataset, name, f"seed_{args.seed}")
-gpu = os.environ["CUDA_VISIBLE_DEVICES"]
-root = pathlib.Path(args.output_dir)
-with open(root / "calls.jsonl", "a") as calls:
-    fcntl.flock(calls, fcntl.LOCK_EX)
-    calls.write(json.dumps({"name": name, "seed": args.seed, "gpu": gpu, "device": args.device, "pid": os.getpid(),
-                            "start": time.monotonic()}) + "\\n")
-if args.hang == name:
-    time.sleep(600)
-time.sleep(float(args.seconds or 0))
-if args.fail == name:
-    sys.exit("stand-in: error: told to fail")
-row = {"epoch": 1, "step": 1, "eval_accuracy": 50.0 + int(args.seed), "train_images_per_second": 10.0}
-(folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
-settings = {"mask_type": args.mask_type, "expansion_step": int(args.expansion_step) if args.expansion_step else None,
-            "dataset": args.dataset, "run_name": name, "seed": int(args.seed), "epochs": 1, "pool": "cls"}
-config = {"format": 1, "settings": settings, "num_parameters": 1, "data": {"name": args.dataset, "label": "stand-in"},
-          "attention": {"num_neighbors_nominal": 5, "num_neighbors_mean": 4.5, "num_patches": 16},
-          "provenance": {"command": ["main.py", *sys.argv[1:]], "device": "stand-in"}}
-(folder / "config.json").write_text(json.dumps(config))
-summary = {"format": 1, "final": row, "best": {"epoch": 1, "eval_accuracy": row["eval_accuracy"]}, "epochs": 1,
-           "total_seconds": 1.0, "train_images_per_second": 10.0, "peak_memory_bytes": 2**30}
-(folder / "summary.json").write_text(json.dumps(summary))
-with open(root / "ends.jsonl", "a") as ends:
-    ends.write(json.dumps({"name": name, "seed": args.seed, "end": time.monotonic()}) + "\\n")
-"""
+STAND_IN = utils.REPOSITORY / "tests" / "stand_in.py"
+NAMES = {"full": "full", "cardinal": "2d_cardinal_expansion_1"}
+TWO = ["--mask_types", '["full", "2d_cardinal"]', "--expansion_steps", "[1]"]  # the runs that NAMES names
 
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    script = tmp_path / "stand_in.py"
-    script.write_text(STAND_IN)
-    monkeypatch.setattr(run_experiments, "MAIN_SCRIPT", script)
+    monkeypatch.setattr(run_experiments, "MAIN_SCRIPT", STAND_IN)
+    monkeypatch.setattr(launch, "answers", lambda gpu: True)
+    monkeypatch.setattr(launch, "SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.05)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(launch, "_ask_nvidia_smi", lambda: [str(index) for index in range(8)])
     output = tmp_path / "experiments"
@@ -148,6 +119,81 @@ def test_a_failing_run_does_not_stop_the_others(sweep, capsys):
     assert "50.00" in printed
 
 
+def test_out_of_memory_is_tried_again_with_smaller_micro_batches(sweep, capsys):
+    arguments = ["--gpus", "2", *TWO, "--", "--out_of_memory", NAMES["full"]]
+    assert sweep(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "full seed 0: out of memory, starts again with 2 micro-batches a step" in printed
+    rows = [line.split("|") for line in printed.splitlines() if line.startswith("|")]
+    states = {row[1].strip(): row[-2].strip() for row in rows}
+    assert states["full"] == "done, batches in 2 parts"
+    assert states["2d_cardinal, step 1"] == "done"
+    assert sweep(*arguments) == 0  # finished, though main.py's command was another
+    assert len(calls(sweep.output)) == 3
+
+
+def test_out_of_memory_twice_is_a_failure_and_is_remembered(sweep, capsys):
+    with pytest.raises(utils.UserError, match="1 of 2 runs failed: full seed 0"):
+        sweep("--gpus", "1", *TWO, "--", "--out_of_memory", NAMES["full"], "--below", "4")
+    assert "FAILED with exit code 77: stand-in: error: out of memory" in capsys.readouterr().out
+    assert sweep("--gpus", "1", *TWO, "--", "--out_of_memory", NAMES["full"], "--below", "3") == 0
+    assert "starts again with 4 micro-batches" in capsys.readouterr().out
+
+
+def test_failures_are_retried_and_reported_with_the_end_of_the_log(sweep, capsys):
+    assert sweep("--gpus", "1", "--retries", "1", *TWO, "--", "--fail_once", NAMES["full"]) == 0
+    assert "told to fail; retry 1 of 1" in capsys.readouterr().out
+    with pytest.raises(utils.UserError, match="1 of 2 runs failed"):
+        sweep("--gpus", "1", "--retries", "2", "--seeds", "[1]", *TWO, "--", "--fail", NAMES["full"])
+    printed = capsys.readouterr().out
+    assert "    a line before\n    stand-in: error: told to fail\n" in printed
+    assert sum(call["name"] == "full" for call in calls(sweep.output)) == 2 + 3
+
+
+@pytest.mark.parametrize("how", ["hang", "deaf"])
+def test_a_run_that_takes_too_long_is_stopped(sweep, capsys, monkeypatch, how):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
+    with pytest.raises(utils.UserError, match="1 of 2 runs failed: full seed 0"):
+        sweep("--gpus", "1", "--timeout_minutes", "0.01", *TWO, "--", f"--{how}", NAMES["full"])
+    assert "full seed 0: FAILED: timed out after 0.01 minutes" in capsys.readouterr().out
+    assert not alive(calls(sweep.output)[0]["pid"])
+
+
+def test_a_run_that_was_asked_to_stop_starts_again(sweep, capsys):
+    assert sweep("--gpus", "1", *TWO, "--", "--ask_itself", NAMES["full"]) == 0
+    assert "full seed 0: was asked to stop, and starts again" in capsys.readouterr().out
+    assert [call["resumed"] > 0 for call in calls(sweep.output)] == [False, True, False]
+
+
+def test_a_gpu_that_falls_off_gets_no_more_runs(sweep, capsys, monkeypatch):
+    answers = iter([True, True, False])  # two at the start; then the first that fails
+    monkeypatch.setattr(launch, "answers", lambda gpu: next(answers, True))
+    assert sweep("--gpus", "2", *TWO, "--seeds", "[0, 1, 2]", "--", "--fail_once", NAMES["full"]) == 0
+    captured = capsys.readouterr()
+    assert "no longer answers to nvidia-smi" in captured.err
+    rows = calls(sweep.output)
+    lost = next(row["gpu"] for row in rows if row["name"] == "full")
+    failed_at = [row["gpu"] for row in rows].index(lost)
+    assert [row["gpu"] for row in rows[failed_at + 2 :]] == [str(1 - int(lost))] * (len(rows) - failed_at - 2)
+    assert len(rows) == 7
+
+
+def test_without_any_gpu_left_the_sweep_ends(sweep, monkeypatch, capsys):
+    answers = iter([True])
+    monkeypatch.setattr(launch, "answers", lambda gpu: next(answers, False))
+    with pytest.raises(utils.UserError, match="no GPU is left that answers; 2 of 2 runs left"):
+        sweep("--gpus", "1", *TWO, "--", "--fail", NAMES["full"])
+    assert len(calls(sweep.output)) == 1
+
+
+def test_a_run_that_cannot_be_started_fails_alone(sweep, capsys):
+    (sweep.output / "digits").mkdir()
+    (sweep.output / "digits" / "full").write_text("in the way")
+    with pytest.raises(utils.UserError, match="1 of 2 runs failed: full seed 0"):
+        sweep("--gpus", "1", *TWO)
+    assert "full seed 0: FAILED to start: " in capsys.readouterr().out
+
+
 def alive(pid):
     try:
         os.kill(pid, 0)
@@ -156,29 +202,85 @@ def alive(pid):
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_the_children_and_says_what_is_left(sweep, number, tmp_path):
-    arguments = ["--output_dir", str(sweep.output), "--gpus", "0", "--mask_types", '["full", "2d_cardinal"]']
+def start_sweep(output, *arguments):
+    """A sweep as a process of its own."""
     program = "\n".join(
         [
             "import pathlib, sys",
             f"sys.path.insert(0, {str(utils.REPOSITORY)!r})",
-            "import run_experiments, utils",
-            f"run_experiments.MAIN_SCRIPT = pathlib.Path({str(tmp_path / 'stand_in.py')!r})",
+            "import launch, run_experiments, utils",
+            "launch.SECONDS_BETWEEN_LOOKS = 0.1",
+            f"run_experiments.MAIN_SCRIPT = pathlib.Path({str(STAND_IN)!r})",
             "utils.run_cli(run_experiments.main)",
         ]
     )
-    arguments += ["--expansion_steps", "[1]", "--", "--hang", "2d_cardinal_expansion_1"]
-    child = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
-    while not (sweep.output / "calls.jsonl").exists() or len(calls(sweep.output)) < 2:
-        assert time.monotonic() < deadline, "the hanging run did not start"
+    command = [sys.executable, "-c", program, "--output_dir", str(output), "--gpus", "0", *TWO, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
+
+
+def num_calls(output):
+    return len(calls(output)) if (output / "calls.jsonl").exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_lets_the_children_save_and_says_what_is_left(sweep, number):
+    child = start_sweep(sweep.output, "--", "--hang", NAMES["cardinal"])
+    wait_for(lambda: num_calls(sweep.output) == 2)
+    assert calls(sweep.output)[-1]["parent"] == child.pid
     child.send_signal(number)
     printed, _ = child.communicate(timeout=30)
     assert child.returncode == 130
     assert "1 of 2 runs left: 2d_cardinal_expansion_1 seed 0" in printed
+    assert "stopped, all is saved" in printed
+    assert (sweep.output / "cifar10" / NAMES["cardinal"] / "seed_0" / "last.pt").exists()
     assert not alive(calls(sweep.output)[-1]["pid"])
+
+
+def test_a_second_interrupt_kills(sweep):
+    child = start_sweep(sweep.output, "--", "--deaf", NAMES["full"])
+    wait_for(lambda: num_calls(sweep.output) == 1)
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    assert "2 of 2 runs left" in child.communicate(timeout=10)[0]
+    assert child.returncode == 130
+    assert not alive(calls(sweep.output)[-1]["pid"])
+
+
+def test_two_sweeps_share_the_runs(sweep):
+    arguments = ["--runs_per_gpu", "1", "--seeds", "[0, 1, 2]", "--", "--seconds", "0.3"]
+    both = [start_sweep(sweep.output, *arguments) for _ in range(2)]
+    printed = [child.communicate(timeout=60)[0] for child in both]
+    assert [child.returncode for child in both] == [0, 0]
+    ends = utils.read_json_lines(sweep.output / "ends.jsonl")
+    assert len(ends) == len({(row["name"], row["seed"]) for row in ends}) == 6
+    assert len({call["parent"] for call in calls(sweep.output)}) == 2
+    assert all("51.00 ± 1.00 (n = 3)" in text for text in printed)
+
+
+def test_what_another_sweep_leaves_is_taken_over(sweep):
+    first = start_sweep(sweep.output, "--", "--hang", NAMES["full"])
+    wait_for(lambda: num_calls(sweep.output) == 1)
+    hanging = calls(sweep.output)[0]["pid"]
+    folder = sweep.output / "cifar10" / "full" / "seed_0"
+    second = start_sweep(sweep.output, "--", "--seconds", "0")
+    wait_for(lambda: num_calls(sweep.output) == 2)
+    assert not (folder / "summary.json").exists()
+    first.kill()  # leaves its child: main.py would notice, the stand-in does not
+    os.kill(hanging, signal.SIGKILL)
+    printed, _ = second.communicate(timeout=30)
+    assert second.returncode == 0
+    assert "full seed 0: is being written by another process, left to it" in printed
+    assert [call["parent"] for call in calls(sweep.output) if call["name"] == "full"] == [first.pid, second.pid]
+    first.communicate()
 
 
 @pytest.mark.parametrize(
@@ -194,6 +296,13 @@ def test_an_interrupt_ends_the_children_and_says_what_is_left(sweep, number, tmp
         (["--runs_per_gpu", "0"], "at least 1"),
         (["--epochs", "3"], "options of main.py go after a lone --"),
         (["--", "--seed", "3"], "the sweep sets it"),
+        (["--retries", "-1"], "at least 0"),
+        (["--timeout_minutes", "0"], "above 0"),
+        (["--gpus_per_run", "0"], "at least 1"),
+        (["--slurm_partition", "gpu"], "--slurm_partition needs --launcher slurm"),
+        (["--attach"], "--attach needs --launcher slurm"),
+        (["--launcher", "slurm", "--gpus", "2"], "leave out --gpus"),
+        (["--launcher", "slurm", "--slurm_options", "[1]"], "expected a JSON object"),
     ],
 )
 def test_bad_command_lines_end_in_one_line(arguments, words, capsys):
@@ -211,3 +320,24 @@ def test_progress_line_names_the_epoch(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 4, "eval')
     assert run_experiments.describe_last_epoch(tmp_path) == ""
     assert re.fullmatch("", run_experiments.describe_last_epoch(tmp_path / "nowhere"))
+
+
+def test_slurm_without_submitit_says_what_to_install(sweep, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(utils.UserError, match=r"pip install -r requirements-slurm\.txt"):
+        sweep("--launcher", "slurm")
+
+
+def test_slurm_without_its_commands_is_one_line(sweep, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(utils.UserError, match="there is no squeue here"):
+        sweep("--launcher", "slurm", "--mask_types", '["full"]')
+
+
+def test_a_plan_for_slurm(sweep, capsys):
+    assert sweep("--launcher", "slurm", "--dry_run", *TWO) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["Slurm", "Slurm"]
+    assert "--device cuda" in lines[0]
+    assert sweep("--launcher", "slurm", "--gpus", "0", "--dry_run", *TWO) == 0
+    assert "--device cpu" in capsys.readouterr().out

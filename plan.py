@@ -1,0 +1,120 @@
+"""What a sweep is to run, and how far each run is. That is read from its folder alone, so that sweeps can share one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+import utils
+
+GRAD_ACCUMULATION = "--grad_accumulation"
+WAITING, RUNNING, ELSEWHERE, DONE, FAILED = "waiting", "running", "elsewhere", "done", "failed"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    mask_type: str
+    expansion_step: int | None  # None for full
+    seed: int
+    folder: Path
+    arguments: tuple[str, ...]  # of main.py
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.parent.name} seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / utils.LOG
+
+    def is_finished(self) -> bool:
+        """Whether this very command has finished. Another one's result is left to main.py, which compares settings."""
+        if not (self.folder / utils.SUMMARY).exists():
+            return False
+        arguments = tuple(self._read_config("provenance").get("command", [])[1:])
+        added = arguments[len(self.arguments) :]  # after it had run out of memory
+        return arguments[: len(self.arguments)] == self.arguments and (not added or added[0] == GRAD_ACCUMULATION)
+
+    def is_being_written(self) -> bool:
+        """Whether some process holds the folder's lock."""
+        if not (self.folder / utils.LOCK).exists():
+            return False
+        try:
+            with FileLock(self.folder / utils.LOCK, blocking=False):
+                return False
+        except Timeout:
+            return True
+
+    def micro_batches_asked_for(self) -> int | None:
+        """Of each step, by the options after `--`."""
+        value = None
+        for position, option in enumerate(self.arguments):
+            name, is_one_word, value_in_it = option.partition("=")
+            if name == GRAD_ACCUMULATION:
+                value = value_in_it if is_one_word else "".join(self.arguments[position + 1 : position + 2])
+        return int(value) if value and value.isdecimal() else None
+
+    def micro_batches(self) -> int:
+        """Of each step, to begin with: as asked for, else as the run had it when it was left."""
+        number = self.micro_batches_asked_for() or self._read_config("settings").get("grad_accumulation")
+        return number if isinstance(number, int) else 1
+
+    def _read_config(self, section: str) -> dict:
+        """A part of config.json; {} where there is none that can be read."""
+        try:
+            value = utils.read_json(self.folder / utils.CONFIG).get(section)
+        except utils.UserError:
+            value = None
+        return value if isinstance(value, dict) else {}
+
+
+@dataclass(eq=False)
+class Job:
+    """A run on its way."""
+
+    run: PlannedRun
+    state: str = WAITING
+    note: str = ""  # what there is to say of the state
+    num_retries: int = 0
+    micro_batches: int | None = None  # a step, after it ran out of memory
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in (DONE, FAILED)
+
+    def arguments(self) -> list[str]:
+        """Of main.py; with smaller micro-batches than planned once memory ran out."""
+        number = self.micro_batches or self.run.micro_batches()
+        changed = number != (self.run.micro_batches_asked_for() or 1)
+        return [*self.run.arguments, *([GRAD_ACCUMULATION, str(number)] if changed else [])]
+
+
+def make_plan(args, device: str) -> list[PlannedRun]:
+    """`full` once, every other mask type at each step; seeds outermost, so that one whole comparison is there early."""
+    patterns = [
+        (mask_type, step)
+        for mask_type in args.mask_types
+        for step in ([None] if mask_type == "full" else args.expansion_steps)
+    ]
+    on_device = [] if "--device" in args.main_options else ["--device", device]
+    plan = []
+    for seed in args.seeds:
+        for mask_type, step in patterns:
+            swept = {"mask_type": mask_type, "expansion_step": step, "seed": seed, "dataset": args.dataset}
+            swept["output_dir"] = args.output_dir
+            arguments = [text for key, value in swept.items() if value is not None for text in (f"--{key}", str(value))]
+            name = utils.default_run_name(mask_type, step)
+            folder = utils.run_folder(args.output_dir, args.dataset, name, seed)
+            plan.append(PlannedRun(mask_type, step, seed, folder, (*arguments, *on_device, *args.main_options)))
+    return plan
+
+
+def last_lines(log: Path, number: int = 1) -> list[str]:
+    """The last lines of a log that say something."""
+    try:
+        lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    return lines[-number:] or ["the log is empty"]

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# A Slurm cluster of one node, this machine, in a folder of its own: cluster.sh start|stop FOLDER. Needs root.
+#   export SLURM_CONF=FOLDER/slurm.conf   afterwards, for sbatch, squeue and the like
+set -euo pipefail
+if [ $# -ne 2 ] || { [ "$1" != start ] && [ "$1" != stop ]; }; then
+    echo "usage: cluster.sh start|stop FOLDER" >&2
+    exit 2
+fi
+mkdir -p "$2"
+folder=$(cd "$2" && pwd)
+export SLURM_CONF="$folder/slurm.conf"
+
+stop() {
+    for daemon in slurmd slurmctld munged; do # by the ids that they wrote down
+        if [ -f "$folder/$daemon.pid" ]; then
+            pid=$(cat "$folder/$daemon.pid")
+            kill "$pid" 2>/dev/null || true
+            for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+        fi
+    done
+}
+
+start() {
+    port=$((20000 + $$ % 20000))
+    mkdir -p "$folder/state" "$folder/spool"
+    chmod 711 "$folder"
+    head -c 1024 /dev/urandom >"$folder/munge.key"
+    chmod 400 "$folder/munge.key"
+    cat >"$SLURM_CONF" <<CONF
+ClusterName=test
+SlurmctldHost=$(hostname -s)(127.0.0.1)
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# A requeued job waits as long as a credential lives.
+AuthInfo=socket=$folder/munge.socket,cred_expire=5
+CryptoType=crypto/munge
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.pid
+SlurmctldLogFile=$folder/slurmctld.log
+SlurmdLogFile=$folder/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+MpiDefault=none
+SchedulerParameters=sched_interval=1,bf_interval=1
+KillWait=5
+MinJobAge=10
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+PartitionName=test Nodes=ALL Default=YES State=UP OverSubscribe=FORCE:4
+CONF
+    munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
+        --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>>"$folder/munged.err"
+    slurmctld -c
+    slurmd
+    for _ in $(seq 100); do
+        if [ "$(sinfo --noheader --format=%T 2>/dev/null)" = idle ]; then return; fi
+        sleep 0.2
+    done
+    echo "cluster.sh: error: no idle node after 20 seconds; see $folder/*.log" >&2
+    stop
+    exit 1
+}
+
+"$1"

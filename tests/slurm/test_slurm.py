@@ -1,0 +1,153 @@
+"""The sweep on a real Slurm: a cluster of one node on this machine, of CPUs alone."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import utils
+
+HERE = Path(__file__).resolve().parent
+MAIN = utils.REPOSITORY / "main.py"
+STAND_IN = HERE.parent / "stand_in.py"
+TWO = ["--mask_types", '["full", "2d_cardinal"]', "--expansion_steps", "[1]"]
+LOCAL = "2d_cardinal_expansion_1"
+MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
+if importlib.util.find_spec("submitit") is None:
+    MISSING.append("submitit")
+if os.geteuid() != 0:
+    MISSING.append("root")
+if MISSING and os.environ.get("REQUIRE_SLURM") != "1":
+    pytest.skip(f"no Slurm to test with: {', '.join(MISSING)} missing", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory):
+    assert not MISSING, f"REQUIRE_SLURM=1, but {', '.join(MISSING)} missing"
+    folder = tmp_path_factory.mktemp("cluster")
+    subprocess.run([HERE / "cluster.sh", "start", folder], check=True, timeout=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        yield folder
+    subprocess.run([HERE / "cluster.sh", "stop", folder], check=True, timeout=60)
+
+
+def start_sweep(output, *arguments, script=STAND_IN):
+    """A sweep as a process of its own, that looks often; `script` is run for main.py."""
+    program = "\n".join(
+        [
+            "import pathlib, sys",
+            f"sys.path.insert(0, {str(utils.REPOSITORY)!r})",
+            "import run_experiments, slurm, utils",
+            "slurm.SECONDS_BETWEEN_LOOKS, slurm.SECONDS_UNTIL_LOST = 0.3, 3.0",
+            f"run_experiments.MAIN_SCRIPT = pathlib.Path({str(script)!r})",
+            "utils.run_cli(run_experiments.main)",
+        ]
+    )
+    options = ["--output_dir", str(output), "--dataset", "digits", "--launcher", "slurm", "--gpus", "0", *TWO]
+    options += ["--slurm_cpus_per_task", "1", "--slurm_time", "5"]
+    command = [sys.executable, "-c", program, *options, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end_of(sweep, seconds=120):
+    """(exit code, stdout, stderr) of a sweep."""
+    try:
+        printed, error = sweep.communicate(timeout=seconds)
+    finally:
+        sweep.kill()
+    return sweep.returncode, printed, error
+
+
+def rows(path):
+    return utils.read_json_lines(path) if path.exists() else []
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def job_of(output, name):
+    return {row["run"]: row["job"] for row in rows(output / "slurm" / "jobs.jsonl")}[f"digits/{name}/seed_0"]
+
+
+def test_real_runs_are_queued_again_and_resume_exactly(tmp_path):
+    options = "--model vit_micro --img_size 8 --patch_size 2 --batch_size 128 --epochs 12 --device cpu --backend dense"
+    arguments = ["--", *options.split()]
+    sweep = start_sweep(tmp_path, *arguments, script=MAIN)
+    folder = tmp_path / "digits" / "full" / "seed_0"
+    wait_for(lambda: len(rows(folder / "metrics.jsonl")) >= 2)
+    subprocess.run(["scancel", "--signal=USR1", job_of(tmp_path, "full")], check=True)
+    code, printed, error = end_of(sweep)
+    assert code == 0, (printed, error)
+    assert printed.count("(n = 1)") == 2
+    log = (folder / "log.txt").read_text()
+    assert "stopped (" in log
+    assert "resuming in epoch" in log
+    whole = tmp_path / "whole"
+    command = [sys.executable, str(MAIN), "--dataset", "digits", "--output_dir", str(whole), *options.split()]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    losses = [[row["eval_loss"] for row in rows(at / "digits/full/seed_0/metrics.jsonl")] for at in (tmp_path, whole)]
+    assert losses[0] == losses[1]
+    code, printed, _ = end_of(start_sweep(tmp_path, *arguments, script=MAIN))
+    assert code == 0
+    assert "2 finished before" in printed
+    assert len(rows(tmp_path / "slurm" / "jobs.jsonl")) == 2
+
+
+def test_a_warned_run_is_queued_again_and_resumes_while_others_fail(tmp_path):
+    sweep = start_sweep(tmp_path, "--retries", "1", "--", "--seconds", "4", "--fail", LOCAL)
+    wait_for(lambda: len(rows(tmp_path / "calls.jsonl")) == 2)
+    time.sleep(1)
+    subprocess.run(["scancel", "--signal=USR1", job_of(tmp_path, "full")], check=True)
+    code, printed, error = end_of(sweep)
+    assert code == 1, (printed, error)
+    assert error.endswith("1 of 2 runs failed: 2d_cardinal_expansion_1 seed 0; their logs say why\n")
+    assert "FAILED with exit code 1: stand-in: error: told to fail" in printed
+    calls = rows(tmp_path / "calls.jsonl")
+    assert [call["name"] for call in calls].count(LOCAL) == 2
+    first, second = [call for call in calls if call["name"] == "full"]
+    assert first["resumed"] == 0
+    assert 1 < second["resumed"] < 4
+    assert first["parent"] != second["parent"]  # another job, not the same one that went on
+    assert printed.count(f"full seed 0: queued in Slurm as {job_of(tmp_path, 'full')}") >= 1
+    assert "full seed 0: finished" in printed
+
+
+def test_a_sweep_is_left_and_attached_to_and_cancelled_jobs_are_missed(tmp_path):
+    arguments = ["--", "--hang", LOCAL, "--seconds", "3"]
+    sweep = start_sweep(tmp_path, *arguments)
+    wait_for(lambda: len(rows(tmp_path / "calls.jsonl")) == 2)
+    sweep.send_signal(signal.SIGINT)
+    code, printed, _ = end_of(sweep)
+    assert code == 130
+    assert "--attach" in printed
+    attached = start_sweep(tmp_path, "--attach", *arguments)
+    wait_for(lambda: (tmp_path / "digits" / "full" / "seed_0" / "summary.json").exists())
+    subprocess.run(["scancel", job_of(tmp_path, LOCAL)], check=True)
+    code, printed, error = end_of(attached)
+    assert code == 1
+    assert "full seed 0: finished" in printed
+    assert f"{LOCAL} seed 0: FAILED: stopped by SIGTERM, unfinished" in printed, (printed, error)
+    assert (tmp_path / "digits" / LOCAL / "seed_0" / "last.pt").exists()  # it had time to save
+    assert len(rows(tmp_path / "slurm" / "jobs.jsonl")) == 2
+
+
+def test_what_slurm_refuses_ends_in_one_line(tmp_path):
+    code, _, error = end_of(start_sweep(tmp_path, "--slurm_partition", "nowhere"))
+    assert code == 1
+    assert len(error.splitlines()) == 1
+    assert "sbatch refused" in error
+    assert "nvalid partition" in error
+    code, _, error = end_of(start_sweep(tmp_path, "--attach"))
+    assert code == 1
+    assert "nothing has been submitted" in error
