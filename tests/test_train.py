@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,3 +258,30 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Trainer, "train_step", watched)
     assert run(tmp_path, *STRONG, "--device", "cuda", "--ema", "0.9", "--compile", "off") == 0
     assert len(count) == 24
+
+
+def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "main.py"]
+    command += [*DIGITS, *STRONG, "--epochs", "200", "--output_dir", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = subprocess.Popen(command, cwd=utils.REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics = folder_of(tmp_path) / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and len(utils.read_json_lines(metrics)) > 1):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        children = Path(f"/proc/{whole.pid}/task/{whole.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        _, err = whole.communicate(timeout=60)
+    finally:
+        whole.kill()
+    assert whole.returncode == 1
+    assert err.count("another process of this run has died") == 1, err
+    assert not (folder_of(tmp_path) / "summary.json").exists()
+    assert checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")["epoch"] > 1
+    assert not main.is_finished(
+        folder_of(tmp_path), checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")["settings"]
+    )
+    with main.only_writer(folder_of(tmp_path)):  # the lock is free
+        pass
