@@ -285,3 +285,13 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     )
     with main.only_writer(folder_of(tmp_path)):  # the lock is free
         pass
+
+
+def test_a_second_ctrl_c_ends_at_once(capsys):
+    stop = StopRequest()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (stop.reason, stop.by_keyboard) == ("SIGINT", True)
+        assert "once more stops at once" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
