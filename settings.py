@@ -138,7 +138,6 @@ def build_parser() -> utils.ArgumentParser:
     minutes = "save within long epochs too; 0 = after each epoch alone"
     add("--checkpoint_every_minutes", type=at_least_0, default=10.0, metavar="M", help=minutes)
     add("--dry_run", action="store_true", help="print the resolved configuration and stop")
-    add("--debug", action="store_true", help="errors with their traceback")
     parser.set_defaults(**RECIPES["plain"])
     return parser
 
@@ -168,6 +167,11 @@ def resolve_settings(args) -> dict:
         raise UsageError(
             f"--grad_accumulation {args.grad_accumulation} asks for more micro-batches than --batch_size "
             f"{args.batch_size} has images"
+        )
+    if settings["compile"] == "reduce-overhead" and args.grad_accumulation > 1:
+        raise UsageError(
+            "--compile reduce-overhead replays the memory of a step, where gradients cannot add up; use --compile "
+            f"default with --grad_accumulation {args.grad_accumulation}"
         )
     settings["run_name"] = (
         utils.default_run_name(args.mask_type, settings["expansion_step"]) if args.run_name is None else args.run_name

@@ -73,10 +73,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help, no abbreviated flags, and errors on one line."""
+    """argparse with defaults in the help, no abbreviated flags, errors on one line, and --debug for `run_cli`."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        self.add_argument("--debug", action="store_true", help="show errors with their traceback")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

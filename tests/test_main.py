@@ -208,10 +208,11 @@ def test_compiled_training_gives_the_same_losses(finished, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_bf16_training_learns(tmp_path):
-    run(tmp_path, "--precision", "bf16", "--epochs", "2")
+@pytest.mark.parametrize("recipe", ["plain", "strong"])
+def test_bf16_training_learns(tmp_path, recipe):
+    run(tmp_path, "--precision", "bf16", "--epochs", "4", "--recipe", recipe)
     rows = utils.read_json_lines(tmp_path / "digits" / "full" / "seed_0" / "metrics.jsonl")
-    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,6 +303,9 @@ def test_bad_checkpoints_end_in_one_line(finished, tmp_path, kind, run_script):
         (["--run_name", "..", "--dry_run"], "plain folder name"),
         (["--run_name", "", "--dry_run"], "plain folder name"),
         (["--seed", "99999999999999999999"], "below"),
+        (["--mix", "1.5"], "at most 1"),
+        (["--batch_size", "4", "--grad_accumulation", "5"], "more micro-batches than --batch_size 4"),
+        (["--compile", "reduce-overhead", "--grad_accumulation", "2"], "replays the memory"),
     ],
 )
 def test_bad_command_lines_end_in_one_line(arguments, words, tmp_path, run_script):
