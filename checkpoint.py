@@ -28,7 +28,9 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     with atomic_path(last) as temporary:
         try:
             torch.save({"format": FORMAT, **state}, temporary)
-        except RuntimeError as error:  # torch's writer does not say why
+        except RuntimeError as error:  # torch's writer does not say why it failed
+            if utils.says_no_memory(error):
+                raise
             raise UserError(
                 f"cannot write {last}: no space left on the disk, or a quota reached ({first_line(error)}). What was "
                 "saved before stays good; make room, then the same command goes on"

@@ -12,6 +12,7 @@ Shapes: n images of the split, b of the batch, C channels, H x W pixels as store
 from __future__ import annotations
 
 import sys
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,7 @@ class Dataset:
     img_size: tuple[int, int]  # (h, w) of the batches
     device: torch.device  # of the batches
     streams: bool = False  # whether batches are fetched ahead, from images that are not on the device
+    checksum: str = ""  # of all images and labels
 
     @property
     def in_channels(self) -> int:
@@ -67,7 +69,7 @@ class Dataset:
         return len(self.class_names)
 
     def describe(self) -> dict:
-        """What identifies the data, for config.json and checkpoints; the exact mean and std tell contents apart."""
+        """What identifies the data, for config.json and checkpoints."""
         return {
             "name": self.name,
             "label": self.label,
@@ -78,6 +80,7 @@ class Dataset:
             "image_shape": list(self.train.images.shape[1:]),
             "mean": self.mean,
             "std": self.std,
+            "checksum": self.checksum,
         }
 
 
@@ -96,8 +99,16 @@ def load_dataset(
     streams = num_bytes > (_bytes_for_data(device) if limit_bytes is None else limit_bytes)
     storage = torch.device("cpu") if streams else device
     splits = [Split(images.to(storage), labels.to(storage)) for images, labels in (loaded.train, loaded.test)]
-    flip = source.flip
-    return Dataset(name, loaded.label, loaded.class_names, *splits, mean, std, flip, img_size, device, streams)
+    about = (name, loaded.label, loaded.class_names)
+    return Dataset(*about, *splits, mean, std, source.flip, img_size, device, streams, checksum(loaded))
+
+
+def checksum(loaded: sources.Images) -> str:
+    """CRC-32 of all images and labels, in hexadecimal."""
+    value = 0
+    for tensor in (*loaded.train, *loaded.test):
+        value = zlib.crc32(tensor.contiguous().numpy(), value)
+    return f"{value:08x}"
 
 
 def _bytes_for_data(device: torch.device) -> float:
@@ -182,12 +193,12 @@ def fetch(split: Split, indices: Iterable[Tensor], dataset: Dataset) -> Iterator
     """
     if not dataset.streams:
         for index in indices:
-            index = to_device(index, dataset.device)
+            index = machine.to_device(index, dataset.device)
             yield split.images[index], split.labels[index]
         return
 
     def gather(index: Tensor) -> tuple[Tensor, Tensor]:
-        return pinned(split.images[index], dataset.device), pinned(split.labels[index], dataset.device)
+        return machine.pinned(split.images[index], dataset.device), machine.pinned(split.labels[index], dataset.device)
 
     indices = iter(indices)
     with ThreadPoolExecutor(1) as thread:
@@ -196,15 +207,6 @@ def fetch(split: Split, indices: Iterable[Tensor], dataset: Dataset) -> Iterator
             batch = ahead.popleft().result()
             ahead.extend(thread.submit(gather, index) for index in islice(indices, 1))
             yield tuple(part.to(dataset.device, non_blocking=True) for part in batch)
-
-
-def pinned(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor from which a copy to the device does not wait."""
-    return x.pin_memory() if device.type == "cuda" else x
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    return pinned(x, device).to(device, non_blocking=True)
 
 
 class EpochDraws:
@@ -239,11 +241,11 @@ class EpochDraws:
 
     def augment(self, images: Tensor, positions: Tensor, dataset: Dataset) -> Tensor:
         """uint8 [b, C, H, W] -> float32 [b, C, h, w]."""
-        offsets, mirrored = (to_device(x[positions], images.device) for x in (self.offsets, self.mirrored))
+        offsets, mirrored = (machine.to_device(x[positions], images.device) for x in (self.offsets, self.mirrored))
         images = crop_and_flip(images, offsets, mirrored, self.padding)
         images = augment.apply_policy(images, self.policy.at(positions))
         images = normalize_and_resize(images, dataset.mean, dataset.std, dataset.img_size)
-        return augment.erase(images, to_device(self.boxes[positions], images.device)) if self.erases else images
+        return augment.erase(images, self.boxes[positions]) if self.erases else images
 
     def mix(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The images and labels of `positions_of(step)`, mixed where the step was drawn to be."""
@@ -279,7 +281,7 @@ def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: in
 
 def normalize_and_resize(images: Tensor, mean: list[float], std: list[float], img_size: tuple[int, int]) -> Tensor:
     """uint8 [b, C, H, W] -> float32 [b, C, h, w], of zero mean and unit variance; bilinear, antialiased to shrink."""
-    mean, std = (to_device(torch.tensor(values).view(-1, 1, 1), images.device) for values in (mean, std))
+    mean, std = (machine.to_device(torch.tensor(values).view(-1, 1, 1), images.device) for values in (mean, std))
     images = images.float().sub_(255 * mean).div_(255 * std)  # before the resize, which is linear: most images grow
     if images.shape[-2:] == img_size:
         return images

@@ -89,6 +89,16 @@ def _processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From where a copy to the device does not wait."""
+    return x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy there that does not wait."""
+    return pinned(x, device).to(device, non_blocking=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that it was given."""
     if device.type in ("cuda", "mps"):

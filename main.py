@@ -28,7 +28,7 @@ import utils
 from checkpoint import load_latest
 from settings import NOT_PART_OF_THE_RESULT, parse_args, resolve_settings
 from stop import StopRequest
-from train import Stopped, Trainer
+from train import Stopped, Trainer, images_a_forward
 from utils import BusyError, OutOfMemoryError, UsageError, UserError
 
 CONFIG_FORMAT = 2
@@ -61,7 +61,7 @@ def choose_backend(model: models.VisionTransformer, settings: dict, num_train: i
     with utils.usage_errors():
         attention.choose_backend(
             model.plan,
-            max(1, settings["batch_size"] // parallel.WORLD_SIZE // settings["grad_accumulation"]),
+            images_a_forward(settings),
             config["num_heads"],
             config["embed_dim"] // config["num_heads"],
             dtype,
@@ -164,53 +164,56 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
+def memory_errors(grad_accumulation: int) -> Iterator[None]:
     """Running out of memory as an error with a remedy, and with an exit code that a sweep acts on."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        words = ("DefaultCPUAllocator", "not enough memory", "out of memory")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+        if isinstance(error, RuntimeError) and not utils.says_no_memory(error):
             raise
         raise OutOfMemoryError(
-            f"out of memory: {utils.first_line(error)}. --grad_accumulation 2 halves what a step holds at once and "
-            "gives the same result; so does --checkpoint_activations"
+            f"out of memory: {utils.first_line(error)}. --grad_accumulation {2 * grad_accumulation} halves what a "
+            "step holds at once; --checkpoint_activations helps as well"
         ) from error
 
 
 def main(argv=None) -> int:
     machine.keep_freed_memory()
     argv = sys.argv[1:] if argv is None else argv
-    settings = resolve_settings(parse_args(argv))
+    args = parse_args(argv)
+    parallel.take_own_gpu()
+    settings = resolve_settings(args)
     folder = utils.run_folder(settings["output_dir"], settings["dataset"], settings["run_name"], settings["seed"])
     if settings["dry_run"]:
         dry_run(settings, folder)
         return 0
     stop = StopRequest()
-    with stop.listening(), memory_errors(), parallel.process_group(torch.device(settings["device"])) as device:
+    with stop.listening(), parallel.process_group(torch.device(settings["device"])) as device:
         if is_finished(folder, settings):
             return 0
         dataset = load_dataset(settings, device)
-        with only_writer(folder):
+        with only_writer(folder), memory_errors(settings["grad_accumulation"]):
             try:
                 return run(settings, dataset, folder, device, stop, argv)
             except Stopped:
-                print(f"stopped ({stop.reason}); all is saved in {folder}, the same command goes on", flush=True)
-                return 130 if stop.by_keyboard else utils.EXIT_AGAIN
+                reason = next(filter(None, parallel.from_all(stop.reason)))
+                if parallel.IS_FIRST:
+                    print(f"stopped ({reason}); all is saved in {folder}, the same command goes on", flush=True)
+                return 130 if parallel.any_rank(stop.by_keyboard) else utils.EXIT_AGAIN
 
 
 def is_finished(folder: Path, settings: dict) -> bool:
     """Whether the folder holds this run, complete; says so then. Raises UsageError if it holds another run."""
-    found = read_config(folder)
-    if found is None:
-        return False
-    refuse_other(folder, "settings", found["settings"], settings)
-    if not (folder / utils.SUMMARY).exists():
-        return False
-    final = utils.read_json(folder / utils.SUMMARY)["final"]
-    if parallel.IS_FIRST:
+    if not parallel.IS_FIRST:  # which may see the files later than the first process, or not at all
+        return parallel.from_first(None)
+    found, finished = read_config(folder), False
+    if found is not None:
+        refuse_other(folder, "settings", found["settings"], settings)
+        finished = (folder / utils.SUMMARY).exists()
+    if finished:
+        final = utils.read_json(folder / utils.SUMMARY)["final"]
         print(f"{folder} is finished: {final['eval_accuracy']:.2f}% after epoch {final['epoch']}; nothing to do")
-    return True
+    return parallel.from_first(finished)
 
 
 def load_dataset(settings: dict, device: torch.device) -> data.Dataset:
@@ -235,6 +238,7 @@ def run(
         model.plan.use(found["attention"]["backend"], found["attention"]["backend_reason"])
         with utils.usage_errors():
             model.plan.check_device(device)
+    model.plan.to(device)
     config = make_config(found, folder, model, dataset, settings, machine.provenance(argv, device))
     if state is not None:  # config.json may have been removed
         refuse_other(folder, "settings", state["settings"], settings)

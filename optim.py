@@ -26,9 +26,9 @@ def build_optimizers(model: nn.Module, settings: dict) -> list[torch.optim.Optim
     """
     lr, weight_decay = settings["lr"], settings["weight_decay"]
     parameters = dict(model.named_parameters())
-    by_muon = set()
+    by_muon = {}  # in the model's order, as everything here: states are saved by position
     if settings["optimizer"] == "muon":
-        by_muon = {name for name, p in parameters.items() if name.startswith("blocks.") and p.ndim == 2}
+        by_muon = {name: p for name, p in parameters.items() if name.startswith("blocks.") and p.ndim == 2}
     rest = {name: p for name, p in parameters.items() if name not in by_muon}
     groups = [
         {"params": [p for name, p in rest.items() if is_decayed(name, p)], "weight_decay": weight_decay},
@@ -36,7 +36,7 @@ def build_optimizers(model: nn.Module, settings: dict) -> list[torch.optim.Optim
     ]
     optimizers = [torch.optim.AdamW(groups, lr=lr, fused=True)]
     if by_muon:
-        matrices = [parameters[name] for name in by_muon]
+        matrices = list(by_muon.values())
         optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 

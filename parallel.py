@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError
+from utils import UsageError, UserError, first_line, says_no_memory
 
 # What torchrun tells each process.
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -26,24 +26,32 @@ IS_FIRST = RANK == 0  # the one that writes and prints
 TIMEOUT = timedelta(minutes=60)  # the first rank may be compiling and measuring backends
 
 
+def take_own_gpu() -> None:
+    """Make this process's GPU the current one, before anything is put on another's. UsageError if there are too few."""
+    if WORLD_SIZE > 1 and torch.cuda.is_available():
+        if torch.cuda.device_count() <= LOCAL_RANK:
+            raise UsageError(
+                f"torchrun started a process number {LOCAL_RANK} here, and there are {torch.cuda.device_count()} GPUs; "
+                "use --nproc_per_node of at most as many"
+            )
+        torch.cuda.set_device(LOCAL_RANK)
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the other processes of the run; yields this one's device. A process that died is a UserError in the rest."""
+    """Join the other processes of the run; yields this one's device. If they are lost, the rest get a UserError."""
     if WORLD_SIZE == 1:
         yield device
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", LOCAL_RANK)
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield device
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        yield torch.device("cuda", LOCAL_RANK) if device.type == "cuda" else device
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
         raise UserError(
-            f"another process of this run has died (this is rank {RANK} of {WORLD_SIZE}); its own message says why. "
-            "The same command resumes the run from its last checkpoint"
+            f"rank {RANK} of {WORLD_SIZE} has lost the other processes of this run ({first_line(error)}); most likely "
+            "one has died, and its own message says why. The same command goes on from the last checkpoint"
         ) from error
     finally:
         with contextlib.suppress(RuntimeError):
@@ -53,14 +61,16 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because somebody else is gone; gloo and NCCL say so in their own words."""
     words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "Gloo", "Broken pipe")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    communicating = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return communicating and not says_no_memory(error)
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with its gradients averaged over the processes."""
     if WORLD_SIZE == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # a plan's never change
 
 
 def without_sync(model: nn.Module) -> contextlib.AbstractContextManager:

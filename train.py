@@ -28,12 +28,16 @@ from eval import evaluate
 from stop import StopRequest
 from utils import UserError
 
-STEPS_BETWEEN_VOTES = 10  # of the processes of a parallel run, on whether to save or to stop
 REMEDIES = "what was saved before stays good. A lower --lr, a longer --warmup_fraction or --precision fp32 may help"
 
 
 class Stopped(Exception):
     """The run was asked to stop, and all that it has done is saved."""
+
+
+def images_a_forward(settings: dict) -> int:
+    """Images that a process takes through the model at once."""
+    return max(1, settings["batch_size"] // parallel.WORLD_SIZE // settings["grad_accumulation"])
 
 
 class Trainer:
@@ -123,12 +127,6 @@ class Trainer:
         """Steps of the run that are done."""
         return (self.epoch - 1) * self.steps_per_epoch + self.epoch_step
 
-    def agree(self, flag: bool) -> bool:
-        """Whether it is true on any process of the run; asked now and then only, as the answer costs a message."""
-        if parallel.WORLD_SIZE > 1 and self.epoch_step % STEPS_BETWEEN_VOTES:
-            return False
-        return parallel.any_rank(flag)
-
     # -----------------------------------------------------------------------------------------------------------------
     # Training
 
@@ -155,7 +153,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """The rest of the epoch in progress; saved within, now and then and when asked to stop."""
         s, minutes = self.settings, self.settings["checkpoint_every_minutes"]
-        mixes = self.epoch <= s["epochs"] * (1 - s["mix_off"])
+        mixes = self.epoch <= s["epochs"] - round(s["mix_off"] * s["epochs"])
         names = ("crop", "flip", "policy", "random_erasing", "mixup_alpha", "cutmix_alpha")
         augmentation = data.Augmentation(**{name: s[name] for name in names}, mix=s["mix"] if mixes else 0.0)
         batches = data.train_batches(
@@ -177,7 +175,7 @@ class Trainer:
                 if self.epoch_step == self.steps_per_epoch:
                     break
                 due = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
-                if self.agree(due or self.stop.reason is not None):
+                if parallel.any_rank(due or self.stop.reason is not None):
                     self.timed_seconds += self.read_clock()
                     self.save()
                     if parallel.any_rank(self.stop.reason is not None):
@@ -264,8 +262,8 @@ class Trainer:
     def evaluate(self) -> dict:
         """On the test images, with the averaged weights if there are any."""
         model = self.average.model if self.average else self.model
-        split = (self.dataset, self.dataset.test, self.batch_size, parallel.RANK, parallel.WORLD_SIZE)
-        batches = data.eval_batches(*split)
+        size = images_a_forward(self.settings)
+        batches = data.eval_batches(self.dataset, self.dataset.test, size, parallel.RANK, parallel.WORLD_SIZE)
         result = evaluate(model, batches, self.dataset.num_classes, self.device, self.settings["precision"])
         if not math.isfinite(result["loss"]):
             raise UserError(f"the evaluation loss became {result['loss']} after epoch {self.epoch}; {REMEDIES}")

@@ -108,6 +108,11 @@ def run_cli(main: Callable[[], int]) -> None:
     sys.exit(code)
 
 
+def says_no_memory(error: BaseException) -> bool:
+    """Whether an error of torch, of whatever type, is about memory that could not be had."""
+    return any(words in str(error) for words in ("out of memory", "not enough memory", "DefaultCPUAllocator"))
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -34,6 +34,8 @@ def test_muon_has_the_matrices_of_the_blocks():
     ((by_muon, decay),) = named_groups(model, muon)
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert by_muon == {f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers}
+    in_order = [p for name, p in model.named_parameters() if name in by_muon]  # the same in every process
+    assert all(a is b for a, b in zip(muon.param_groups[0]["params"], in_order, strict=True))
     assert decay == 0.1
     rest = [names for names, _ in named_groups(model, adamw)]
     assert set.union(*rest) | by_muon == {name for name, _ in model.named_parameters()}

@@ -277,7 +277,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     finally:
         whole.kill()
     assert whole.returncode == 1
-    assert err.count("another process of this run has died") == 1, err
+    assert err.count("has lost the other processes of this run") == 1, err
     assert not (folder_of(tmp_path) / "summary.json").exists()
     assert checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")["epoch"] > 1
     assert not main.is_finished(
