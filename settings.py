@@ -162,16 +162,16 @@ def resolve_settings(args) -> dict:
         settings["lr"] = strong_lr(args.batch_size)
     settings["device"] = machine.pick_device(args.device).type
     settings["precision"] = machine.resolve_precision(args.precision, torch.device(settings["device"]))
+    if args.compile == "reduce-overhead" and args.grad_accumulation > 1:
+        raise UsageError(
+            "--compile reduce-overhead replays the memory of a step, where gradients cannot add up; use --compile "
+            f"default with --grad_accumulation {args.grad_accumulation}"
+        )
     settings["compile"] = resolve_compile(args.compile, settings["device"], args.epochs)
     if args.grad_accumulation > args.batch_size:
         raise UsageError(
             f"--grad_accumulation {args.grad_accumulation} asks for more micro-batches than --batch_size "
             f"{args.batch_size} has images"
-        )
-    if settings["compile"] == "reduce-overhead" and args.grad_accumulation > 1:
-        raise UsageError(
-            "--compile reduce-overhead replays the memory of a step, where gradients cannot add up; use --compile "
-            f"default with --grad_accumulation {args.grad_accumulation}"
         )
     settings["run_name"] = (
         utils.default_run_name(args.mask_type, settings["expansion_step"]) if args.run_name is None else args.run_name

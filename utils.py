@@ -79,6 +79,13 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.add_argument("--debug", action="store_true", help="show errors with their traceback")
 
+    def parse_known_args(self, args=None, namespace=None):
+        for argument in sys.argv[1:] if args is None else args:
+            flag, _, value = argument.partition("=")
+            if flag.startswith("--") and value == "--":  # which argparse takes for a list of nothing
+                self.error(f"argument {flag}: expected a value, got '--'")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 

@@ -304,6 +304,7 @@ def test_bad_checkpoints_end_in_one_line(finished, tmp_path, kind, run_script):
         (["--run_name", "", "--dry_run"], "plain folder name"),
         (["--seed", "99999999999999999999"], "below"),
         (["--mix", "1.5"], "at most 1"),
+        (["--dataset=--"], "argument --dataset: expected a value"),
         (["--batch_size", "4", "--grad_accumulation", "5"], "more micro-batches than --batch_size 4"),
         (["--compile", "reduce-overhead", "--grad_accumulation", "2"], "replays the memory"),
     ],
