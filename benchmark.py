@@ -12,6 +12,7 @@ Compiling and warming up come before and are reported apart.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -79,6 +80,8 @@ def parse_args(argv=None):
         "--plot", type=Path, metavar="FILE", help="draw the pictures of a JSON again, and measure nothing"
     )
     args = parser.parse_args(argv)
+    if max(args.grids) ** 2 > masks.MAX_PATCHES:
+        parser.error(f"argument --grids: at most {math.isqrt(masks.MAX_PATCHES)} patches a side, got {max(args.grids)}")
     if 0 in args.grids:
         parser.error("argument --grids: a grid has at least 1 patch a side, got 0")
     if args.quick:  # under a minute on two cores

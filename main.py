@@ -185,7 +185,8 @@ def main(argv=None) -> int:
     settings = resolve_settings(args)
     folder = utils.run_folder(settings["output_dir"], settings["dataset"], settings["run_name"], settings["seed"])
     if settings["dry_run"]:
-        dry_run(settings, folder)
+        with memory_errors(settings["grad_accumulation"]):
+            dry_run(settings, folder)
         return 0
     stop = StopRequest()
     with stop.listening(), parallel.process_group(torch.device(settings["device"])) as device:

@@ -47,6 +47,7 @@ PATTERNS = {
     ),
 }
 
+MAX_PATCHES = 65_536  # 256 x 256: a mask of 4 GiB
 MASK_TYPES = ("full", *(f"{prefix}_{name}" for prefix in ("1d", "2d") for name in PATTERNS))
 
 
@@ -91,8 +92,16 @@ def compute_num_neighbors_all_neighbors(expansion_step: int) -> int:
 def build_attention_mask(
     mask_type: str, expansion_step: int, num_patches_height: int, num_patches_width: int
 ) -> torch.Tensor | None:
-    """The mask of a `--mask_type`: bool [N, N], or None for `full`, which attends without any mask."""
+    """The mask of a `--mask_type`: bool [N, N], or None for `full`, which attends without any mask.
+
+    Raises ValueError for more than MAX_PATCHES patches, whose mask would not fit into memory.
+    """
     pattern = _pattern_of(mask_type)
+    if num_patches_height * num_patches_width > MAX_PATCHES:
+        raise ValueError(
+            f"the grid has {num_patches_height}x{num_patches_width} patches, at most {MAX_PATCHES:,} in all are "
+            "possible; use smaller images or larger patches"
+        )
     if pattern is None:
         return None
     if mask_type.startswith("2d"):

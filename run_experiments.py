@@ -34,7 +34,7 @@ def parse_args(argv=None):
         usage="%(prog)s [options] [-- options of main.py]",
         epilog="Options of main.py go after a lone --, for example: run_experiments.py --gpus 2 -- --epochs 20",
     )
-    at_least_1, at_least_0 = number_type(int, minimum=1), number_type(int, minimum=0)
+    at_least_1, at_least_0 = (number_type(int, minimum=least, maximum=10_000) for least in (1, 0))
     types = list(masks.MASK_TYPES)
     add = parser.add_argument_group("what is run").add_argument
     add("--mask_types", type=json_list(str, types), default=types, metavar="JSON", help="patterns to run")

@@ -85,9 +85,10 @@ def build_parser() -> utils.ArgumentParser:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--model", choices=models.PRESETS, default="vit_base", help="size preset")
-    add("--embed_dim", type=positive, metavar="E", help="width (default: by preset)")
-    add("--depth", type=positive, metavar="L", help="blocks (default: by preset)")
-    add("--num_heads", type=positive, metavar="H", help="heads (default: by preset)")
+    width, blocks = number_type(int, minimum=1, maximum=65_536), number_type(int, minimum=1, maximum=1000)
+    add("--embed_dim", type=width, metavar="E", help="width (default: by preset)")
+    add("--depth", type=blocks, metavar="L", help="blocks (default: by preset)")
+    add("--num_heads", type=width, metavar="H", help="heads (default: by preset)")
     add("--img_size", type=positive, default=224, metavar="PX", help="images are resized to this side")
     add("--patch_size", type=positive, default=16, metavar="PX", help="side of a patch")
     add("--pool", choices=models.POOLS, help="* class token (global), or mean of the patches")

@@ -187,6 +187,7 @@ def test_peak_memory_is_that_of_the_call():
         (["--backends", '["magic"]'], 2, "unknown 'magic'"),
         (["--grids", "14"], 2, "JSON list"),
         (["--grids", "[0]"], 2, "at least 1 patch"),
+        (["--grids", "[1000]"], 2, "at most 256 patches a side"),
         (["--plot", "nowhere.json"], 1, "nowhere.json"),
     ],
 )
