@@ -46,6 +46,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         yield torch.device("cuda", LOCAL_RANK) if device.type == "cuda" else device
+        dist.barrier()  # nobody leaves while another still talks to it
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
@@ -70,7 +71,7 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     if WORLD_SIZE == 1:
         return model
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # a plan's never change
+    return DistributedDataParallel(model, device_ids=devices)
 
 
 def without_sync(model: nn.Module) -> contextlib.AbstractContextManager:
