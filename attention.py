@@ -223,11 +223,7 @@ def _measure(
 
     def run(backend: str) -> float:
         plan.use(backend, "being measured")
-        machine.synchronize(device)
-        start = time.perf_counter()
-        torch.autograd.grad(attend_packed(qkv, plan), qkv, grad)
-        machine.synchronize(device)
-        return time.perf_counter() - start
+        return machine.seconds_of(lambda: torch.autograd.grad(attend_packed(qkv, plan), qkv, grad), device)
 
     seconds: dict[str, list[float]] = {}
     for backend in candidates:

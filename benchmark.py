@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -96,21 +95,13 @@ def parse_args(argv=None):
 def prepare(candidates: list[Candidate], tolerance: float, device: torch.device) -> None:
     """Run each once, which compiles it, and check it. Raises UserError for one that computes something else."""
     for candidate in tqdm(candidates, "checking", leave=False, disable=not sys.stderr.isatty()):
-        candidate.first_seconds = seconds_of(candidate, device)
+        candidate.first_seconds = machine.seconds_of(candidate.run, device)
         candidate.error = None if candidate.check is None else candidate.check()
         if candidate.error is not None and not candidate.error <= tolerance:
             raise UserError(
                 f"{candidate.name} is off by {candidate.error:.1e} from dense attention (allowed: "
                 f"{tolerance:.0e}); a wrong result is not timed"
             )
-
-
-def seconds_of(candidate: Candidate, device: torch.device) -> float:
-    machine.synchronize(device)
-    start = time.perf_counter()
-    candidate.run()
-    machine.synchronize(device)
-    return time.perf_counter() - start
 
 
 def measure_grid(args, grid: int, backends: list[str], device: torch.device) -> list[dict]:
@@ -122,7 +113,7 @@ def measure_grid(args, grid: int, backends: list[str], device: torch.device) -> 
     order = np.random.default_rng(0)  # anew in each turn, so that nobody always finds the caches of the same other one
     for turn in tqdm(range(args.rounds), f"grid {grid}x{grid}", leave=False, disable=not sys.stderr.isatty()):
         for index in order.permutation(len(candidates)):
-            seconds[turn, index] = seconds_of(candidates[index], device)
+            seconds[turn, index] = machine.seconds_of(candidates[index].run, device)
     ratios = seconds[:, :1] / seconds  # the first one is full attention
     memory = [machine.peak_memory_of(candidate.run, device) for candidate in candidates]
     return [

@@ -26,7 +26,7 @@ import parallel
 import sources
 import utils
 from checkpoint import load_latest
-from settings import NOT_PART_OF_THE_RESULT, parse_args, resolve_settings
+from settings import parse_args, resolve_settings
 from stop import StopRequest
 from train import Stopped, Trainer, images_a_forward
 from utils import BusyError, OutOfMemoryError, UsageError, UserError
@@ -111,7 +111,7 @@ def refuse_other(folder: Path, what: str, found: dict, asked: dict) -> None:
     differing = [
         f"{key} {found.get(key)!r} there, {value!r} asked for"
         for key, value in asked.items()
-        if key not in NOT_PART_OF_THE_RESULT and found.get(key) != value
+        if key not in utils.NOT_PART_OF_THE_RESULT and found.get(key) != value
     ]
     if differing:
         raise UsageError(
@@ -229,7 +229,7 @@ def run(
     """Begin the run or go on with it, to its end."""
     if is_finished(folder, settings):  # by another process, before this one had the folder
         return 0
-    found, state = parallel.from_first(read_folder(folder) if parallel.IS_FIRST else None)
+    found, state = parallel.from_first((read_config(folder), load_latest(folder)) if parallel.IS_FIRST else None)
     model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
     if found is None:
         if parallel.IS_FIRST:
@@ -258,11 +258,6 @@ def run(
         utils.write_json(folder / utils.SUMMARY, summarize(history, config))
         print(f"finished: {history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images; results in {folder}")
     return 0
-
-
-def read_folder(folder: Path) -> tuple[dict | None, dict | None]:
-    """(config.json, the newest readable checkpoint) of a run that was begun, None for what is not there."""
-    return read_config(folder), load_latest(folder)
 
 
 def make_config(

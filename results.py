@@ -36,10 +36,7 @@ REQUIRED = {
 }
 # What the runs of a sweep are meant to differ in, and settings that say where a run is, not what it computes. The
 # device is compared by its name, in the provenance.
-MAY_DIFFER = {
-    *("mask_type", "expansion_step", "run_name", "seed", "data_dir", "output_dir", "device", "device_data_limit"),
-    *("grad_accumulation", "checkpoint_activations", "log_every", "checkpoint_every_minutes", "dry_run", "debug"),
-}
+MAY_DIFFER = {"mask_type", "expansion_step", "run_name", "seed", *utils.NOT_PART_OF_THE_RESULT}
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,6 @@ import sources
 import utils
 from utils import UsageError, number_type
 
-# Settings that say where and how a run computes, not what it computes: a resumed run may change them.
-NOT_PART_OF_THE_RESULT = (
-    *("data_dir", "output_dir", "device", "device_data_limit", "grad_accumulation", "checkpoint_activations"),
-    *("log_every", "checkpoint_every_minutes", "dry_run", "debug"),
-)
 COMPILE = ("off", "auto", "default", "reduce-overhead")
 EPOCHS_WORTH_COMPILING = 10
 

@@ -10,6 +10,7 @@ import contextlib
 import math
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -154,8 +155,9 @@ class Trainer:
         """The rest of the epoch in progress; saved within, now and then and when asked to stop."""
         s, minutes = self.settings, self.settings["checkpoint_every_minutes"]
         mixes = self.epoch <= s["epochs"] - round(s["mix_off"] * s["epochs"])
-        names = ("crop", "flip", "policy", "random_erasing", "mixup_alpha", "cutmix_alpha")
-        augmentation = data.Augmentation(**{name: s[name] for name in names}, mix=s["mix"] if mixes else 0.0)
+        augmentation = data.Augmentation(**{field.name: s[field.name] for field in fields(data.Augmentation)})
+        if not mixes:
+            augmentation = replace(augmentation, mix=0.0)
         batches = data.train_batches(
             *(self.dataset, self.batch_size, s["seed"], self.epoch, augmentation, self.epoch_step),
             *(parallel.RANK, parallel.WORLD_SIZE),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,14 +90,6 @@ def timm_model(preset: str) -> torch.nn.Module:
     )
 
 
-def seconds_of(epoch: Callable, device: torch.device) -> float:
-    machine.synchronize(device)
-    start = time.perf_counter()
-    epoch()
-    machine.synchronize(device)
-    return time.perf_counter() - start
-
-
 def main(argv=None) -> int:
     args = parse_args(argv)
     machine.keep_freed_memory()
@@ -120,7 +111,7 @@ def main(argv=None) -> int:
     seconds = {name: [] for name in epochs}
     for turn in tqdm(range(args.rounds + 1), "turns", leave=False, disable=not sys.stderr.isatty()):
         for name, epoch in epochs.items():
-            found = seconds_of(epoch, device)
+            found = machine.seconds_of(epoch, device)
             if turn > 0:  # the first one warms up
                 seconds[name].append(found)
     report = {"provenance": machine.provenance(sys.argv[1:] if argv is None else argv, device), "rows": []}

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 
 import pytest
+from parsers import parser_of
 
 import masks
 import utils
@@ -15,25 +16,6 @@ README = (utils.REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 LINES = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = sorted({line for line in LINES if line.startswith("python ")})
-
-
-def parser_of(module):
-    """The parser that parse_args builds, caught where it would parse."""
-    caught = []
-
-    class Caught(Exception):
-        pass
-
-    def catch(self, *args, **kwargs):
-        caught.append(self)
-        raise Caught
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.ArgumentParser, "parse_args", catch)
-        patch.setattr(utils.ArgumentParser, "parse_known_args", catch)
-        with pytest.raises(Caught):
-            importlib.import_module(module).parse_args([])
-    return caught[0]
 
 
 def test_there_are_commands():

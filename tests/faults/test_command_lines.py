@@ -8,6 +8,7 @@ import re
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from parsers import parser_of
 
 import utils
 
@@ -79,25 +80,14 @@ NASTY = [
 ]
 
 
-def parser_of(script):
+def flags_of(script):
     """Its flags, with the values that they know."""
-    caught = []
-
-    def catch(self, *args, **kwargs):
-        caught.append(self)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.ArgumentParser, "parse_args", catch)
-        patch.setattr(utils.ArgumentParser, "parse_known_args", catch)
-        with contextlib.suppress(KeyboardInterrupt):
-            importlib.import_module(script).parse_args([])
-    return {action.option_strings[0]: list(action.choices or []) for action in caught[0]._actions}
+    return {action.option_strings[0]: list(action.choices or []) for action in parser_of(script)._actions}
 
 
 def command_lines(script):
     """Some flags, each with nothing, a value that it knows, or a nasty one; now and then a stray word."""
-    flags = {flag: choices for flag, choices in parser_of(script).items() if flag not in ("-h", "--debug")}
+    flags = {flag: choices for flag, choices in flags_of(script).items() if flag not in ("-h", "--debug")}
 
     def with_value(flag):
         values = st.sampled_from([*NASTY, *map(str, flags[flag])])

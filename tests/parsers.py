@@ -1,0 +1,26 @@
+"""The parser of a script, with its flags, defaults and choices."""
+
+import importlib
+
+import pytest
+
+import utils
+
+
+def parser_of(module):
+    """The parser that parse_args builds, caught where it would parse."""
+    caught = []
+
+    class Caught(Exception):
+        pass
+
+    def catch(self, *args, **kwargs):
+        caught.append(self)
+        raise Caught
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.ArgumentParser, "parse_args", catch)
+        patch.setattr(utils.ArgumentParser, "parse_known_args", catch)
+        with pytest.raises(Caught):
+            importlib.import_module(module).parse_args([])
+    return caught[0]
