@@ -19,6 +19,8 @@ from stop import PARENT
 POLL_SECONDS = 0.2
 SECONDS_BETWEEN_LOOKS = 2.0  # at runs that another process writes
 GRACE_SECONDS = 120  # between asking a child to stop, which then saves, and killing it
+# srun passes on SIGUSR1, and kills what it started at SIGTERM.
+ASKING = getattr(signal, "SIGUSR1", signal.SIGTERM)
 # Ctrl-C, schedulers, a closed terminal; a sweep under nohup ignores the last one before it comes here.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -32,12 +34,18 @@ class Rules:
     script: Path  # main.py
     retries: int = 0
     timeout_minutes: float | None = None
-    gpus_per_run: int = 1  # or processes, on the CPU
+    gpus_per_run: int = 1  # or processes, on the CPU; of each machine
 
     def command(self, job: Job) -> list[str]:
-        number = str(self.gpus_per_run)
-        torchrun = [str(utils.REPOSITORY / "torchrun.py"), "--standalone", "--nproc_per_node", number]
-        return [sys.executable, *(torchrun if self.gpus_per_run > 1 else []), str(self.script), *job.arguments()]
+        return [*self.starter(), str(self.script), *job.arguments()]
+
+    def starter(self) -> list[str]:
+        """What runs the script."""
+        return self.torchrun("--standalone") if self.gpus_per_run > 1 else [sys.executable]
+
+    def torchrun(self, *options: str) -> list[str]:
+        script, number = str(utils.REPOSITORY / "torchrun.py"), str(self.gpus_per_run)
+        return [sys.executable, script, "--nproc_per_node", number, *options]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,6 +227,7 @@ class Pool:
     def _judge(self, child: Child) -> tuple[str, str]:
         """The state of a job whose process has ended, and what there is to say."""
         job, code = child.job, child.process.returncode
+        code = 128 - code if code > 128 else code  # killed by a signal, as srun and shells say it
         if code == 0 and (job.run.folder / utils.SUMMARY).exists():
             return DONE, "finished"
         if child.is_late:
@@ -284,7 +293,7 @@ def describe_exit(code: int) -> str:
 def _ask_to_stop(process: subprocess.Popen) -> None:
     """The process alone: those that it started are its to stop. It must not lose its compilers while it saves."""
     with contextlib.suppress(ProcessLookupError):
-        process.terminate()
+        process.send_signal(ASKING)
 
 
 def _kill_group(process: subprocess.Popen) -> None:

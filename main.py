@@ -152,7 +152,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / utils.LOCK)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=1)  # who asks whether it is free has it for an instant
     except Timeout:
         raise BusyError(f"another process is writing to {folder}; wait for it, or choose another --run_name") from None
     try:

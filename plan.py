@@ -112,9 +112,10 @@ def make_plan(args, device: str) -> list[PlannedRun]:
 
 
 def last_lines(log: Path, number: int = 1) -> list[str]:
-    """The last lines of a log that say something."""
+    """The last lines of a log that say something; not those in which srun repeats an exit code."""
     try:
         lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         lines = []
+    lines = [line for line in lines if not (line.startswith("srun: error: ") and "Exited with exit code" in line)]
     return lines[-number:] or ["the log is empty"]

@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,12 +27,15 @@ from filelock import FileLock
 import launch
 import utils
 from plan import DONE, FAILED, RUNNING, WAITING, Job, PlannedRun
+from stop import PARENT
 from utils import number_type
 
 SECONDS_BETWEEN_LOOKS = 5.0
 SECONDS_UNTIL_LOST = 30.0  # without a trace in the queue; files of other nodes may take a while to be seen
 SECONDS_OF_WARNING = 120  # before the time limit
+SECONDS_TO_FOLLOW = 60  # of the other nodes' processes of a run, after the first have ended
 ARGUMENTS = {  # flag of run_experiments.py: its default, as argparse has it
+    "nodes": 1,
     "slurm_partition": None,
     "slurm_time": 240,
     "slurm_array_parallelism": 16,
@@ -48,11 +52,12 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
         group.add_argument(f"--{name}", default=ARGUMENTS[name], **kwargs)
 
     at_least_1 = number_type(int, minimum=1)
+    add("nodes", type=at_least_1, metavar="N", help="machines of a run, with --gpus_per_run GPUs of each")
     add("slurm_partition", metavar="NAME", help="where to submit to (default: the cluster's default)")
     time_help = "limit of a job; a run that needs longer is saved, queued again and resumed"
     add("slurm_time", type=number_type(int, minimum=5), metavar="MINUTES", help=time_help)
     add("slurm_array_parallelism", type=at_least_1, metavar="N", help="runs at a time")
-    add("slurm_cpus_per_task", type=at_least_1, metavar="N", help="CPU cores of a run")
+    add("slurm_cpus_per_task", type=at_least_1, metavar="N", help="CPU cores of a run, on each node")
     add("slurm_setup", action="append", metavar="LINE", help="shell line to run before each run; may be repeated")
     options_help = 'further options of sbatch, as in {"account": "vision", "mem": "32G"}'
     add("slurm_options", type=json_object, metavar="JSON", help=options_help)
@@ -100,6 +105,7 @@ def run_jobs(
                 submitted, queue = read_submitted(root), ask_queue()
                 missing = [job for job in jobs if submitted.get(name_of(job.run, root)) not in queue]
                 if missing:
+                    rules = RulesOnNodes(**vars(rules), nodes=args.nodes, cpus=args.slurm_cpus_per_task)
                     submit(submitit, [job.run for job in missing], rules, args, root)
         follow(jobs, root, on_change, on_poll)
     except KeyboardInterrupt:
@@ -127,6 +133,9 @@ def submit(submitit, runs: list[PlannedRun], rules: launch.Rules, args, root: Pa
     executor.update_parameters(
         job_name="local-attention-vits",
         time=args.slurm_time,
+        nodes=args.nodes,
+        ntasks_per_node=1,
+        srun_args=["--nodes=1", "--ntasks=1", "--relative=0"],  # one task looks after the run, on all nodes
         array_parallelism=args.slurm_array_parallelism,
         cpus_per_task=args.slurm_cpus_per_task,
         setup=[f"export PYTHONPATH={shlex.quote(str(utils.REPOSITORY))}:$PYTHONPATH", *args.slurm_setup],
@@ -228,11 +237,33 @@ def look(job: Job, job_id: str, queue: dict, root: Path, seconds_unseen: float) 
 
 
 @dataclass(frozen=True)
+class RulesOnNodes(launch.Rules):
+    """Of a run on several nodes: srun starts a torchrun on each, and they meet at this one, the first."""
+
+    nodes: int = 1
+    cpus: int = 1  # of each node
+
+    def starter(self) -> list[str]:
+        if self.nodes == 1:
+            return super().starter()
+        with socket.socket() as server:
+            server.bind(("", 0))
+            port = str(server.getsockname()[1])
+        each_once = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1"]
+        # The step shares the nodes with the task that starts it, which Slurm would otherwise keep apart.
+        share = ["--overlap", f"--cpus-per-task={self.cpus}", "--cpu-bind=none", "--mpi=none"]
+        ends = [f"--wait={SECONDS_TO_FOLLOW}", "--kill-on-bad-exit=0"]
+        others = f"--export=ALL,{PARENT}="  # its process number means nothing on other nodes; Slurm ends them with it
+        meeting = ["--nnodes", str(self.nodes), "--master_addr", socket.gethostname(), "--master_port", port]
+        return ["srun", "--quiet", *each_once, *share, *ends, others, *self.torchrun(*meeting)]
+
+
+@dataclass(frozen=True)
 class Task:
     """What submitit calls on the node."""
 
     run: PlannedRun
-    rules: launch.Rules
+    rules: RulesOnNodes
     root: Path
     on_gpu: bool
 

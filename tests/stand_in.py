@@ -49,6 +49,7 @@ def seconds_done():
 began, done_before = time.monotonic(), float(saved.read_text()) if saved.exists() else 0.0
 if args.deaf == name:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 else:
     signal.signal(signal.SIGTERM, save_and_exit)
     signal.signal(signal.SIGUSR1, save_and_exit)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Slurm cluster of one node, this machine, in a folder of its own: cluster.sh start|stop FOLDER. Needs root.
+# A Slurm cluster of two nodes, both on this machine, in a folder of its own: cluster.sh start|stop FOLDER. Needs root.
 #   export SLURM_CONF=FOLDER/slurm.conf   afterwards, for sbatch, squeue and the like
 set -euo pipefail
 if [ $# -ne 2 ] || { [ "$1" != start ] && [ "$1" != stop ]; }; then
@@ -11,7 +11,7 @@ folder=$(cd "$2" && pwd)
 export SLURM_CONF="$folder/slurm.conf"
 
 stop() {
-    for daemon in slurmd slurmctld munged; do # by the ids that they wrote down
+    for daemon in slurmd.a slurmd.b slurmctld munged; do # by the ids that they wrote down
         if [ -f "$folder/$daemon.pid" ]; then
             pid=$(cat "$folder/$daemon.pid")
             kill "$pid" 2>/dev/null || true
@@ -22,7 +22,7 @@ stop() {
 
 start() {
     port=$((20000 + $$ % 20000))
-    mkdir -p "$folder/state" "$folder/spool"
+    mkdir -p "$folder/state" "$folder/spool.a" "$folder/spool.b"
     chmod 711 "$folder"
     head -c 1024 /dev/urandom >"$folder/munge.key"
     chmod 400 "$folder/munge.key"
@@ -30,7 +30,6 @@ start() {
 ClusterName=test
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$port
-SlurmdPort=$((port + 1))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -38,11 +37,11 @@ AuthType=auth/munge
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool.%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/slurmd.%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
-SlurmdLogFile=$folder/slurmd.log
+SlurmdLogFile=$folder/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -52,18 +51,19 @@ MpiDefault=none
 SchedulerParameters=sched_interval=1,bf_interval=1
 KillWait=5
 MinJobAge=10
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=a,b NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((port + 1)),$((port + 2)) CPUs=$(nproc) State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES State=UP OverSubscribe=FORCE:4
 CONF
     munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
         --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>>"$folder/munged.err"
     slurmctld -c
-    slurmd
+    slurmd -N a
+    slurmd -N b
     for _ in $(seq 100); do
         if [ "$(sinfo --noheader --format=%T 2>/dev/null)" = idle ]; then return; fi
         sleep 0.2
     done
-    echo "cluster.sh: error: no idle node after 20 seconds; see $folder/*.log" >&2
+    echo "cluster.sh: error: no idle nodes after 20 seconds; see $folder/*.log" >&2
     stop
     exit 1
 }

@@ -1,4 +1,4 @@
-"""The sweep on a real Slurm: a cluster of one node on this machine, of CPUs alone."""
+"""The sweep on a real Slurm: a cluster of two nodes, both on this machine, of CPUs alone."""
 
 import importlib.util
 import os
@@ -18,6 +18,8 @@ MAIN = utils.REPOSITORY / "main.py"
 STAND_IN = HERE.parent / "stand_in.py"
 TWO = ["--mask_types", '["full", "2d_cardinal"]', "--expansion_steps", "[1]"]
 LOCAL = "2d_cardinal_expansion_1"
+REAL = ["--model", "vit_micro", "--img_size", "8", "--patch_size", "2", "--batch_size", "128", "--epochs", "12"]
+REAL += ["--device", "cpu", "--backend", "dense"]
 MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
 if importlib.util.find_spec("submitit") is None:
     MISSING.append("submitit")
@@ -80,28 +82,52 @@ def job_of(output, name):
     return {row["run"]: row["job"] for row in rows(output / "slurm" / "jobs.jsonl")}[f"digits/{name}/seed_0"]
 
 
-def test_real_runs_are_queued_again_and_resume_exactly(tmp_path):
-    options = "--model vit_micro --img_size 8 --patch_size 2 --batch_size 128 --epochs 12 --device cpu --backend dense"
-    arguments = ["--", *options.split()]
-    sweep = start_sweep(tmp_path, *arguments, script=MAIN)
-    folder = tmp_path / "digits" / "full" / "seed_0"
+def warned_and_queued_again(output, *arguments):
+    """A sweep to its end, one of whose runs was warned by Slurm in the middle."""
+    sweep = start_sweep(output, *arguments, "--", *REAL, script=MAIN)
+    folder = output / "digits" / "full" / "seed_0"
     wait_for(lambda: len(rows(folder / "metrics.jsonl")) >= 2)
-    subprocess.run(["scancel", "--signal=USR1", job_of(tmp_path, "full")], check=True)
+    subprocess.run(["scancel", "--signal=USR1", job_of(output, "full")], check=True)
     code, printed, error = end_of(sweep)
     assert code == 0, (printed, error)
-    assert printed.count("(n = 1)") == 2
     log = (folder / "log.txt").read_text()
-    assert "stopped (" in log
-    assert "resuming in epoch" in log
-    whole = tmp_path / "whole"
-    command = [sys.executable, str(MAIN), "--dataset", "digits", "--output_dir", str(whole), *options.split()]
+    assert log.count("stopped (") == 1, log
+    assert log.count("resuming in epoch") == 1
+    return printed
+
+
+def losses_of(output):
+    return [row["eval_loss"] for row in rows(output / "digits/full/seed_0/metrics.jsonl")]
+
+
+def losses_without_slurm(output, *starter):
+    command = [sys.executable, *starter, str(MAIN), "--dataset", "digits", "--output_dir", str(output), *REAL]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    losses = [[row["eval_loss"] for row in rows(at / "digits/full/seed_0/metrics.jsonl")] for at in (tmp_path, whole)]
-    assert losses[0] == losses[1]
-    code, printed, _ = end_of(start_sweep(tmp_path, *arguments, script=MAIN))
+    return losses_of(output)
+
+
+def test_real_runs_are_queued_again_and_resume_exactly(tmp_path):
+    printed = warned_and_queued_again(tmp_path)
+    assert printed.count("(n = 1)") == 2
+    assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole")
+    code, printed, _ = end_of(start_sweep(tmp_path, "--", *REAL, script=MAIN))
     assert code == 0
     assert "2 finished before" in printed
     assert len(rows(tmp_path / "slurm" / "jobs.jsonl")) == 2
+
+
+def test_a_run_on_two_nodes_is_queued_again_and_resumes_exactly(tmp_path):
+    printed = warned_and_queued_again(tmp_path, "--nodes", "2", "--mask_types", '["full"]')
+    assert "started on a,b as" in printed or "started on [a-b] as" in printed, printed
+    two = [str(utils.REPOSITORY / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
+    assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole", *two)
+
+
+def test_a_run_on_two_nodes_that_fails_says_why(tmp_path):
+    options = ["--nodes", "2", "--mask_types", '["full"]', "--", *REAL, "--lr", "1e30"]
+    code, printed, error = end_of(start_sweep(tmp_path, *options, script=MAIN))
+    assert code == 1, (printed, error)
+    assert "full seed 0: FAILED with exit code 1: main.py: error: the loss became nan" in printed
 
 
 def test_a_warned_run_is_queued_again_and_resumes_while_others_fail(tmp_path):
