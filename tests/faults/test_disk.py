@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import victims
@@ -25,6 +28,25 @@ def test_files_that_cannot_grow(uninterrupted, tmp_path, limit, count):
     assert error.startswith("main.py: error: ")
     assert "too large" in error or "space" in error
     assert not (victims.folder_of(tmp_path) / utils.SUMMARY).exists()
+    count("full disks survived")
+    assert victims.finish(tmp_path) == 0
+    victims.assert_same_result(tmp_path, uninterrupted)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler to build quota.c with")
+@pytest.mark.parametrize("share_of_a_checkpoint", [0.001, 0.5, 1.5])
+def test_a_quota_that_is_reached(uninterrupted, tmp_path, share_of_a_checkpoint, count):
+    library = tmp_path / "quota.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, Path(__file__).with_name("quota.c")], check=True)
+    size = (victims.folder_of(uninterrupted) / utils.CHECKPOINT).stat().st_size
+    quota = {"LD_PRELOAD": str(library), "QUOTA": str(round(share_of_a_checkpoint * size))}
+    command = [sys.executable, utils.REPOSITORY / "main.py", *victims.RUN, "--output_dir", tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **quota}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "quota" in done.stderr
+    assert (victims.folder_of(tmp_path) / utils.CHECKPOINT).exists() == (share_of_a_checkpoint > 1)
     count("full disks survived")
     assert victims.finish(tmp_path) == 0
     victims.assert_same_result(tmp_path, uninterrupted)
