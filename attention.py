@@ -150,7 +150,8 @@ def attend_packed(qkv: Tensor, plan: Plan) -> Tensor:
         return diagonal.attend(qkv, plan.holds, plan.offsets, plan.num_global_tokens)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     if plan.backend == "flex":
-        out = _compiled_flex_attention()(q, k, v, block_mask=plan.block_mask(qkv.device))
+        attend_flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        out = attend_flex(q, k, v, block_mask=plan.block_mask(qkv.device))
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.token_mask)
     return out.transpose(1, 2)

@@ -52,6 +52,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 # Dense bf16 matrix products of a GPU, FLOP/s, by a part of its name; from NVIDIA's data sheets (without sparsity).
 PEAK_BF16_FLOPS = {
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,

@@ -181,7 +181,8 @@ def main(argv=None) -> int:
     machine.keep_freed_memory()
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    parallel.take_own_gpu()
+    if args.device in ("auto", "cuda"):
+        parallel.take_own_gpu()
     settings = resolve_settings(args)
     folder = utils.run_folder(settings["output_dir"], settings["dataset"], settings["run_name"], settings["seed"])
     if settings["dry_run"]:

@@ -57,7 +57,7 @@ class WeightAverage:
     """Exponential moving average of a model's weights, in a copy of it: average = decay * average + (1 - decay) * new.
 
     In the first steps the decay is smaller, (1 + step) / (10 + step), so that the random start is soon forgotten.
-    The arithmetic is torch's; its AveragedModel reads a counter back from the device in every step, which this avoids.
+    The arithmetic is torch's; its AveragedModel copies a counter to the device in every step, and waits for it there.
     """
 
     def __init__(self, model: nn.Module, decay: float):

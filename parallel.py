@@ -8,6 +8,7 @@ Without torchrun everything here is for a world of one, and does nothing.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -71,7 +72,10 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     if WORLD_SIZE == 1:
         return model
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices)
+    # The buffers are masks, the same everywhere; older versions of torch call the switch broadcast_buffers.
+    switches = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in switches else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=devices, **{name: False})
 
 
 def without_sync(model: nn.Module) -> contextlib.AbstractContextManager:

@@ -1,6 +1,6 @@
 """Images a second of the data pipeline alone, and of the usual one: PIL images, torchvision's transforms, a DataLoader.
 
-Both crop, flip, resize and normalize the same random images of 32x32; `python data.py --benchmark` runs it.
+Both do the same to the same random images of 32x32, resize and normalize them; `python data.py --benchmark` runs it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import data
 import device as machine
@@ -24,16 +24,18 @@ AUGMENTATIONS = {
     "crop, flip, TrivialAugment": data.Augmentation(policy="trivial"),
     "crop, flip, RandAugment, mix": data.Augmentation(policy="rand", mix=0.5),
 }
+PIL = "PIL and DataLoader: "
 
 
 class PilImages(Dataset):
     """Random images as PIL has them, and torchvision's transforms of them."""
 
-    def __init__(self, pixels: torch.Tensor, img_size: int):
+    def __init__(self, pixels: torch.Tensor, img_size: int, policy: str):
         from torchvision import transforms  # deferred: takes a second to import
 
         self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
         steps = [transforms.RandomCrop(SIDE, padding=SIDE // 8), transforms.RandomHorizontalFlip()]
+        steps += {"none": [], "trivial": [transforms.TrivialAugmentWide()], "rand": [transforms.RandAugment()]}[policy]
         steps += [transforms.Resize(img_size)] if img_size != SIDE else []
         self.transform = transforms.Compose(
             [*steps, transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.25] * 3)]
@@ -46,11 +48,33 @@ class PilImages(Dataset):
         return self.transform(self.images[index]), 0
 
 
-def pil_loader(pixels: torch.Tensor, img_size: int, num_workers: int, device: torch.device) -> DataLoader:
+class Mix:
+    """Batches as a DataLoader makes them, a share of them mixed by torchvision's MixUp or CutMix."""
+
+    def __init__(self, share: float):
+        from torchvision.transforms import v2
+
+        self.share, self.mix = share, v2.RandomChoice([v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)])
+
+    def __call__(self, examples: list) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = default_collate(examples)
+        return self.mix(*batch) if torch.rand(()) < self.share else batch
+
+
+def pil_loader(
+    pixels: torch.Tensor,
+    img_size: int,
+    num_workers: int,
+    device: torch.device,
+    batch_size: int = BATCH_SIZE,
+    augmentation: data.Augmentation | None = None,
+) -> DataLoader:
+    how = augmentation or data.Augmentation()
     return DataLoader(
-        PilImages(pixels, img_size),
-        BATCH_SIZE,
+        PilImages(pixels, img_size, how.policy),
+        batch_size,
         shuffle=True,
+        collate_fn=Mix(how.mix) if how.mix else None,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=device.type == "cuda",
@@ -77,11 +101,11 @@ def measure(img_size: int, device: torch.device, num_workers: int) -> dict[str, 
     """Images a second of each pipeline in each turn; the pipelines take turns in one process."""
     pixels = torch.randint(256, (NUM_IMAGES[img_size], 3, SIDE, SIDE), dtype=torch.uint8)
     dataset = dataset_of(pixels, img_size, device)
-    loader = pil_loader(pixels[: NUM_PIL_IMAGES[img_size]], img_size, num_workers, device)
-    epochs = {
-        name: lambda how=how: data.train_batches(dataset, BATCH_SIZE, 0, 1, how) for name, how in AUGMENTATIONS.items()
-    }
-    epochs["PIL and DataLoader: crop, flip"] = lambda: loader
+    few, epochs = pixels[: NUM_PIL_IMAGES[img_size]], {}
+    for name, how in AUGMENTATIONS.items():
+        loader = pil_loader(few, img_size, num_workers, device, augmentation=how)
+        epochs[name] = lambda how=how: data.train_batches(dataset, BATCH_SIZE, 0, 1, how)
+        epochs[PIL + name] = lambda loader=loader: loader
     rates = {name: [] for name in epochs}
     for turn in range(ROUNDS + 1):
         for name, epoch in epochs.items():
@@ -96,11 +120,11 @@ def run(device: torch.device, num_workers: int, argv: list[str]) -> dict:
     report = {"provenance": machine.provenance(argv, device), "batch_size": BATCH_SIZE, "workers": num_workers}
     for img_size in NUM_IMAGES:
         rates = measure(img_size, device, num_workers)
-        *_, peer = rates.values()
         report[f"images_per_second_at_{img_size}"] = rates
         print(f"{SIDE}x{SIDE} -> {img_size}x{img_size}, batches of {BATCH_SIZE}, on {machine.device_name(device)}")
         for name, values in rates.items():
             low, median, high = statistics.quantiles(values, n=4)
+            peer = rates[name if name.startswith(PIL) else PIL + name]
             ratio = statistics.median(ours / theirs for ours, theirs in zip(values, peer, strict=True))
-            print(f"  {name:<32}{median:>10,.0f} images/s ({low:,.0f} to {high:,.0f}){ratio:>7.1f} x PIL", flush=True)
+            print(f"  {name:<50}{median:>10,.0f} images/s ({low:,.0f} to {high:,.0f}){ratio:>7.1f} x PIL", flush=True)
     return report

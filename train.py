@@ -45,7 +45,7 @@ class Trainer:
     """One run. `load` a saved state or not; `train` goes on to the last epoch and keeps the run folder complete."""
 
     # Plain numbers that are saved as they are. The epoch and its step are those in progress; the seconds are of it,
-    # those of the first step of a process, which compiles, apart from the others and the images of these.
+    # those of a process's first step with so many images, which compiles, apart from the others and their images.
     PROGRESS = ("history", "epoch", "epoch_step", "compile_seconds", "timed_seconds", "timed_images")
 
     def __init__(
@@ -70,7 +70,7 @@ class Trainer:
         self.forward = parallel.wrap(compiled, device)
         self.history: list[dict] = []
         self.start_epoch(1)
-        self.steps_here, self.saved_at = 0, time.monotonic()
+        self.sizes_seen, self.saved_at = set(), time.monotonic()
         torch.manual_seed((s["seed"] + parallel.RANK) % 2**63)
 
     def start_epoch(self, epoch: int) -> None:
@@ -134,6 +134,7 @@ class Trainer:
     def train(self) -> list[dict]:
         """Train to the last epoch -> the rows of metrics.jsonl. Raises Stopped if asked to stop; all is saved then."""
         self.write_metrics()  # the checkpoint is the truth, the log follows it
+        machine.reset_peak_memory(self.device)  # of choosing a backend
         while self.epoch <= self.settings["epochs"]:
             self.train_epoch()
             row = self.finish_epoch()
@@ -166,13 +167,16 @@ class Trainer:
         self.clock = time.perf_counter()
         with Progress(self) as progress:
             for images, labels in batches:
+                size = self.size_of_batch(self.epoch_step)
+                if size not in self.sizes_seen:
+                    self.timed_seconds += self.read_clock()
                 self.train_step(images, labels)
                 self.epoch_step += 1
-                self.steps_here += 1
-                if self.steps_here == 1:
-                    self.compile_seconds += self.read_clock()
+                if size in self.sizes_seen:
+                    self.timed_images += size
                 else:
-                    self.timed_images += self.size_of_batch(self.epoch_step - 1)
+                    self.sizes_seen.add(size)
+                    self.compile_seconds += self.read_clock()
                 progress.show()
                 if self.epoch_step == self.steps_per_epoch:
                     break
@@ -242,7 +246,7 @@ class Trainer:
             raise UserError(f"the loss became {losses[bad].item()} at step {step} (epoch {self.epoch}); {REMEDIES}")
         sizes = torch.tensor([float(self.size_of_batch(step)) for step in range(self.steps_per_epoch)])
         result = self.evaluate()
-        timed = self.timed_images > 0  # else the epoch had but one step, and it compiled
+        timed = self.timed_images > 0  # else all steps of the epoch compiled
         rate = self.timed_images / self.timed_seconds if timed else self.num_images / self.compile_seconds
         seconds = self.compile_seconds + self.timed_seconds + result["seconds"]
         return {
@@ -321,7 +325,7 @@ class Progress:
 
 def format_epoch(row: dict, num_epochs: int) -> str:
     utilization = "" if row["flops_utilization"] is None else f" ({row['flops_utilization']:.1f}% of peak)"
-    compiling = f", {row['compile_seconds']:.1f} s of it the first step" if row["compile_seconds"] > 1 else ""
+    compiling = f", {row['compile_seconds']:.1f} s of it the first steps" if row["compile_seconds"] > 1 else ""
     return (
         f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}"
         f" | train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f}%"

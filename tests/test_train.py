@@ -12,6 +12,7 @@ import torch
 
 import checkpoint
 import main
+import parallel
 import train
 import utils
 from models import VisionTransformer
@@ -215,18 +216,35 @@ def test_the_death_of_the_parent_is_a_request_to_stop(monkeypatch):
 # Many processes
 
 
-def torchrun(num_processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+def start_torchrun(num_processes, *arguments, by=("-m", "torch.distributed.run")):
+    command = [sys.executable, *by, "--standalone", "--nproc_per_node", str(num_processes), "main.py", *DIGITS]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += ["main.py", *DIGITS, *arguments]
-    return subprocess.run(command, cwd=utils.REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *arguments], cwd=utils.REPOSITORY, env=environment, **how)
+
+
+def torchrun(num_processes, *arguments, **how):
+    """To the end -> (exit code, stdout, stderr)."""
+    whole = start_torchrun(num_processes, *arguments, **how)
+    try:
+        out, err = whole.communicate(timeout=300)
+    finally:
+        whole.kill()
+    return whole.returncode, out, err
+
+
+def wait_for_epoch(folder, number):
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(rows_of(folder)) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_two_processes_train_as_one(reference, tmp_path):
     """The same global batch, the last of an epoch smaller and mixed batches among them."""
-    done = torchrun(2, "--output_dir", str(tmp_path), *STRONG)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished: ") == 1
+    code, out, err = torchrun(2, "--output_dir", str(tmp_path), *STRONG)
+    assert code == 0, err
+    assert out.count("finished: ") == 1
     assert_close(rows_of(folder_of(tmp_path)), rows_of(reference), 1e-3)
     state = checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")
     assert len(state["ranks"]) == 2
@@ -237,10 +255,63 @@ def test_two_processes_train_as_one(reference, tmp_path):
 def test_two_processes_stop_and_resume_as_one(reference, tmp_path, monkeypatch):
     stop_after(monkeypatch, 17)
     assert run(tmp_path, *STRONG) == utils.EXIT_AGAIN  # by one process
-    done = torchrun(2, "--output_dir", str(tmp_path), *STRONG)
-    assert done.returncode == 0, done.stderr
-    assert "resuming in epoch 2 after step 17" in done.stdout
+    code, out, err = torchrun(2, "--output_dir", str(tmp_path), *STRONG)
+    assert code == 0, err
+    assert "resuming in epoch 2 after step 17" in out
     assert_close(rows_of(folder_of(tmp_path)), rows_of(reference), 1e-3)
+
+
+def test_two_processes_with_a_mask_are_stopped_and_resume_exactly(tmp_path):
+    """By signals that come again and again, as Slurm's do, to the process that started the others."""
+    options = [*STRONG, "--mask_type", "2d_cardinal", "--expansion_step", "1", "--epochs", "8"]
+    whole, parts = (folder_of(tmp_path / name, "2d_cardinal_expansion_1") for name in ("whole", "parts"))
+    code, _, err = torchrun(2, "--output_dir", str(tmp_path / "whole"), *options, by=["torchrun.py"])
+    assert code == 0, err
+    first = start_torchrun(2, "--output_dir", str(tmp_path / "parts"), *options, by=["torchrun.py"])
+    try:
+        wait_for_epoch(parts, 1)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            first.send_signal(number)
+            time.sleep(0.02)
+        out, err = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    assert first.returncode == utils.EXIT_AGAIN, err
+    assert out.count("stopped (") == 1
+    code, out, err = torchrun(2, "--output_dir", str(tmp_path / "parts"), *options, by=["torchrun.py"])
+    assert code == 0, err
+    assert "resuming in epoch" in out
+    assert rows_of(parts) == rows_of(whole)
+    assert all(torch.equal(weights_of(parts)[name], weight) for name, weight in weights_of(whole).items())
+
+
+def test_processes_on_the_cpu_need_no_gpu_each(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(parallel, "WORLD_SIZE", 2)
+    monkeypatch.setattr(parallel, "LOCAL_RANK", 1)
+    assert main.main([*DIGITS, "--device", "cpu", "--dry_run"]) == 0
+    with pytest.raises(utils.UsageError, match="there are 1 GPUs"):
+        main.main([*DIGITS, "--device", "cuda", "--dry_run"])
+
+
+def test_first_steps_are_not_counted_as_speed(tmp_path, monkeypatch):
+    """The last batch of an epoch is smaller, and compiled once more."""
+    step, slow = train.Trainer.train_step, set()
+
+    def compiling(self, images, labels):
+        if len(images) not in slow:
+            slow.add(len(images))
+            time.sleep(1)
+        step(self, images, labels)
+
+    monkeypatch.setattr(train.Trainer, "train_step", compiling)
+    assert run(tmp_path) == 0
+    assert len(slow) == 2
+    first, second = utils.read_json_lines(folder_of(tmp_path) / "metrics.jsonl")
+    assert first["compile_seconds"] > 2
+    assert second["compile_seconds"] == 0
+    assert 0.2 < first["train_images_per_second"] / second["train_images_per_second"] < 5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -261,16 +332,10 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
 
 
 def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "main.py"]
-    command += [*DIGITS, *STRONG, "--epochs", "200", "--output_dir", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = subprocess.Popen(command, cwd=utils.REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    options = [*STRONG, "--epochs", "20", "--output_dir", str(tmp_path)]
+    whole = start_torchrun(2, *options)
     try:
-        metrics = folder_of(tmp_path) / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and len(utils.read_json_lines(metrics)) > 1):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for_epoch(folder_of(tmp_path), 2)
         children = Path(f"/proc/{whole.pid}/task/{whole.pid}/children").read_text().split()
         os.kill(int(children[1]), signal.SIGKILL)
         _, err = whole.communicate(timeout=60)
@@ -280,9 +345,10 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     assert err.count("has lost the other processes of this run") == 1, err
     assert not (folder_of(tmp_path) / "summary.json").exists()
     assert checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")["epoch"] > 1
-    assert not main.is_finished(
-        folder_of(tmp_path), checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")["settings"]
-    )
+    code, out, err = torchrun(2, *options)
+    assert code == 0, err
+    assert "resuming in epoch" in out
+    assert [row["epoch"] for row in rows_of(folder_of(tmp_path))] == list(range(1, 21))
     with main.only_writer(folder_of(tmp_path)):  # the lock is free
         pass
 
