@@ -284,4 +284,4 @@ def draw_mask(model: models.VisionTransformer, settings: dict, folder: Path) -> 
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    utils.run_cli(main, parallel.leave)

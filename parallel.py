@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -58,6 +59,15 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """Exit. A thread of gloo may outlive its group, and abort a process that takes its interpreter down in order."""
+    if WORLD_SIZE > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -97,14 +97,14 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def run_cli(main: Callable[[], int]) -> None:
+def run_cli(main: Callable[[], int], leave: Callable[[int], None] = sys.exit) -> None:
     """Run a script's main() and exit: 0 done, 1 failure, 2 usage, 130 interrupted; errors as one line on stderr.
 
     With `--debug` among the arguments errors keep their traceback.
     """
     program = Path(sys.argv[0]).name
     if "--debug" in sys.argv:
-        sys.exit(main())
+        leave(main())
     try:
         code = main()
     except UserError as error:
@@ -119,7 +119,7 @@ def run_cli(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         code = 130
-    sys.exit(code)
+    leave(code)
 
 
 def says_no_memory(error: BaseException) -> bool:
