@@ -53,6 +53,12 @@ KillWait=5
 MinJobAge=10
 NodeName=a,b NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((port + 1)),$((port + 2)) CPUs=$(nproc) State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES State=UP OverSubscribe=FORCE:4
+# Jobs in high push those in low aside, which are warned and have a minute.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+PartitionName=low Nodes=ALL State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL State=UP PriorityTier=10
 CONF
     munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
         --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>>"$folder/munged.err"
@@ -60,7 +66,7 @@ CONF
     slurmd -N a
     slurmd -N b
     for _ in $(seq 100); do
-        if [ "$(sinfo --noheader --format=%T 2>/dev/null)" = idle ]; then return; fi
+        if [ "$(sinfo --noheader --format=%T 2>/dev/null | sort -u)" = idle ]; then return; fi
         sleep 0.2
     done
     echo "cluster.sh: error: no idle nodes after 20 seconds; see $folder/*.log" >&2

@@ -82,12 +82,12 @@ def job_of(output, name):
     return {row["run"]: row["job"] for row in rows(output / "slurm" / "jobs.jsonl")}[f"digits/{name}/seed_0"]
 
 
-def warned_and_queued_again(output, *arguments):
-    """A sweep to its end, one of whose runs was warned by Slurm in the middle."""
+def warned_and_queued_again(output, *arguments, by=None):
+    """A sweep to its end, one of whose runs Slurm warned in the middle: by scancel, or by what the command brings."""
     sweep = start_sweep(output, *arguments, "--", *REAL, script=MAIN)
     folder = output / "digits" / "full" / "seed_0"
     wait_for(lambda: len(rows(folder / "metrics.jsonl")) >= 2)
-    subprocess.run(["scancel", "--signal=USR1", job_of(output, "full")], check=True)
+    subprocess.run(by or ["scancel", "--signal=USR1", job_of(output, "full")], check=True, timeout=90)
     code, printed, error = end_of(sweep)
     assert code == 0, (printed, error)
     log = (folder / "log.txt").read_text()
@@ -114,6 +114,13 @@ def test_real_runs_are_queued_again_and_resume_exactly(tmp_path):
     assert code == 0
     assert "2 finished before" in printed
     assert len(rows(tmp_path / "slurm" / "jobs.jsonl")) == 2
+
+
+def test_a_run_that_is_preempted_is_queued_again_and_resumes_exactly(tmp_path):
+    """A job of a partition of higher priority takes both nodes for a moment."""
+    more_important = ["srun", "--quiet", "--partition", "high", "--nodes", "2", "--exclusive", "true"]
+    warned_and_queued_again(tmp_path, "--slurm_partition", "low", "--mask_types", '["full"]', by=more_important)
+    assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole")
 
 
 def test_a_run_on_two_nodes_is_queued_again_and_resumes_exactly(tmp_path):
