@@ -92,7 +92,7 @@ def _apply_round(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
     affine = order[:num_affine]
     matrices = affine_matrices(ops[affine], magnitudes[affine], images.shape[-2:])  # [m, 2, 3]
     there, back = machine.to_device(torch.stack((order, order.argsort())), images.device)
-    images = images[there]
+    images = images.index_select(0, there)  # images[there] goes byte by byte
     magnitudes = machine.to_device(magnitudes[order], images.device)[:, None, None, None]  # [b, 1, 1, 1]
     slices, parts = magnitudes.split([num_affine, *others]), images.split([num_affine, *others])
     if num_affine:
@@ -100,7 +100,7 @@ def _apply_round(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
     for op, part, values in zip(OPS[len(AFFINE_OPS) :], parts[1:], slices[1:], strict=True):
         if op != "identity" and len(part):
             part.copy_(OP_FNS[op](part, values))
-    return images[back]
+    return images.index_select(0, back)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

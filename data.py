@@ -1,4 +1,4 @@
-"""Datasets as one uint8 tensor on the device, and batches made from them there: crop, flip, augment, resize, normalize.
+"""Datasets as one uint8 tensor on the device, and batches made from them there: crop, flip, augment, mix, resize.
 
     python data.py --benchmark    # images/s of this pipeline, and of PIL images through a DataLoader
 
@@ -31,7 +31,8 @@ import mixing
 import sources
 import utils
 
-BATCHES_AHEAD = 3  # of a dataset that streams
+BYTES_AT_ONCE = 2**23  # of images that are augmented together, if that is more than a batch
+FETCHES_AHEAD = 3  # of a dataset that streams
 
 
 @dataclass
@@ -166,11 +167,23 @@ def train_batches(
     together, of which each takes its part (`rank_part`); a rank without a part gets one image that is not its own.
     """
     draws = EpochDraws(dataset, augmentation or Augmentation(), batch_size, seed, epoch)
-    steps = range(start_step, num_steps(len(dataset.train), batch_size))
-    positions = [draws.positions_of(step, rank, world_size) for step in steps]
-    fetched = fetch(dataset.train, (draws.order[here] for here in positions), dataset)
-    for step, here, (images, labels) in zip(steps, positions, fetched, strict=True):
-        yield draws.mix(draws.augment(images, here, dataset), labels, step)
+    positions = [draws.positions_of(step, rank, world_size) for step in range(num_steps(draws.num_images, batch_size))]
+    at_once = batches_at_once(dataset.train.images, batch_size // world_size)
+    first = start_step - start_step % at_once  # wherever the epoch goes on, the groups are the same
+    groups = [positions[start : start + at_once] for start in range(first, len(positions), at_once)]
+    fetched = fetch(dataset.train, (draws.order[torch.cat(group)] for group in groups), dataset)
+    step = first
+    for group, (images, labels) in zip(groups, fetched, strict=True):
+        images, sizes = draws.augment(images, torch.cat(group)), [len(here) for here in group]
+        for here, x, y in zip(group, images.split(sizes), labels.split(sizes), strict=True):
+            if step >= start_step:
+                yield draws.finish(x, y, here, step)
+            step += 1
+
+
+def batches_at_once(images: Tensor, batch_size: int) -> int:
+    """How many batches are fetched and augmented together: of small images a batch costs little more than its start."""
+    return max(1, BYTES_AT_ONCE // (max(1, batch_size) * images[0].nbytes))
 
 
 def eval_batches(dataset: Dataset, split: Split, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator:
@@ -178,7 +191,7 @@ def eval_batches(dataset: Dataset, split: Split, batch_size: int, rank: int = 0,
     starts = range(rank * batch_size, len(split), world_size * batch_size)
     indices = (torch.arange(start, min(start + batch_size, len(split))) for start in starts)
     for images, labels in fetch(split, indices, dataset):
-        yield normalize_and_resize(images, dataset.mean, dataset.std, dataset.img_size), labels
+        yield resize(normalize(images, dataset.mean, dataset.std), dataset.img_size), labels
 
 
 def rank_part(num_images: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -189,20 +202,21 @@ def rank_part(num_images: int, rank: int, world_size: int) -> tuple[int, int]:
 def fetch(split: Split, indices: Iterable[Tensor], dataset: Dataset) -> Iterator[tuple[Tensor, Tensor]]:
     """(images uint8 [b, C, H, W], labels [b]) on the device for each of `indices`, int64 [b] on the CPU.
 
-    Images that are not on the device are gathered a few batches ahead, in a thread, into pinned memory.
+    Images that are not on the device are gathered ahead of their use, in a thread, into pinned memory.
     """
     if not dataset.streams:
         for index in indices:
             index = machine.to_device(index, dataset.device)
-            yield split.images[index], split.labels[index]
+            yield split.images.index_select(0, index), split.labels[index]  # images[index] goes byte by byte
         return
 
     def gather(index: Tensor) -> tuple[Tensor, Tensor]:
-        return machine.pinned(split.images[index], dataset.device), machine.pinned(split.labels[index], dataset.device)
+        parts = split.images.index_select(0, index), split.labels[index]
+        return tuple(machine.pinned(part, dataset.device) for part in parts)
 
     indices = iter(indices)
     with ThreadPoolExecutor(1) as thread:
-        ahead = deque(thread.submit(gather, index) for index in islice(indices, BATCHES_AHEAD))
+        ahead = deque(thread.submit(gather, index) for index in islice(indices, FETCHES_AHEAD))
         while ahead:
             batch = ahead.popleft().result()
             ahead.extend(thread.submit(gather, index) for index in islice(indices, 1))
@@ -224,10 +238,10 @@ class EpochDraws:
         mirrored = torch.rand(n, generator=generator) < 0.5
         self.mirrored = mirrored if a.flip and dataset.flip else torch.zeros_like(mirrored)
         self.policy = augment.draw_policy(a.policy, n, size, generator)
-        self.boxes = augment.draw_erasing(a.random_erasing, n, dataset.img_size, generator)
+        self.boxes = augment.draw_erasing(a.random_erasing, n, size, generator)
         self.alphas = {"mixup": a.mixup_alpha, "cutmix": a.cutmix_alpha}
         self.kinds = mixing.draw_kinds(a.mix, self.alphas, num_steps(n, batch_size), generator)
-        self.erases, self.num_classes = a.random_erasing > 0, dataset.num_classes
+        self.erases, self.dataset = a.random_erasing > 0, dataset
 
     def positions_of(self, step: int, rank: int, world_size: int) -> Tensor:
         """Where in the epoch a rank's images of a batch are; those of a mixed batch with the partner of the first."""
@@ -239,20 +253,22 @@ class EpochDraws:
             here = torch.cat([here[:1] - 1, here])
         return first + here % size
 
-    def augment(self, images: Tensor, positions: Tensor, dataset: Dataset) -> Tensor:
-        """uint8 [b, C, H, W] -> float32 [b, C, h, w]."""
+    def augment(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Images as stored, uint8 [b, C, H, W], of any batches -> the same, cropped, mirrored, and by the policy."""
         offsets, mirrored = (machine.to_device(x[positions], images.device) for x in (self.offsets, self.mirrored))
         images = crop_and_flip(images, offsets, mirrored, self.padding)
-        images = augment.apply_policy(images, self.policy.at(positions))
-        images = normalize_and_resize(images, dataset.mean, dataset.std, dataset.img_size)
-        return augment.erase(images, self.boxes[positions]) if self.erases else images
+        return augment.apply_policy(images, self.policy.at(positions))
 
-    def mix(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """The images and labels of `positions_of(step)`, mixed where the step was drawn to be."""
-        kind = self.kinds[step]
-        if kind is None:
-            return images, labels
-        return mixing.mix(kind, self.alphas[kind], images, labels, self.num_classes, seed=self.seed + step)
+    def finish(self, images: Tensor, labels: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """A batch, uint8 [b, C, H, W], at `positions_of(step)` -> float32 [b, C, h, w], erased, mixed; and labels."""
+        dataset, kind = self.dataset, self.kinds[step]
+        images = normalize(images, dataset.mean, dataset.std)
+        if self.erases:
+            images = augment.erase(images, self.boxes[positions])
+        if kind is not None:
+            seed = self.seed + step
+            images, labels = mixing.mix(kind, self.alphas[kind], images, labels, dataset.num_classes, seed)
+        return resize(images, dataset.img_size), labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,10 +295,14 @@ def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: in
     return padded.flatten(2).gather(2, pixels).view_as(images)
 
 
-def normalize_and_resize(images: Tensor, mean: list[float], std: list[float], img_size: tuple[int, int]) -> Tensor:
-    """uint8 [b, C, H, W] -> float32 [b, C, h, w], of zero mean and unit variance; bilinear, antialiased to shrink."""
+def normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """uint8 [b, C, H, W] -> float32 of zero mean and unit variance."""
     mean, std = (machine.to_device(torch.tensor(values).view(-1, 1, 1), images.device) for values in (mean, std))
-    images = images.float().sub_(255 * mean).div_(255 * std)  # before the resize, which is linear: most images grow
+    return images.float().sub_(255 * mean).div_(255 * std)
+
+
+def resize(images: Tensor, img_size: tuple[int, int]) -> Tensor:
+    """Float [b, C, H, W] -> [b, C, h, w], bilinear, antialiased to shrink. The last thing done: most images grow."""
     if images.shape[-2:] == img_size:
         return images
     height, width = images.shape[-2:]

@@ -10,7 +10,9 @@ import contextlib
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -144,9 +146,14 @@ class Trainer:
             self.write_metrics()
             if parallel.IS_FIRST:
                 print(format_epoch(row, self.settings["epochs"]), flush=True)
-            if self.epoch <= self.settings["epochs"] and parallel.any_rank(self.stop.reason is not None):
-                raise Stopped
+            if self.epoch <= self.settings["epochs"]:
+                self.stop_if_asked()
         return self.history
+
+    def stop_if_asked(self) -> None:
+        """Raise Stopped, on all processes, if one was asked to stop; all that is done must be saved."""
+        if parallel.any_rank(self.stop.reason is not None):
+            raise Stopped
 
     def write_metrics(self) -> None:
         if parallel.IS_FIRST:
@@ -184,8 +191,7 @@ class Trainer:
                 if parallel.any_rank(due or self.stop.reason is not None):
                     self.timed_seconds += self.read_clock()
                     self.save()
-                    if parallel.any_rank(self.stop.reason is not None):
-                        raise Stopped
+                    self.stop_if_asked()
                     self.clock = time.perf_counter()
         self.timed_seconds += self.read_clock()
 
@@ -238,8 +244,9 @@ class Trainer:
 
     def finish_epoch(self) -> dict:
         """Evaluate -> the epoch's row of metrics.jsonl."""
-        parallel.sum_over_ranks(self.losses, self.num_correct)
-        losses = self.losses.cpu().double()
+        losses, num_correct = self.losses.clone(), self.num_correct.clone()
+        parallel.sum_over_ranks(losses, num_correct)
+        losses = losses.cpu().double()
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])
             step = self.step - self.steps_per_epoch + bad + 1
@@ -253,7 +260,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "train_loss": (losses @ sizes.double()).item() / self.num_images,
-            "train_accuracy": 100 * self.num_correct.item() / self.num_images,
+            "train_accuracy": 100 * num_correct.item() / self.num_images,
             "lr": self.schedulers[0].get_last_lr()[0],
             "train_images_per_second": rate,
             "epoch_seconds": seconds,
@@ -269,11 +276,21 @@ class Trainer:
         """On the test images, with the averaged weights if there are any."""
         model = self.average.model if self.average else self.model
         size = images_a_forward(self.settings)
-        batches = data.eval_batches(self.dataset, self.dataset.test, size, parallel.RANK, parallel.WORLD_SIZE)
-        result = evaluate(model, batches, self.dataset.num_classes, self.device, self.settings["precision"])
+        result = evaluate(
+            model, self.test_batches(size), self.dataset.num_classes, self.device, self.settings["precision"]
+        )
         if not math.isfinite(result["loss"]):
             raise UserError(f"the evaluation loss became {result['loss']} after epoch {self.epoch}; {REMEDIES}")
         return result
+
+    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of this process. Asked to stop before one, all is saved, and the run goes on with the whole evaluation."""
+        batches = data.eval_batches(self.dataset, self.dataset.test, size, parallel.RANK, parallel.WORLD_SIZE)
+        for _ in range(data.num_steps(len(self.dataset.test), size * parallel.WORLD_SIZE)):
+            if parallel.any_rank(self.stop.reason is not None):
+                self.save()
+                raise Stopped
+            yield from islice(batches, 1)  # none at last, if only other processes have one more
 
     def flops_utilization(self, images_per_second: float) -> float | None:
         """Percent of the devices' peak rate that the model's own arithmetic makes up; None for an unknown device.

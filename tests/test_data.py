@@ -308,7 +308,7 @@ def test_constant_images_stay_finite(value):
     mean, std = data.channel_statistics(images)
     assert mean == pytest.approx([value / 255] * 3)
     assert std == [1 / 255] * 3
-    assert data.normalize_and_resize(images, mean, std, (8, 8)).abs().max() < 1e-4
+    assert data.normalize(images, mean, std).abs().max() < 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_padding_is_an_eighth_of_the_shorter_side(shorter, padding):
 @pytest.mark.parametrize("img_size", [(8, 8), (16, 24), (4, 3), (24, 4), (6, 11)])
 def test_normalize_and_resize(shape, img_size):
     images, mean, std = random_images(*shape), [0.4, 0.5, 0.6][: shape[1]], [0.2, 0.3, 0.25][: shape[1]]
-    results = data.normalize_and_resize(images, mean, std, img_size)
+    results = data.resize(data.normalize(images, mean, std), img_size)
     assert results.dtype == torch.float32
     assert results.shape == (*shape[:2], *img_size)
     for image, result in zip(images.numpy().astype(np.float64) / 255, results, strict=True):
@@ -356,7 +356,7 @@ def test_normalize_and_resize(shape, img_size):
 def test_an_image_that_shrinks_is_antialiased():
     """A chessboard of single pixels becomes gray, not one of its two colors."""
     board = (255 * (torch.arange(64)[:, None] + torch.arange(64)).remainder(2)).byte()[None, None]
-    result = data.normalize_and_resize(board, [0.5], [0.5], (8, 8))
+    result = data.resize(data.normalize(board, [0.5], [0.5]), (8, 8))
     assert result.abs().max() < 0.05
 
 
@@ -613,11 +613,35 @@ def test_the_ranks_share_each_batch(augmentation, world_size):
                 assert len(found) == 1  # something to compute with, that counts nothing
 
 
+@pytest.mark.parametrize("batches_at_once", [2, 3, 100])
+def test_batches_augmented_together_are_those_augmented_alone(monkeypatch, batches_at_once):
+    dataset = labelled(50)
+    monkeypatch.setattr(data, "BYTES_AT_ONCE", 0)
+    alone = list(data.train_batches(dataset, 8, 0, 1, STRONG))
+    monkeypatch.setattr(data, "BYTES_AT_ONCE", batches_at_once * 8 * dataset.train.images[0].nbytes)
+    fetched, fetch = [], data.fetch
+
+    def recording(split, indices, dataset):
+        fetched[:] = indices
+        return fetch(split, fetched, dataset)
+
+    monkeypatch.setattr(data, "fetch", recording)
+    for start_step in range(8):
+        assert same(list(data.train_batches(dataset, 8, 0, 1, STRONG, start_step)), alone[start_step:])
+        groups = [group.tolist() for group in fetched]
+        if start_step == 0:
+            whole = groups
+            assert len(whole) == -(-7 // batches_at_once)
+        assert groups == whole[start_step // batches_at_once :]  # those that it would have been without a stop
+
+
+@pytest.mark.parametrize("bytes_at_once", [0, data.BYTES_AT_ONCE])
 @pytest.mark.parametrize("augmentation", [data.Augmentation(), STRONG])
-def test_streaming_gives_what_resident_images_give(augmentation):
+def test_streaming_gives_what_resident_images_give(monkeypatch, augmentation, bytes_at_once):
+    monkeypatch.setattr(data, "BYTES_AT_ONCE", bytes_at_once)
     dataset, streaming = labelled(50), labelled(50)
     streaming.streams = True
-    for start_step in (0, 3):
+    for start_step in (0, 3, 6, 7):
         resident = list(data.train_batches(dataset, 8, 0, 1, augmentation, start_step))
         assert same(list(data.train_batches(streaming, 8, 0, 1, augmentation, start_step)), resident)
     expected = list(data.eval_batches(dataset, dataset.test, 8))

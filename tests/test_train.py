@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import checkpoint
+import data
 import main
 import parallel
 import train
@@ -95,7 +96,7 @@ def stop_after(monkeypatch, num_steps, number=signal.SIGTERM):
     monkeypatch.setattr(train.Trainer, "train_step", counted)
 
 
-STOPS = [(step, signal.SIGTERM) for step in (1, 5, 11, 12, 13, 23)] + [(5, signal.SIGUSR1), (5, signal.SIGINT)]
+STOPS = [(step, signal.SIGTERM) for step in (1, 5, 11, 12, 13, 23, 24)] + [(5, signal.SIGUSR1), (5, signal.SIGINT)]
 
 
 @pytest.mark.parametrize(("num_steps", "number"), STOPS)
@@ -108,7 +109,7 @@ def test_stopped_in_a_step_and_resumed_equals_uninterrupted(
     assert "the same command goes on" in capsys.readouterr().out
     folder = folder_of(tmp_path)
     assert not (folder / "summary.json").exists()
-    assert [row["epoch"] for row in rows_of(folder)] == list(range(1, num_steps // 12 + 1))
+    assert [row["epoch"] for row in rows_of(folder)] == list(range(1, (num_steps - 1) // 12 + 1))
     monkeypatch.undo()
     torch.manual_seed(99)
     assert run(tmp_path, *STRONG) == 0
@@ -116,8 +117,37 @@ def test_stopped_in_a_step_and_resumed_equals_uninterrupted(
     assert all(torch.equal(weights_of(folder)[name], weight) for name, weight in weights_of(reference).items())
 
 
-def test_a_signal_in_the_last_step_does_not_stop_a_run_that_is_done(tmp_path, monkeypatch):
-    stop_after(monkeypatch, 24)
+@pytest.mark.parametrize("ema", ["0", "0.9"])
+def test_stopped_in_an_evaluation_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, ema):
+    assert run(tmp_path / "whole", "--ema", ema) == 0
+    eval_batches, count = data.eval_batches, []
+
+    def counted(*args):
+        for batch in eval_batches(*args):
+            count.append(1)
+            if len(count) == 5:  # of 3 an epoch
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(data, "eval_batches", counted)
+    assert run(tmp_path / "parts", "--ema", ema) == utils.EXIT_AGAIN
+    whole, parts = folder_of(tmp_path / "whole"), folder_of(tmp_path / "parts")
+    assert len(rows_of(parts)) == 1
+    assert run(tmp_path / "parts", "--ema", ema) == 0
+    assert len(count) == 5 + 3
+    assert rows_of(parts) == rows_of(whole)
+    assert all(torch.equal(weights_of(parts)[name], weight) for name, weight in weights_of(whole).items())
+
+
+def test_a_signal_in_the_last_save_does_not_stop_a_run_that_is_done(tmp_path, monkeypatch):
+    save = train.save_checkpoint
+
+    def signalled(folder, state):
+        if state["epoch"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(folder, state)
+
+    monkeypatch.setattr(train, "save_checkpoint", signalled)
     assert run(tmp_path) == 0
     assert (folder_of(tmp_path) / "summary.json").exists()
 
