@@ -116,8 +116,8 @@ def describe_last_epoch(folder: Path) -> str:
     try:
         row = json.loads((folder / utils.METRICS).read_text().splitlines()[-1])
         return f": epoch {row['epoch']}, {row['eval_accuracy']:.1f}%"
-    except (OSError, ValueError, KeyError, IndexError):
-        return ""  # no epoch yet
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return ""  # no epoch yet, or no file of ours
 
 
 def report(plan: list[PlannedRun], jobs: list[Job]) -> None:
