@@ -1,6 +1,12 @@
 import pytest
+import torch
 
 import utils
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
 
 
 @pytest.fixture

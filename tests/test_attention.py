@@ -283,7 +283,7 @@ def test_the_block_mask_of_flex_is_the_mask():
     assert torch.equal(block_mask.to_dense()[0, 0].bool(), torch.tensor(blocks))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["dense", "diagonal", "flex"])
 def test_backends_match_the_oracle_on_cuda(backend):
     mask = masks.build_attention_mask("2d_all_neighbors", 1, 12, 15)

@@ -218,7 +218,7 @@ def test_nothing_waits_for_the_device(policy):
     assert erase(images.float(), draw_erasing(1.0, 100, (8, 8), seeded())).shape == images.shape
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("policy", augment.POLICIES)
 def test_cuda_gives_the_same(policy):
     images = random_images(200, 3, 32, 32)

@@ -471,7 +471,7 @@ def test_batches_of_training_data_have_zero_mean_and_unit_variance():
     torch.testing.assert_close(result.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.cuda
 @pytest.mark.parametrize("fits", [True, False])
 def test_batches_on_cuda_are_those_of_the_cpu(monkeypatch, fits):
     cuda = torch.device("cuda")
@@ -655,7 +655,7 @@ def test_the_limit_decides_what_streams():
         assert data.load_dataset("digits", "nowhere", (8, 8), CPU, limit).streams == streams
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.cuda
 @pytest.mark.parametrize("streams", [True, False])
 def test_batches_do_not_wait_for_the_device(streams):
     dataset = data.load_dataset("digits", "nowhere", (16, 16), torch.device("cuda"), 0 if streams else None)

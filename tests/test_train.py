@@ -344,7 +344,7 @@ def test_first_steps_are_not_counted_as_speed(tmp_path, monkeypatch):
     assert 0.2 < first["train_images_per_second"] / second["train_images_per_second"] < 5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.cuda
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
     step, count = train.Trainer.train_step, []
 
