@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 import zipfile
@@ -76,6 +77,8 @@ def load_checkpoint(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}; expected the last.pt of a run folder") from None
     except Exception as error:  # of a damaged file anything may come
+        if is_no_fault_of_the_file(error):
+            raise
         raise DamagedError(
             f"{path} is no readable checkpoint (damaged, or made by something else): {first_line(error)}"
         ) from error
@@ -84,6 +87,12 @@ def load_checkpoint(path: Path) -> dict:
     if state["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}; train it again")
     return state
+
+
+def is_no_fault_of_the_file(error: Exception) -> bool:
+    """Whether reading failed for lack of memory, or by a disk or network that may answer the next time."""
+    of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # a place outside the file
+    return of_the_system or isinstance(error, MemoryError) or utils.says_no_memory(error)
 
 
 def rebuild_model(state: dict, backend: str = "auto") -> models.VisionTransformer:

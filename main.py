@@ -32,6 +32,8 @@ from train import Stopped, Trainer, images_a_forward
 from utils import BusyError, OutOfMemoryError, UsageError, UserError
 
 CONFIG_FORMAT = 2
+# What is read from the config.json of a run that goes on.
+REQUIRED = {"settings": {}, "data": {}, "provenance": {}, "attention": {"backend": str, "backend_reason": str}}
 
 
 def build_model(settings: dict, in_channels: int, num_classes: int) -> models.VisionTransformer:
@@ -103,6 +105,7 @@ def read_config(folder: Path) -> dict | None:
     config = utils.read_json(folder / utils.CONFIG)
     if config.get("format") != CONFIG_FORMAT:
         raise UserError(f"{folder / utils.CONFIG} has format {config.get('format')}, expected {CONFIG_FORMAT}; move it")
+    utils.check_sections(folder / utils.CONFIG, config, REQUIRED)
     return config
 
 
@@ -178,6 +181,7 @@ def memory_errors(grad_accumulation: int) -> Iterator[None]:
 
 
 def main(argv=None) -> int:
+    parallel.die_with_parent()
     machine.keep_freed_memory()
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
@@ -200,7 +204,10 @@ def main(argv=None) -> int:
             except Stopped:
                 reason = next(filter(None, parallel.from_all(stop.reason)))
                 if parallel.IS_FIRST:
-                    print(f"stopped ({reason}); all is saved in {folder}, the same command goes on", flush=True)
+                    try:
+                        print(f"stopped ({reason}); all is saved in {folder}, the same command goes on", flush=True)
+                    except BrokenPipeError:  # in `| tee log` Ctrl-C has ended tee as well
+                        utils.drop_output()
                 return 130 if parallel.any_rank(stop.by_keyboard) else utils.EXIT_AGAIN
 
 
@@ -213,7 +220,9 @@ def is_finished(folder: Path, settings: dict) -> bool:
         refuse_other(folder, "settings", found["settings"], settings)
         finished = (folder / utils.SUMMARY).exists()
     if finished:
-        final = utils.read_json(folder / utils.SUMMARY)["final"]
+        summary = utils.read_json(folder / utils.SUMMARY)
+        utils.check_sections(folder / utils.SUMMARY, summary, {"final": {"eval_accuracy": (int, float), "epoch": int}})
+        final = summary["final"]
         print(f"{folder} is finished: {final['eval_accuracy']:.2f}% after epoch {final['epoch']}; nothing to do")
     return parallel.from_first(finished)
 
@@ -241,7 +250,8 @@ def run(
         with utils.usage_errors():
             model.plan.check_device(device)
     model.plan.to(device)
-    config = make_config(found, folder, model, dataset, settings, machine.provenance(argv, device))
+    provenance = machine.provenance(argv, device)
+    config = make_config(found, folder, model, dataset, settings, provenance)
     if state is not None:  # config.json may have been removed
         refuse_other(folder, "settings", state["settings"], settings)
     trainer = Trainer(model, dataset, config, folder, device, stop)
@@ -250,8 +260,8 @@ def run(
     if parallel.IS_FIRST:
         utils.write_json(folder / utils.CONFIG, config)
         draw_mask(model, settings, folder)
-        device_name = config["provenance"]["device"]
-        print(f"{folder}: {config['num_parameters']:,} parameters, {dataset.label}, {device_name}", flush=True)
+        what = f"{config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}"
+        print(f"{folder}: {what}", flush=True)
         if state is not None:
             print(f"resuming in epoch {trainer.epoch} after step {trainer.step}", flush=True)
     history = trainer.train()
@@ -265,16 +275,19 @@ def make_config(
     found: dict | None, folder: Path, model, dataset: data.Dataset, settings: dict, provenance: dict
 ) -> dict:
     """What config.json is to hold. Raises UsageError if the run was begun with other data."""
-    if found is not None:
-        refuse_other(folder, "data", found["data"], dataset.describe())
-        return {**found, "settings": settings, "resumed": [*found.get("resumed", []), provenance]}
-    return {
+    config = {
         "format": CONFIG_FORMAT,
         "settings": settings,
         **describe_model(model, settings),
         "data": dataset.describe(),
         "provenance": provenance,
     }
+    if found is not None:
+        refuse_other(folder, "data", found["data"], config["data"])
+        config["attention"]["backend_seconds"] = found["attention"].get("backend_seconds")
+        earlier = found["resumed"] if isinstance(found.get("resumed"), list) else []
+        config |= {"provenance": found["provenance"], "resumed": [*earlier, provenance]}
+    return config
 
 
 def draw_mask(model: models.VisionTransformer, settings: dict, folder: Path) -> None:

@@ -33,7 +33,8 @@ class PlannedRun:
         """Whether this very command has finished. Another one's result is left to main.py, which compares settings."""
         if not (self.folder / utils.SUMMARY).exists():
             return False
-        arguments = tuple(self._read_config("provenance").get("command", [])[1:])
+        command = self._read_config("provenance").get("command")
+        arguments = tuple(command[1:]) if isinstance(command, list) else ()
         added = arguments[len(self.arguments) :]  # after it had run out of memory
         return arguments[: len(self.arguments)] == self.arguments and (not added or added[0] == GRAD_ACCUMULATION)
 
@@ -104,11 +105,17 @@ def make_plan(args, device: str) -> list[PlannedRun]:
         for mask_type, step in patterns:
             swept = {"mask_type": mask_type, "expansion_step": step, "seed": seed, "dataset": args.dataset}
             swept["output_dir"] = args.output_dir
-            arguments = [text for key, value in swept.items() if value is not None for text in (f"--{key}", str(value))]
+            given = [(key, str(value)) for key, value in swept.items() if value is not None]
+            arguments = [word for key, value in given for word in as_words(key, value)]
             name = utils.default_run_name(mask_type, step)
             folder = utils.run_folder(args.output_dir, args.dataset, name, seed)
             plan.append(PlannedRun(mask_type, step, seed, folder, (*arguments, *on_device, *args.main_options)))
     return plan
+
+
+def as_words(key: str, value: str) -> list[str]:
+    """A flag and its value; of a leading dash, as one word, or it would be taken for a flag itself."""
+    return [f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value]
 
 
 def last_lines(log: Path, number: int = 1) -> list[str]:

@@ -133,9 +133,10 @@ def describe_setup(rows: list[Row]) -> str:
     facts = [str(settings["model"])] if "model" in settings else []
     if rows[0].num_parameters is not None:
         facts.append(f"{rows[0].num_parameters:,} parameters")
-    if {"img_size", "patch_size"} <= settings.keys() and "grid" in config["attention"]:
-        image, patch, grid = (settings["img_size"],) * 2, (settings["patch_size"],) * 2, config["attention"]["grid"]
-        facts.append("{}×{} images in {}×{} patches (grid {}×{})".format(*image, *patch, *grid))
+    grid = config["attention"].get("grid")
+    if {"img_size", "patch_size"} <= settings.keys() and grid:
+        size, patch = settings["img_size"], settings["patch_size"]
+        facts.append(f"{size}×{size} images in {patch}×{patch} patches (grid {'×'.join(map(str, grid))})")
     if "pool" in settings:
         facts.append(f"`--pool {settings['pool']}`")
     facts.append(_plural(settings["epochs"], "epoch"))
@@ -162,7 +163,7 @@ def reading_notes(rows: list[Row]) -> list[str]:
             "strict version."
         )
     share = next((row.runs[0].config["attention"].get("attention_share_of_flops") for row in rows), None)
-    if rows[0].mask_type == "full" and share is not None:
+    if rows[0].mask_type == "full" and share is not None and 0 <= share < 1:
         notes.append(
             f"Attention is {100 * share:.1f}% of the arithmetic of the model with full attention: no local pattern can "
             f"make it more than {1 / (1 - share):.2f} times as fast by saving arithmetic."
@@ -194,7 +195,8 @@ def describe_provenance(rows: list[Row]) -> str:
         "git commit": commits,
     }
     described = [
-        f"{name} {' / '.join(dict.fromkeys(filter(None, values))) or 'unknown'}" for name, values in facts.items()
+        f"{name} {' / '.join(dict.fromkeys(map(str, filter(None, values)))) or 'unknown'}"
+        for name, values in facts.items()
     ]
     return f"{_plural(len(origins), 'run')}; {'; '.join(described)}."
 

@@ -7,9 +7,9 @@ percent; only finished runs count. A number that a run did not write stays missi
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import utils
 CONFIG_FORMATS = (1, 2)  # what is read here is the same in both
 GIB = 2**30
 
-# What is read from a config.json without asking twice; everything else in it is optional here.
+# What is read from a config.json without asking twice.
 REQUIRED = {
     "settings": {
         "mask_type": str,
@@ -33,6 +33,10 @@ REQUIRED = {
     "attention": {"num_neighbors_nominal": int, "num_neighbors_mean": (int, float)},
     "data": {"label": str},
     "provenance": {},
+}
+OPTIONAL = {
+    "attention": {"grid": list, "attention_share_of_flops": float},
+    "provenance": {"device": str, "git_commit": str, "versions": dict},
 }
 # What the runs of a sweep are meant to differ in, and settings that say where a run is, not what it computes. The
 # device is compared by its name, in the provenance.
@@ -63,8 +67,8 @@ class Run:
 
     def curve(self, metric: str) -> dict[int, float]:
         """Epoch -> value, for the epochs that have one."""
-        values = {row.get("epoch"): _number(row, metric) for row in self.metrics}
-        return {epoch: value for epoch, value in values.items() if isinstance(epoch, int) and value is not None}
+        values = [(row.get("epoch"), _number(row, metric)) for row in self.metrics]
+        return {epoch: value for epoch, value in values if isinstance(epoch, int) and value is not None}
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,8 @@ class Row:
 
 def _number(values: dict, key: str) -> float | None:
     value = values.get(key)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,8 +179,8 @@ def load_run(folder: Path) -> Run | None:
         _check_config(folder / utils.CONFIG, config)
         metrics = utils.read_json_lines(folder / utils.METRICS) if (folder / utils.METRICS).exists() else []
         summary = utils.read_json(folder / utils.SUMMARY) if (folder / utils.SUMMARY).exists() else None
-        if summary is not None and not isinstance(summary.get("final"), dict):
-            raise utils.UserError(f"{folder / utils.SUMMARY} has no final metrics")
+        if summary is not None:
+            utils.check_sections(folder / utils.SUMMARY, summary, {"final": {}})
     except utils.UserError as error:
         utils.warn(f"skipped a run: {error}")
         return None
@@ -187,12 +191,7 @@ def _check_config(path: Path, config: dict) -> None:
     if config.get("format") not in CONFIG_FORMATS:
         expected = " or ".join(map(str, CONFIG_FORMATS))
         raise utils.UserError(f"{path} has format {config.get('format')!r}, expected {expected}")
-    for section, keys in REQUIRED.items():
-        if not isinstance(config.get(section), dict):
-            raise utils.UserError(f"{path} has no {section}")
-        for key, kind in keys.items():
-            if key not in config[section] or not isinstance(config[section][key], kind):
-                raise utils.UserError(f"{path}: {section}.{key} is {config[section].get(key, 'missing')!r}")
+    utils.check_sections(path, config, REQUIRED, OPTIONAL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +216,7 @@ def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
                 expansion_step=expansion_step,
                 num_neighbors_nominal=config["attention"]["num_neighbors_nominal"],
                 num_neighbors_mean=config["attention"]["num_neighbors_mean"],
-                num_parameters=config.get("num_parameters"),
+                num_parameters=_number(config, "num_parameters"),
                 runs=tuple(members),
             )
         )

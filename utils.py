@@ -35,7 +35,8 @@ NOT_PART_OF_THE_RESULT = (
 # Errors and command lines
 
 
-# Exit codes beside 0 done, 1 failure, 2 usage, 130 interrupted; a sweep and a scheduler act on them.
+# Exit codes beside 0 done, 1 failure, 130 interrupted; a sweep and a scheduler act on them.
+EXIT_USAGE = 2
 EXIT_AGAIN = 75  # asked to stop: all is saved, the same command goes on
 EXIT_BUSY = 76  # another process is writing to the run folder
 EXIT_OUT_OF_MEMORY = 77
@@ -50,7 +51,7 @@ class UserError(Exception):
 class UsageError(UserError):
     """The command line asks for something that cannot be."""
 
-    exit_code = 2
+    exit_code = EXIT_USAGE
 
 
 class BusyError(UserError):
@@ -111,7 +112,7 @@ def run_cli(main: Callable[[], int], leave: Callable[[int], None] = sys.exit) ->
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         code = error.exit_code
     except BrokenPipeError:  # the reader of our output has gone (`... | head`): nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         code = 1
     except OSError as error:  # a disk that is full, a folder that cannot be written
         print(f"{program}: error: {first_line(error)}", file=sys.stderr)
@@ -120,6 +121,11 @@ def run_cli(main: Callable[[], int], leave: Callable[[int], None] = sys.exit) ->
         print(f"{program}: interrupted", file=sys.stderr)
         code = 130
     leave(code)
+
+
+def drop_output() -> None:
+    """Of here on, and what is still in the buffer: whoever read it has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def says_no_memory(error: BaseException) -> bool:
@@ -201,6 +207,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of a write that failed; the system does not say of which file
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -227,6 +237,22 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def check_sections(path: Path, value: dict, required: dict[str, dict], optional: dict[str, dict] | None = None) -> None:
+    """Raise UserError unless the object of `path` has these sections, with these keys of these types.
+
+    Keys of `optional`, in the same sections, may be missing or null.
+    """
+    for section, keys in required.items():
+        if not isinstance(value.get(section), dict):
+            raise UserError(f"{path} has no section {section!r}; it is damaged, or of something else")
+        for key, kind in keys.items():
+            if not isinstance(value[section].get(key, ...), kind):
+                raise UserError(f"{path}: {section}.{key} is {value[section].get(key, 'missing')!r}")
+        for key, kind in (optional or {}).get(section, {}).items():
+            if not isinstance(value[section].get(key), (kind, type(None))):
+                raise UserError(f"{path}: {section}.{key} is {value[section][key]!r}")
 
 
 def read_json_lines(path: Path) -> list[dict]:

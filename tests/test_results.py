@@ -52,12 +52,12 @@ def test_what_is_not_a_run_is_passed_over_in_silence(tmp_path, capsys):
         ("config.json", '{"format": 1, "sett', "cannot read"),
         ("config.json", "[]", "should hold a JSON object"),
         ("config.json", '{"format": 3}', "format 3, expected 1 or 2"),
-        ("config.json", '{"format": 1}', "has no settings"),
+        ("config.json", '{"format": 1}', "has no section 'settings'"),
         ("config.json", '{"format": 1, "settings": {"mask_type": 3}}', "settings.mask_type is 3"),
         ("config.json", '{"format": 1, "settings": {}}', "settings.mask_type is 'missing'"),
         ("metrics.jsonl", '{"epoch": 1}\n{"epo\n{"epoch": 3}\n', "line 2"),
         ("summary.json", "", "cannot read"),
-        ("summary.json", "{}", "has no final metrics"),
+        ("summary.json", "{}", "has no section 'final'"),
     ],
 )
 def test_a_broken_run_is_skipped_with_one_line(tmp_path, capsys, name, text, said):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shutil
 
 import numpy as np
@@ -11,6 +12,8 @@ import victims
 
 import checkpoint
 import eval as evaluation
+import main
+import plan
 import plot_result
 import utils
 
@@ -27,11 +30,28 @@ def damage(content: bytes, draws) -> bytes:
     return content[:place] + draws.bytes(20) + content[place:]
 
 
-def call(main, *arguments):
+def with_odd_value(content: bytes, draws) -> bytes:
+    """A JSON object, one of whose values, at any depth, is another or is missing."""
+    odd = [None, True, -1, 1e12, 10**400, "", "x", [], ["x"], {}, {"x": 1}]
+    within = whole = json.loads(content)
+    while True:
+        keys = list(within) if isinstance(within, dict) else range(len(within))
+        key = keys[draws.integers(len(keys))]
+        if not isinstance(within[key], (dict, list)) or not within[key] or draws.integers(2):
+            break
+        within = within[key]
+    if draws.integers(4) == 0:
+        del within[key]
+    else:
+        within[key] = odd[draws.integers(len(odd))]
+    return json.dumps(whole).encode()
+
+
+def call(of_script, *arguments):
     """-> (exit code, stderr); any exception but SystemExit fails the test."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
-        utils.run_cli(lambda: main(list(arguments)))
+        utils.run_cli(lambda: of_script(list(arguments)))
     return stop.value.code, err.getvalue()
 
 
@@ -77,7 +97,8 @@ def test_a_run_goes_on_from_a_damaged_folder_or_says_why_not(uninterrupted, tmp_
         shutil.copytree(victims.folder_of(uninterrupted), victims.folder_of(output))
         (victims.folder_of(output) / utils.SUMMARY).unlink()
         path = victims.folder_of(output) / name
-        path.write_bytes(damage(path.read_bytes(), draws))
+        change = with_odd_value if name == utils.CONFIG and number % 2 else damage
+        path.write_bytes(change(path.read_bytes(), draws))
         count("damaged files tried")
         code = victims.finish(output)
         log = (output / "log.txt").read_text()
@@ -87,6 +108,25 @@ def test_a_run_goes_on_from_a_damaged_folder_or_says_why_not(uninterrupted, tmp_
         else:
             assert code in (1, 2)
             assert log.count("error:") == 1
+
+
+@pytest.mark.parametrize("name", [utils.CONFIG, utils.SUMMARY])
+def test_odd_values_in_a_finished_run_are_read_or_named(uninterrupted, tmp_path, name, is_long, count):
+    """By main.py, which finds that nothing is left to do, by the sweep's plan, and by plot_result.py."""
+    draws = np.random.default_rng(3)
+    shutil.copytree(victims.folder_of(uninterrupted), victims.folder_of(tmp_path))
+    path = victims.folder_of(tmp_path) / name
+    content = path.read_bytes()
+    run = plan.PlannedRun("2d_cardinal", 1, 0, path.parent, tuple(victims.RUN))
+    arguments = [*victims.RUN, "--output_dir", str(tmp_path)]
+    for _ in range(400 if is_long else 25):
+        path.write_bytes(with_odd_value(content, draws))
+        count("damaged files tried")
+        code, err = call(main.main, *arguments)
+        assert (code, "error:" in err) in ((0, False), (1, True), (2, True)), err
+        assert run.is_finished() in (True, False)
+        code, err = call(plot_result.main, "--results_path", str(tmp_path))
+        assert (code, "error:" in err) in ((0, False), (1, True)), err
 
 
 def test_the_evaluation_of_a_damaged_checkpoint_ends_in_one_line(uninterrupted, tmp_path):

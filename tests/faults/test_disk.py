@@ -27,6 +27,7 @@ def test_files_that_cannot_grow(uninterrupted, tmp_path, limit, count):
     (error,) = errors_of(tmp_path)
     assert error.startswith("main.py: error: ")
     assert "too large" in error or "space" in error
+    assert str(tmp_path.parent) in error  # it names the file; so much of it fits into a log of 100 bytes
     assert not (victims.folder_of(tmp_path) / utils.SUMMARY).exists()
     count("full disks survived")
     assert victims.finish(tmp_path) == 0
