@@ -196,6 +196,7 @@ class Pool:
 
     def _start(self, job: Job, slot: str) -> None:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": slot, PARENT: str(os.getpid())}
+        environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's
         if not slot:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))  # the runs on one CPU share its cores
         job.run.folder.mkdir(parents=True, exist_ok=True)
@@ -245,7 +246,7 @@ class Pool:
             return WAITING, "lost its GPU, and waits for another"
         reason = describe_exit(code) if code else f"it ended without a {utils.SUMMARY}"
         text = f"with {reason}: {last_lines(job.run.log)[-1].strip()}"
-        if job.num_retries < self.rules.retries:
+        if job.num_retries < self.rules.retries and code != utils.EXIT_USAGE:
             job.num_retries += 1
             return WAITING, f"failed {text}; retry {job.num_retries} of {self.rules.retries}"
         return FAILED, f"FAILED {text}"
@@ -273,9 +274,9 @@ class Pool:
         if self.children:
             with contextlib.suppress(OSError):
                 print(f"\nstopping: {len(self.children)} runs save first; Ctrl-C kills them at once", flush=True)
-        deadline, signals_before = time.monotonic() + GRACE_SECONDS, len(self.signals)
+        deadline = time.monotonic() + GRACE_SECONDS
         while self.children:
-            if signal.SIGINT in self.signals[signals_before:] or time.monotonic() > deadline:
+            if signal.SIGINT in self.signals[1:] or time.monotonic() > deadline:
                 for child in self.children:
                     _kill_group(child.process)
             time.sleep(POLL_SECONDS)

@@ -8,8 +8,10 @@ Without torchrun everything here is for a world of one, and does nothing.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -26,6 +28,16 @@ RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, "0")) for name in ("RAN
 WORLD_SIZE = max(1, WORLD_SIZE)
 IS_FIRST = RANK == 0  # the one that writes and prints
 TIMEOUT = timedelta(minutes=60)  # the first rank may be compiling and measuring backends
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process of a parallel run when its torchrun dies: a session of its own would survive.
+
+    On Linux. It might hang in a collective, where no request to stop is heard, and would keep its GPU.
+    """
+    if WORLD_SIZE > 1 and sys.platform == "linux":
+        pr_set_pdeathsig = 1  # of sys/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def take_own_gpu() -> None:

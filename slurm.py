@@ -32,7 +32,8 @@ from utils import number_type
 
 SECONDS_BETWEEN_LOOKS = 5.0
 SECONDS_UNTIL_LOST = 30.0  # without a trace in the queue; files of other nodes may take a while to be seen
-SECONDS_OF_WARNING = 120  # before the time limit
+SECONDS_OF_WARNING = 180  # before the time limit; more than launch.GRACE_SECONDS, that it may queue itself again
+JOBS = "jobs.jsonl"  # what was submitted: a line a job
 SECONDS_TO_FOLLOW = 60  # of the other nodes' processes of a run, after the first have ended
 ARGUMENTS = {  # flag of run_experiments.py: its default, as argparse has it
     "nodes": 1,
@@ -110,8 +111,11 @@ def run_jobs(
         follow(jobs, root, on_change, on_poll)
     except KeyboardInterrupt:
         ids = {job_id.split("_")[0] for job_id in job_ids(jobs, root).values() if job_id}
-        print(f"\nleft; the jobs go on without this: {', '.join(sorted(ids))}. Follow them again with --attach,")
-        print(f"cancel them with: scancel {' '.join(sorted(ids))}")
+        if ids:
+            print(f"\nleft; the jobs go on without this: {', '.join(sorted(ids))}. Follow them again with --attach,")
+            print(f"cancel them with: scancel {' '.join(sorted(ids))}")
+        else:
+            print("\nleft before anything was submitted that is known here; squeue --me shows what there is")
         return True
     return False
 
@@ -126,7 +130,9 @@ def import_submitit():
 
 def submit(submitit, runs: list[PlannedRun], rules: launch.Rules, args, root: Path) -> None:
     """Submit a job array, a task a run, and write down which is which."""
-    executor = submitit.SlurmExecutor(folder=root)
+    # A warning that comes before the task listens must not end it: what a signal has ended is not queued again.
+    deaf = 'sh -c \'trap "" USR1; exec "$0" "$@"\''
+    executor = submitit.SlurmExecutor(folder=root, python=f"{deaf} {shlex.quote(sys.executable)}")
     resources = {"gpus_per_node": rules.gpus_per_run} if args.gpus is None else {}
     if args.slurm_partition is not None:
         resources["partition"] = args.slurm_partition
@@ -146,12 +152,12 @@ def submit(submitit, runs: list[PlannedRun], rules: launch.Rules, args, root: Pa
     )
     try:
         with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # it repeats what sbatch says, and so do we
-            submitted = [executor.submit(Task(run, rules, root, args.gpus is None)) for run in runs]
+            tasks = [Task(run, rules, root, args.gpus is None, args.slurm_time) for run in runs]
+            submitted = [executor.submit(task) for task in tasks]
     except submitit.core.utils.FailedJobError as error:
         raise utils.UserError(f"sbatch refused the jobs: {last_words(str(error))}") from None
-    with open(root / "jobs.jsonl", "a", encoding="utf-8") as file:
-        for run, job in zip(runs, submitted, strict=True):
-            file.write(json.dumps({"run": name_of(run, root), "job": job.job_id}) + "\n")
+    new = [{"run": name_of(run, root), "job": job.job_id} for run, job in zip(runs, submitted, strict=True)]
+    utils.write_json_lines(root / JOBS, [*read_rows(root), *new])
 
 
 def last_words(text: str) -> str:
@@ -164,8 +170,15 @@ def name_of(run: PlannedRun, root: Path) -> str:
 
 def read_submitted(root: Path) -> dict[str, str]:
     """The id of each run's latest job."""
-    path = root / "jobs.jsonl"
-    return {row["run"]: row["job"] for row in (utils.read_json_lines(path) if path.exists() else [])}
+    return {row["run"]: row["job"] for row in read_rows(root)}
+
+
+def read_rows(root: Path) -> list[dict]:
+    rows = utils.read_json_lines(root / JOBS) if (root / JOBS).exists() else []
+    for row in rows:
+        if not (isinstance(row.get("run"), str) and isinstance(row.get("job"), str)):
+            raise utils.UserError(f'{root / JOBS} should have lines of a "run" and its "job", found {row}; move it')
+    return rows
 
 
 def job_ids(jobs: list[Job], root: Path) -> dict[Job, str | None]:
@@ -219,6 +232,8 @@ def look(job: Job, job_id: str, queue: dict, root: Path, seconds_unseen: float) 
     if job.run.is_finished():
         return DONE, "finished"
     state, where = queue.get(job_id, (None, ""))
+    if state == "PENDING" and "held" in where.lower():
+        return WAITING, f"is held in Slurm as {job_id} {where}; scontrol release {job_id} lets it go on"
     if state == "PENDING":
         return WAITING, f"queued in Slurm as {job_id}"
     if state is not None:
@@ -266,16 +281,23 @@ class Task:
     rules: RulesOnNodes
     root: Path
     on_gpu: bool
+    minutes: int  # the time limit
 
     def __call__(self) -> None:
+        signals, started_at = [], time.time()
+        for number in launch.STOP_SIGNALS:  # while no pool listens
+            signal.signal(number, lambda number, frame: signals.append(number))
         job, outcome = Job(self.run), self.root / f"{own_id()}.json"
         outcome.unlink(missing_ok=True)  # of the job before it was queued again
         try:
             gpus = launch.gpu_ids(self.rules.gpus_per_run) if self.on_gpu else []
             slots = launch.make_slots(gpus, 1, self.rules.gpus_per_run)
             pool = launch.Pool([job], slots, self.rules, lambda: print(job.note, flush=True), lambda: None)
+            pool.signals = signals
             stopped_by = pool.run()
-            if stopped_by == signal.SIGUSR1 and not job.is_over:
+            if stopped_by in (signal.SIGUSR1, signal.SIGTERM) and not job.is_over and not is_cancelled():
+                if self.has_wasted_its_time(started_at):
+                    raise utils.UserError(f"nothing could be saved within {self.minutes} minutes; raise --slurm_time")
                 requeue()
             elif not job.is_over:
                 name = "without a GPU that answers" if stopped_by is None else f"by {signal.Signals(stopped_by).name}"
@@ -284,6 +306,19 @@ class Task:
             job.state, job.note = FAILED, f"FAILED: {utils.first_line(error)}"
         if job.state == FAILED:
             utils.write_json(outcome, {"note": job.note})
+
+    def has_wasted_its_time(self, started_at: float) -> bool:
+        """Whether most of the time limit has gone by and nothing was saved: so it would go again, without end."""
+        last = self.run.folder / utils.CHECKPOINT
+        saved = last.exists() and last.stat().st_mtime > started_at
+        return not saved and time.time() - started_at > 60 * self.minutes / 2 - SECONDS_OF_WARNING / 2
+
+
+def is_cancelled() -> bool:
+    """Whether Slurm is ending this job for good, and not pushing it aside for another."""
+    command = ["squeue", "--noheader", "--jobs", own_id(), "--format=%T"]
+    state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return state in ("CANCELLED", "COMPLETING")
 
 
 def own_id() -> str:

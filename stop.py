@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
+import utils
+
 # The sweep's process, told to its runs: they stop when it is gone.
 PARENT = "LOCAL_ATTENTION_PARENT"
 SECONDS_BETWEEN_LOOKS = 1.0
+GONE = "the sweep is gone"
+SECONDS_TO_STOP = 300.0  # then it is taken for hung
 
 
 class StopRequest:
@@ -25,6 +28,7 @@ class StopRequest:
     def __init__(self):
         self.reason: str | None = None
         self.by_keyboard = False
+        self._over = threading.Event()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -36,15 +40,18 @@ class StopRequest:
         try:
             yield
         finally:
+            self._over.set()
+            asked = self.reason is not None and not self.by_keyboard  # schedulers ask by several ways, and again
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if asked else handler)
 
     def _receive(self, number: int, frame) -> None:
+        self.reason = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # once more ends it at once
             self.by_keyboard = True
-            print("stopping after this step; Ctrl-C once more stops at once", file=sys.stderr)
-        self.reason = signal.Signals(number).name
+            with contextlib.suppress(OSError):  # in `2>&1 | tee log` Ctrl-C has ended tee as well
+                os.write(2, b"stopping after this step; Ctrl-C once more stops at once\n")
 
     def _watch(self, parent: int) -> None:
         is_ours = os.getppid() == parent  # else torchrun is between
@@ -52,7 +59,9 @@ class StopRequest:
             try:
                 os.kill(parent, 0)
             except OSError:
-                self.reason = "the sweep is gone"
+                self.reason = GONE
             if is_ours and os.getppid() != parent:
-                self.reason = "the sweep is gone"
+                self.reason = GONE
             time.sleep(SECONDS_BETWEEN_LOOKS)
+        if self.reason == GONE and not self._over.wait(SECONDS_TO_STOP):  # it hangs, and nobody is left to end it
+            os._exit(utils.EXIT_AGAIN)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
 
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 import launch
 import utils
@@ -27,7 +29,28 @@ def pass_on_once(number: int, frame) -> None:
     raise SignalException(f"received {signal.Signals(number).name}", sigval=signal.Signals(number))
 
 
+def remember_processes() -> list[subprocess.Popen]:
+    """A list to which torchrun's processes will be added: it does not tell how those that it has stopped have ended."""
+    started, start = [], SubprocessHandler._popen
+
+    def remembered(self, *args, **kwargs):
+        started.append(start(self, *args, **kwargs))
+        return started[-1]
+
+    SubprocessHandler._popen = remembered
+    return started
+
+
+def code_of(codes: list[int], number: int) -> int:
+    """What to exit with after processes, asked to stop by signal `number`, have ended with these codes."""
+    for code in codes:
+        if code not in (0, utils.EXIT_AGAIN, 130, -number):  # the signal, if it came before they were listening
+            return code if code > 0 else 128 - code
+    return 130 if 130 in codes else utils.EXIT_AGAIN
+
+
 def main(argv=None) -> int:
+    started = remember_processes()
     for number in launch.STOP_SIGNALS:
         signal.signal(number, pass_on_once)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # of torchrun's own handler, which lets them cut it short
@@ -43,8 +66,11 @@ def main(argv=None) -> int:
         if first < 0:
             print(f"torchrun.py: error: rank {rank} was ended by {launch.describe_exit(first)}", file=sys.stderr)
         return next((code for code in TELLING if code in codes), first if first > 0 else 1)
-    except SignalException:  # passed on to the processes, which have saved
-        return utils.EXIT_AGAIN
+    except SignalException as error:  # passed on to the processes, which have ended
+        return code_of([process.wait() for process in started], error.sigval)
+    except (DistError, OSError, RuntimeError, ValueError) as error:  # no meeting place, a port that is taken
+        print(f"torchrun.py: error: the processes cannot meet: {utils.first_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

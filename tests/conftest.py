@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 
@@ -7,6 +9,15 @@ import utils
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run that was asked to stop leaves SIGTERM ignored: its process is about to end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,12 +1,20 @@
 """The pool's parts: slots, GPUs that answer, exit codes in words, and torchrun with main.py's exit codes."""
 
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
+from processes import alive, wait_for
 
 import launch
+import slurm
+import torchrun
 import utils
+from plan import PlannedRun
 
 
 def test_slots_spread_few_runs_over_many_gpus():
@@ -38,3 +46,59 @@ def test_torchrun_exits_as_the_script(tmp_path, code):
     script.write_text(f"import os, sys\nsys.exit({code} if os.environ['RANK'] == '1' else {int(code > 0)})")
     command = [sys.executable, str(utils.REPOSITORY / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
     assert subprocess.run([*command, str(script)], capture_output=True).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([75, 75], 75),
+        ([75, 0], 75),
+        ([-10, 75], 75),  # the signal came before it listened
+        ([130, 130], 130),
+        ([75, 1], 1),  # a disk that was full
+        ([-9, 75], 137),
+        ([], 75),
+    ],
+)
+def test_what_torchrun_says_of_processes_that_it_has_stopped(codes, expected):
+    assert torchrun.code_of(codes, signal.SIGUSR1) == expected
+
+
+def test_no_process_survives_its_torchrun(tmp_path):
+    """They have sessions of their own, and here they do not listen."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, signal, time, parallel\nparallel.die_with_parent()\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(os.getpid()))\ntime.sleep(300)\n"
+    )
+    command = [sys.executable, str(utils.REPOSITORY / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(utils.REPOSITORY)}
+    whole = subprocess.Popen([*command, str(script)], env=environment, stderr=subprocess.DEVNULL)
+    files = [tmp_path / "0", tmp_path / "1"]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    whole.kill()
+    whole.wait()
+    wait_for(lambda: not any(alive(file.read_text()) for file in files), seconds=20)
+
+
+def test_torchrun_without_a_meeting_place_says_so():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        meeting = ["--master_addr", "127.0.0.1", "--master_port", str(taken.getsockname()[1])]
+        command = [sys.executable, str(utils.REPOSITORY / "torchrun.py"), "--nnodes", "2", "--node_rank", "0", *meeting]
+        done = subprocess.run([*command, "main.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("torchrun.py: error: the processes cannot meet: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_job_that_has_saved_nothing_in_its_time_is_not_queued_again(tmp_path):
+    run = PlannedRun("full", None, 0, tmp_path, ())
+    task = slurm.Task(run, slurm.RulesOnNodes(tmp_path), tmp_path, on_gpu=False, minutes=60)
+    now = time.time()
+    assert task.has_wasted_its_time(now - 57 * 60)
+    assert not task.has_wasted_its_time(now - 60)  # pushed aside early
+    (tmp_path / utils.CHECKPOINT).touch()
+    assert not task.has_wasted_its_time(now - 57 * 60)
+    os.utime(tmp_path / utils.CHECKPOINT, (now - 3600, now - 3600))
+    assert task.has_wasted_its_time(now - 57 * 60)

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from processes import alive, wait_for
 
 import launch
 import run_experiments
@@ -71,6 +72,13 @@ def test_another_command_is_not_taken_for_finished(sweep):
     assert sweep("--gpus", "1", "--mask_types", '["full"]') == 0
     assert sweep("--gpus", "1", "--mask_types", '["full"]', "--", "--seconds", "0.1") == 0
     assert len(calls(sweep.output)) == 2
+
+
+def test_a_folder_whose_name_begins_with_a_dash(sweep, monkeypatch):
+    monkeypatch.chdir(sweep.output)
+    for _ in range(2):  # and it is found again
+        assert sweep("--gpus", "1", "--mask_types", '["full"]', "--output_dir=-runs") == 0
+    assert len(utils.read_json_lines(sweep.output / "-runs" / "calls.jsonl")) == 1
 
 
 def test_no_gpu_is_booked_twice(sweep):
@@ -194,14 +202,6 @@ def test_a_run_that_cannot_be_started_fails_alone(sweep, capsys):
     assert "full seed 0: FAILED to start: " in capsys.readouterr().out
 
 
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def start_sweep(output, *arguments):
     """A sweep as a process of its own."""
     program = "\n".join(
@@ -216,13 +216,6 @@ def start_sweep(output, *arguments):
     )
     command = [sys.executable, "-c", program, "--output_dir", str(output), "--gpus", "0", *TWO, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def num_calls(output):

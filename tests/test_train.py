@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import wait_for
 
 import checkpoint
 import data
@@ -264,10 +265,7 @@ def torchrun(num_processes, *arguments, **how):
 
 
 def wait_for_epoch(folder, number):
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or len(rows_of(folder)) < number:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(rows_of(folder)) >= number, seconds=120)
 
 
 def test_two_processes_train_as_one(reference, tmp_path):
@@ -383,11 +381,48 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
         pass
 
 
-def test_a_second_ctrl_c_ends_at_once(capsys):
+def test_a_second_ctrl_c_ends_at_once(capfd):
     stop = StopRequest()
     with stop.listening():
         os.kill(os.getpid(), signal.SIGINT)
         assert (stop.reason, stop.by_keyboard) == ("SIGINT", True)
-        assert "once more stops at once" in capsys.readouterr().err
+        assert "once more stops at once" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_saved_also_when_nobody_reads_the_output(tmp_path, number):
+    """As in `main.py 2>&1 | tee log`, where Ctrl-C ends tee as well; and asked once more while it leaves."""
+    read, write = os.pipe()
+    command = [sys.executable, "main.py", *DIGITS, "--epochs", "500", "--output_dir", str(tmp_path)]
+    run = subprocess.Popen(command, cwd=utils.REPOSITORY, stdout=write, stderr=write)
+    os.close(write)
+    wait_for_epoch(folder_of(tmp_path), 1)
+    os.close(read)
+    saved = (folder_of(tmp_path) / "last.pt").stat().st_mtime_ns
+    run.send_signal(number)
+    while number == signal.SIGTERM and run.poll() is None:
+        run.send_signal(number)
+        time.sleep(0.01)
+    assert run.wait(60) == (130 if number == signal.SIGINT else utils.EXIT_AGAIN)
+    assert (folder_of(tmp_path) / "last.pt").stat().st_mtime_ns > saved
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(5, "EIO"), RuntimeError("DefaultCPUAllocator: no"), OSError(24, "")]
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, error):
+    assert run(tmp_path, "--epochs", "1") == 0
+    (folder_of(tmp_path) / "summary.json").unlink()
+    files = sorted(path.name for path in folder_of(tmp_path).glob("*.pt*"))
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        with pytest.raises((OSError, utils.UserError, MemoryError)):
+            run(tmp_path, "--epochs", "1")
+    assert sorted(path.name for path in folder_of(tmp_path).glob("*.pt*")) == files
+    assert run(tmp_path, "--epochs", "1") == 0

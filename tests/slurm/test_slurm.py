@@ -1,5 +1,6 @@
 """The sweep on a real Slurm: a cluster of two nodes, both on this machine, of CPUs alone."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import wait_for
 
 import utils
 
@@ -71,13 +73,6 @@ def rows(path):
     return utils.read_json_lines(path) if path.exists() else []
 
 
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
 def job_of(output, name):
     return {row["run"]: row["job"] for row in rows(output / "slurm" / "jobs.jsonl")}[f"digits/{name}/seed_0"]
 
@@ -116,11 +111,39 @@ def test_real_runs_are_queued_again_and_resume_exactly(tmp_path):
     assert len(rows(tmp_path / "slurm" / "jobs.jsonl")) == 2
 
 
-def test_a_run_that_is_preempted_is_queued_again_and_resumes_exactly(tmp_path):
+@pytest.mark.parametrize("signal_of_slurm", ["SIGUSR1", "SIGTERM"])
+def test_a_run_that_is_preempted_is_queued_again_and_resumes_exactly(tmp_path, cluster, signal_of_slurm):
     """A job of a partition of higher priority takes both nodes for a moment."""
     more_important = ["srun", "--quiet", "--partition", "high", "--nodes", "2", "--exclusive", "true"]
-    warned_and_queued_again(tmp_path, "--slurm_partition", "low", "--mask_types", '["full"]', by=more_important)
+    ours = "SlurmctldParameters=preempt_send_user_signal"
+    with configured(cluster, ours, ours if signal_of_slurm == "SIGUSR1" else ""):
+        warned_and_queued_again(tmp_path, "--slurm_partition", "low", "--mask_types", '["full"]', by=more_important)
     assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole")
+
+
+@contextlib.contextmanager
+def configured(cluster, line, other):
+    """The cluster with another line in its configuration."""
+    file, text = cluster / "slurm.conf", (cluster / "slurm.conf").read_text()
+    assert line in text
+    try:
+        file.write_text(text.replace(line, other))
+        subprocess.run(["scontrol", "reconfigure"], check=True)
+        yield
+    finally:
+        file.write_text(text)
+        subprocess.run(["scontrol", "reconfigure"], check=True)
+
+
+def test_a_warning_before_the_task_listens_costs_nothing(tmp_path):
+    sweep = start_sweep(tmp_path, "--mask_types", '["full"]', "--", "--seconds", "1")
+    wait_for(lambda: "RUNNING" in subprocess.run(["squeue", "-h", "-o", "%T"], capture_output=True, text=True).stdout)
+    job = job_of(tmp_path, "full")
+    for _ in range(6):  # while submitit starts, and then the sweep's pool
+        subprocess.run(["scancel", "--signal=USR1", job], stderr=subprocess.DEVNULL)
+        time.sleep(0.4)
+    code, printed, error = end_of(sweep)
+    assert code == 0, (printed, error)
 
 
 def test_a_run_on_two_nodes_is_queued_again_and_resumes_exactly(tmp_path):
