@@ -6,6 +6,11 @@ import torch
 import utils
 
 
+def pytest_configure(config):
+    # A shell without job control has what it starts in the background ignore Ctrl-C, and so would all that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here")
