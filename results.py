@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import utils
 
 CONFIG_FORMATS = (1, 2)  # what is read here is the same in both
 GIB = 2**30
+LARGEST = 1e100  # beyond, a number is taken for damage: sums and axes would overflow
 
 # What is read from a config.json without asking twice.
 REQUIRED = {
@@ -156,7 +156,7 @@ class Row:
 def _number(values: dict, key: str) -> float | None:
     value = values.get(key)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and abs(value) <= sys.float_info.max else None
+    return value if is_number and abs(value) <= LARGEST else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

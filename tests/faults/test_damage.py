@@ -32,7 +32,7 @@ def damage(content: bytes, draws) -> bytes:
 
 def with_odd_value(content: bytes, draws) -> bytes:
     """A JSON object, one of whose values, at any depth, is another or is missing."""
-    odd = [None, True, -1, 1e12, 10**400, "", "x", [], ["x"], {}, {"x": 1}]
+    odd = [None, True, -1, 1e308, 10**400, "", "x", [], ["x"], {}, {"x": 1}]
     within = whole = json.loads(content)
     while True:
         keys = list(within) if isinstance(within, dict) else range(len(within))
