@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -101,25 +102,21 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_cli(main: Callable[[], int], leave: Callable[[int], None] = sys.exit) -> None:
     """Run a script's main() and exit: 0 done, 1 failure, 2 usage, 130 interrupted; errors as one line on stderr.
 
-    With `--debug` among the arguments errors keep their traceback.
+    With `--debug` among the arguments the traceback comes before it.
     """
     program = Path(sys.argv[0]).name
-    if "--debug" in sys.argv:
-        leave(main())
     try:
         code = main()
-    except UserError as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = error.exit_code
     except BrokenPipeError:  # the reader of our output has gone (`... | head`): nothing is left to say
         drop_output()
         code = 1
-    except OSError as error:  # a disk that is full, a folder that cannot be written
-        print(f"{program}: error: {first_line(error)}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        code = 130
+    except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a disk that is full, a folder without access
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        interrupted = isinstance(error, KeyboardInterrupt)
+        code = 130 if interrupted else getattr(error, "exit_code", 1)
+        said = "interrupted" if interrupted else f"error: {' '.join(str(error).split()) or type(error).__name__}"
+        print(f"{program}: {said}", file=sys.stderr)
     leave(code)
 
 

@@ -33,3 +33,18 @@ def test_an_unknown_flag_ends_in_one_line(script):
 def test_light_scripts_do_not_load_torch(module):
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=utils.REPOSITORY).returncode == 0
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys, monkeypatch):
+    """A sweep of runs with --debug goes by the codes as well."""
+
+    def fail():
+        raise utils.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(sys, "argv", ["main.py", "--debug"])
+    with pytest.raises(SystemExit) as stop:
+        utils.run_cli(fail)
+    assert stop.value.code == utils.EXIT_OUT_OF_MEMORY
+    error = capsys.readouterr().err.splitlines()
+    assert error[0].startswith("Traceback")
+    assert error[-1] == "main.py: error: no memory"
