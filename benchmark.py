@@ -199,8 +199,9 @@ def main(argv=None) -> int:
             raise UserError(f"{args.plot} is no report of benchmark.py of format {FORMAT}; measure again")
     else:
         report, output = measure(args, sys.argv[1:] if argv is None else argv)
-    for kind, figure in benchmark_charts.draw(report).items():
-        figures.save_png_and_svg(figure, output.with_name(f"{output.stem}_{kind}"))
+    drawings = {f"{output.stem}_{kind}": draw for kind, draw in benchmark_charts.drawings(report).items()}
+    failed = figures.save_drawings(output.parent, drawings)
+    figures.raise_failed(failed)
     print(f"drew time, speedup and memory beside {output}")
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,14 +25,16 @@ LINE_STYLES = {
 PANELS_ABREAST = 2
 
 
-def draw(report: dict) -> dict[str, Figure]:
-    """`time`, `speedup` and `memory` of a report of benchmark.py."""
+def drawings(report: dict) -> dict[str, Callable[[], Figure]]:
+    """What draws `time`, `speedup` and `memory` of a report of benchmark.py."""
     words = "attention" if report["level"] == "attention" else report["settings"]["model"]
     per = "per head and image" if report["level"] == "attention" else "per image"
+    draw = functools.partial(_draw, report)
+    time, speed = f"time of {words}, forward + backward, {per} (ms)", f"speed of {words}, × full attention"
     return {
-        "time": _draw(report, f"time of {words}, forward + backward, {per} (ms)", _milliseconds, with_exponent=True),
-        "speedup": _draw(report, f"speed of {words}, × full attention", _speedup, with_ceiling=True),
-        "memory": _draw(report, f"peak memory of {words}, {per} (MiB)", _mebibytes),
+        "time": functools.partial(draw, time, _milliseconds, with_exponent=True),
+        "speedup": functools.partial(draw, speed, _speedup, with_ceiling=True),
+        "memory": functools.partial(draw, f"peak memory of {words}, {per} (MiB)", _mebibytes),
     }
 
 
@@ -51,6 +55,7 @@ def _mebibytes(row: dict) -> tuple[float, float, float] | None:
     return (row["peak_memory_bytes"] / 2**20 / row["num_sequences"],) * 3 if row["peak_memory_bytes"] else None
 
 
+@figures.drawing()
 def _draw(report: dict, ylabel: str, value_of, with_exponent: bool = False, with_ceiling: bool = False) -> Figure:
     """One panel a mask type, full attention in each; a line a step and backend, with quartiles."""
     from matplotlib.ticker import LogLocator

@@ -2,25 +2,34 @@
 
 Colors are those of Okabe and Ito (Color Universal Design, 2008), which the color-blind can tell apart; markers and line
 styles say the same again for print in gray. matplotlib is imported with the first picture, and without pyplot: no
-window opens and none of its global state is changed.
+window opens. Whatever draws does so in `drawing()`: the same runs give the same pictures everywhere.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
+import os
+import sys
+import threading
+import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import masks
+import text
 import utils
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 DPI = 160
 MAX_CELLS = 480  # a mask with more rows is reduced by blocks to at most this many, about a pixel each
@@ -35,6 +44,10 @@ LINE_STYLES = ("--", "-.", (0, (1, 1.2)), "-", (0, (5, 1, 1, 1, 1, 1)))
 VARIANT_LINE_STYLES = ("-", "--", (0, (1, 1.2)), "-.")  # of the steps of one mask type, drawn together
 
 ATTENDED, NOT_ATTENDED, QUERY = "#0072B2", "#ECECEC", "#000000"
+
+LEGEND = {"fontsize": 8, "title_fontsize": 8, "frameon": False, "handlelength": 3.2}
+MARGIN = 0.2  # inches beside a legend
+WIDTHS = {"title": 80, "panel": 20}  # columns of text that fit above a picture, and above a panel of it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,14 +100,70 @@ def _rgb(color: str) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# matplotlib by default
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """What draws or saves a picture runs in this: matplotlib with its defaults, and all text as it is, without math.
+
+    matplotlib reads its settings when a part of a picture is made and again when it is drawn. Its warnings become one
+    line each, and are not repeated.
+    """
+    with _ONE_AT_A_TIME:
+        matplotlib = _import_matplotlib()
+        settings = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+        settings |= {"text.parse_math": False, "svg.hashsalt": "local attention"}
+        with matplotlib.rc_context(settings), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            warnings.simplefilter("ignore", DeprecationWarning)  # no matter of the user's
+            yield
+    for warning in caught:
+        _pass_on(str(warning.message))
+
+
+_ONE_AT_A_TIME = threading.RLock()  # matplotlib's settings are those of the whole process
+
+
+def _import_matplotlib():
+    """matplotlib, imported without the user's configuration: one that is damaged would end the import."""
+    if "matplotlib" in sys.modules:
+        return sys.modules["matplotlib"]
+    exists, before = os.path.exists, {name: os.environ.pop(name, None) for name in ("MPLBACKEND", "MATPLOTLIBRC")}
+    os.environ["MATPLOTLIBRC"] = os.devnull  # comes before the one at home, but after that of the working folder
+    os.path.exists = lambda path: path != "matplotlibrc" and exists(path)
+    try:
+        import matplotlib
+    finally:
+        os.path.exists = exists
+        del os.environ["MATPLOTLIBRC"]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+    return matplotlib
+
+
+def _pass_on(warning: str) -> None:
+    if warning.startswith(("Glyph", "Matplotlib currently does not support")):  # one for each character, or script
+        warning = "the font of the pictures lacks some characters of the names; a box stands for each"
+    _warn_once(warning)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    utils.warn(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Panels and files
 
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches."""
-    from matplotlib.figure import Figure  # deferred: takes longer than all the rest of plot_result.py --help
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # deferred: takes longer than plot_result.py --help
+    from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def dress(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
@@ -109,20 +178,46 @@ def dress(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> No
     axes.spines[["left", "bottom"]].set_color("0.6")
 
 
+def add_legend(owner: Axes | Figure, width: float, columns: int, title: str = "", **where) -> tuple[float, float]:
+    """A legend of at most so many columns, fewer where they are wider than `width`; returns its width and height.
+
+    All in inches. With one column it may still be wider.
+    """
+    for num_columns in range(columns, 0, -1):
+        legend = owner.legend(ncols=num_columns, title=title, **where, **LEGEND)
+        size = _size(legend)
+        if size[0] <= width or num_columns == 1:
+            return size
+        legend.remove()
+
+
+def add_legend_below(figure: Figure, columns: int = 3, title: str = "", **look) -> None:
+    """The legend of all panels below them; the figure grows by it, so that the panels stay as large as they are."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    entries = {"handles": handles, "labels": labels, "loc": "outside lower center"}
+    width, height = add_legend(figure, figure.get_figwidth() - MARGIN, columns, title, **entries, **look)
+    height += 2 * figure.get_layout_engine().get()["h_pad"]
+    figure.set_size_inches(max(figure.get_figwidth(), width + MARGIN), figure.get_figheight() + height)
+
+
+def _size(legend: Legend) -> tuple[float, float]:
+    box = legend.get_window_extent(legend.figure.canvas.get_renderer())
+    return box.width / DPI, box.height / DPI
+
+
+@drawing()
 def save(figure: Figure, path: Path) -> None:
     """Write a figure whole or not at all, in the format of the suffix; the same figure gives the same SVG.
 
     Raises UserError for a suffix that matplotlib does not know and where the file cannot be written.
     """
-    import matplotlib
-
     kind = path.suffix[1:].lower()
     supported = figure.canvas.get_supported_filetypes()
     if kind not in supported:
         raise utils.UsageError(f"cannot draw into {path}: expected a name ending in .{', .'.join(sorted(supported))}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context({"svg.hashsalt": "local attention"}), utils.atomic_path(path) as temporary:
+        with utils.atomic_path(path) as temporary:
             figure.savefig(temporary, format=kind, metadata={"Date": None} if kind in ("svg", "svgz") else None)
     except OSError as error:
         raise utils.UserError(f"cannot write {path}: {error}") from error
@@ -134,10 +229,32 @@ def save_png_and_svg(figure: Figure, path: Path) -> None:
         save(figure, path.with_name(f"{path.name}.{suffix}"))
 
 
+def save_drawings(folder: Path, drawings: dict[str, Callable[[], Figure]]) -> dict[str, Exception]:
+    """Draw and write each as `<name>.png` and `<name>.svg`. One that fails does not stop the others.
+
+    Returns the names of those that did fail, and why.
+    """
+    failed = {}
+    for name, draw in drawings.items():
+        try:
+            save_png_and_svg(draw(), folder / name)
+        except Exception as error:  # whatever matplotlib raises: the others can still be had
+            failed[name] = error
+    return failed
+
+
+def raise_failed(failed: dict[str, Exception]) -> None:
+    """Raise UserError if there is anything in what `save_drawings` returned."""
+    if failed:
+        reasons = "; ".join(f"{name} ({utils.first_line(error)})" for name, error in failed.items())
+        raise utils.UserError(f"pictures that could not be drawn: {reasons}") from next(iter(failed.values()))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks
 
 
+@drawing()
 def draw_attention_mask(mask: torch.Tensor | None, height: int, width: int, title: str) -> Figure:
     """Left the mask (bool [N, N], N = height * width; None = full attention), right three of its rows on the grid."""
     N = height * width
@@ -147,7 +264,7 @@ def draw_attention_mask(mask: torch.Tensor | None, height: int, width: int, titl
     block = math.ceil(N / MAX_CELLS)
 
     figure = new_figure(7.6, 5.6)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(text.label(title, WIDTHS["title"]), fontsize=11)
     grid = figure.add_gridspec(3, 2, width_ratios=(3.4, 1))
     axes = figure.add_subplot(grid[:, 0])
     axes.imshow(_colors(reduce_by_blocks(allowed, block)), extent=(-0.5, N - 0.5, N - 0.5, -0.5))
@@ -162,6 +279,7 @@ def draw_attention_mask(mask: torch.Tensor | None, height: int, width: int, titl
     return figure
 
 
+@drawing()
 def draw_mask_types(masks_by_type: dict[str, torch.Tensor | None], height: int, width: int) -> Figure:
     """A column a mask type, a row each for a patch in the center, on the edge and in the corner."""
     patches = example_patches(height, width)
@@ -174,7 +292,7 @@ def draw_mask_types(masks_by_type: dict[str, torch.Tensor | None], height: int, 
             panels[i, j].set_xlabel(_count(num_neighbors), fontsize=8)
             if j == 0:
                 panels[i, j].set_ylabel(name, fontsize=10)
-        panels[0, j].set_title(mask_type, fontsize=10)
+        panels[0, j].set_title(text.label(mask_type, WIDTHS["panel"]), fontsize=10)
     return figure
 
 

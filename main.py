@@ -291,9 +291,13 @@ def make_config(
 
 
 def draw_mask(model: models.VisionTransformer, settings: dict, folder: Path) -> None:
-    step = settings["expansion_step"]
+    """Write the picture of the mask, or one warning: a training does not depend on it."""
+    step, path = settings["expansion_step"], folder / utils.MASK_PICTURE
     title = settings["mask_type"] if step is None else f"{settings['mask_type']}, expansion step {step}"
-    figures.save(figures.draw_attention_mask(model.plan.mask, *model.grid, title), folder / utils.MASK_PICTURE)
+    try:
+        figures.save(figures.draw_attention_mask(model.plan.mask, *model.grid, title), path)
+    except Exception as error:  # whatever matplotlib raises
+        utils.warn(f"training goes on without {path}, which could not be drawn: {utils.first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ Everything is read from the run folders, so that it can be rebuilt at any time, 
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 import charts
 import figures
 import results
+import text
 import utils
 from results import Row, Run
 
@@ -37,7 +40,7 @@ POINTS_CAPTION = (
 class Picture:
     title: str
     caption: str
-    figure: Figure
+    draw: Callable[[], Figure]
 
 
 def parse_args(argv=None):
@@ -55,9 +58,9 @@ def main(argv=None) -> int:
     output_dir = args.output_dir or args.results_path
     runs = load_comparison(args.results_path)
     rows, differences = results.group_by_pattern(runs), results.differing_settings(runs)
-    pictures = draw_pictures(rows)
-    for name, picture in pictures.items():
-        figures.save_png_and_svg(picture.figure, output_dir / "figures" / name)
+    pictures = choose_pictures(rows)
+    failed = figures.save_drawings(output_dir / "figures", {name: picture.draw for name, picture in pictures.items()})
+    pictures = {name: picture for name, picture in pictures.items() if name not in failed}
     report = format_report(rows, pictures, differences, command=shlex.join(["python", Path(__file__).name, *argv]))
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -67,6 +70,7 @@ def main(argv=None) -> int:
     for difference in differences:
         utils.warn(difference)
     print(f"{results.format_table(rows)}\n\nwrote {output_dir / 'results.md'} and {len(pictures)} pictures beside it")
+    figures.raise_failed(failed)
     return 0
 
 
@@ -85,29 +89,29 @@ def load_comparison(results_path: Path) -> list[Run]:
         raise utils.UserError(f"{results_path} holds several datasets ({found}): give --results_path the folder of one")
     seen = {}
     for run in runs:
-        if run.name in seen:
-            raise utils.UserError(f"{run.name} is there twice, in {seen[run.name]} and {run.folder}: move one away")
-        seen[run.name] = run.folder
+        place = seen.setdefault((run.settings["run_name"], run.settings["seed"]), run.folder)
+        if place != run.folder:
+            raise utils.UserError(f"{run.name} is there twice, in {place} and {run.folder}: move one away")
     if not any(run.metrics or run.summary for run in runs):
         raise utils.UserError(f"none of the {len(runs)} runs in {results_path} has finished an epoch: try again later")
     return runs
 
 
-def draw_pictures(rows: list[Row]) -> dict[str, Picture]:
+def choose_pictures(rows: list[Row]) -> dict[str, Picture]:
     """File name -> picture, of those pictures for which there are numbers."""
     pictures = {}
     for kind in charts.UNITS:
         if any(row.curve(f"{split}_{kind}") for row in rows for split in charts.SPLITS):
-            figure = charts.draw_curves(rows, kind)
-            pictures[f"{kind}_curves"] = Picture(f"{kind.capitalize()} during training", CURVES_CAPTION, figure)
+            draw = functools.partial(charts.draw_curves, rows, kind)
+            pictures[f"{kind}_curves"] = Picture(f"{kind.capitalize()} during training", CURVES_CAPTION, draw)
     measured = [row for row in rows if row.accuracy is not None]
     if measured:
-        figure = charts.draw_accuracy_vs_neighbors(measured)
-        pictures["accuracy_vs_neighbors"] = Picture("Accuracy against neighbors", POINTS_CAPTION, figure)
+        draw = functools.partial(charts.draw_accuracy_vs_neighbors, measured)
+        pictures["accuracy_vs_neighbors"] = Picture("Accuracy against neighbors", POINTS_CAPTION, draw)
     timed = [row for row in measured if row.throughput is not None]
     if timed:
-        figure = charts.draw_accuracy_vs_throughput(timed)
-        pictures["accuracy_vs_throughput"] = Picture("Accuracy against throughput", POINTS_CAPTION, figure)
+        draw = functools.partial(charts.draw_accuracy_vs_throughput, timed)
+        pictures["accuracy_vs_throughput"] = Picture("Accuracy against throughput", POINTS_CAPTION, draw)
     return pictures
 
 
@@ -118,19 +122,20 @@ def draw_pictures(rows: list[Row]) -> dict[str, Picture]:
 def format_report(rows: list[Row], pictures: dict[str, Picture], differences: list[str], command: str) -> str:
     """The text of results.md: the same run folders give the same text, so that a diff of it shows what changed."""
     label = rows[0].runs[0].config["data"]["label"]
-    parts = [f"# Local attention on {label}", describe_setup(rows), results.format_table(rows)]
+    parts = [f"# Local attention on {text.markdown(label)}", describe_setup(rows), results.format_table(rows)]
     for name, picture in pictures.items():
         image = f"![{picture.title}](figures/{name}.png)"
         parts.append(f"## {picture.title}\n\n{image}\n\n{picture.caption} ([SVG](figures/{name}.svg))")
-    parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in [*differences, *reading_notes(rows)]))
-    parts.append(f"## Provenance\n\n{describe_provenance(rows)}\n\nRebuild with `{command}`.")
+    notes = [*map(text.markdown, differences), *reading_notes(rows)]
+    parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes))
+    parts.append(f"## Provenance\n\n{text.markdown(describe_provenance(rows))}\n\nRebuild with {text.code(command)}.")
     return "\n\n".join(parts) + "\n"
 
 
 def describe_setup(rows: list[Row]) -> str:
     """One line on what was trained, on what, for how long, read from the first run; differences are in the notes."""
     config, settings = rows[0].runs[0].config, rows[0].runs[0].settings
-    facts = [str(settings["model"])] if "model" in settings else []
+    facts = [text.markdown(str(settings["model"]))] if "model" in settings else []
     if rows[0].num_parameters is not None:
         facts.append(f"{rows[0].num_parameters:,} parameters")
     grid = config["attention"].get("grid")
@@ -138,7 +143,7 @@ def describe_setup(rows: list[Row]) -> str:
         size, patch = settings["img_size"], settings["patch_size"]
         facts.append(f"{size}×{size} images in {patch}×{patch} patches (grid {'×'.join(map(str, grid))})")
     if "pool" in settings:
-        facts.append(f"`--pool {settings['pool']}`")
+        facts.append(text.code(f"--pool {settings['pool']}"))
     facts.append(_plural(settings["epochs"], "epoch"))
     facts.append(_plural(len({run.settings["seed"] for row in rows for run in row.runs}), "seed"))
     return ", ".join(facts) + "."
@@ -174,7 +179,7 @@ def reading_notes(rows: list[Row]) -> list[str]:
         if run.state != "done"
     ]
     if unfinished:
-        notes.append(f"Unfinished, and drawn as far as they have got: {', '.join(unfinished)}.")
+        notes.append(f"Unfinished, and drawn as far as they have got: {text.markdown(', '.join(unfinished))}.")
     return notes
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import masks
+import text
 import utils
 
 CONFIG_FORMATS = (1, 2)  # what is read here is the same in both
@@ -63,7 +64,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.settings['run_name']} seed {self.settings['seed']}"
+        """As messages call it."""
+        return f"{text.one_line(self.settings['run_name'])} seed {self.settings['seed']}"
 
     def curve(self, metric: str) -> dict[int, float]:
         """Epoch -> value, for the epochs that have one."""
@@ -243,10 +245,10 @@ def differing_settings(runs: list[Run]) -> list[str]:
         "--grad_accumulation": lambda run: run.settings.get("grad_accumulation", 1),
         "--checkpoint_activations": lambda run: run.settings.get("checkpoint_activations", False),
     }
-    notes = [f"{name} differs between the runs: {text}" for name, text in _differing(runs, compared)]
+    notes = [f"{name} differs between the runs: {values}" for name, values in _differing(runs, compared)]
     return notes + [
-        f"{name} differs between the runs, so that images/s and peak memory do not compare: {text}"
-        for name, text in _differing(runs, machines)
+        f"{name} differs between the runs, so that images/s and peak memory do not compare: {values}"
+        for name, values in _differing(runs, machines)
     ]
 
 
@@ -277,7 +279,7 @@ def format_table(rows: list[Row]) -> str:
         memory = row.peak_memory_bytes
         cells.append(
             [
-                row.label.replace("|", "\\|"),
+                text.markdown(row.label),
                 str(row.num_neighbors_nominal),
                 f"{row.num_neighbors_mean:.1f}",
                 format_accuracy(row.accuracy),

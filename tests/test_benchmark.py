@@ -57,6 +57,12 @@ def test_pictures_are_drawn_again_from_the_json(report, monkeypatch):
     assert benchmark.main(["--plot", str(report)]) == 0
     assert (report.parent / "report_time.png").stat().st_size > 5000
 
+    (report.parent / "report_memory.png").unlink()
+    monkeypatch.setattr(benchmark_charts, "_speedup", lambda row: 1 / 0)
+    with pytest.raises(utils.UserError, match=r"report_speedup \(division by zero\)"):
+        benchmark.main(["--plot", str(report)])
+    assert (report.parent / "report_memory.png").exists(), "one that fails does not stop the others"
+
 
 def test_class_token_and_peers(tmp_path):
     args = benchmark.parse_args([*LIGHT, "--class_token"])

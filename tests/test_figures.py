@@ -1,7 +1,11 @@
 """The style of the pictures, saving them, and the pictures of masks."""
 
 import itertools
+import os
+import subprocess
+import sys
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -69,6 +73,75 @@ def test_save_writes_by_the_suffix_and_leaves_nothing_else(tmp_path, name):
 def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, name):
     with pytest.raises(utils.UserError, match=r"mask.*: expected a name ending in .*\.png.*\.svg"):
         figures.save(figures.new_figure(2, 1), tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The user's own matplotlib
+
+HOSTILE = {
+    "text.usetex": True,
+    "image.origin": "lower",
+    "font.family": "No Such Font",
+    "axes.facecolor": "red",
+    "savefig.dpi": 20,
+    "savefig.bbox": "tight",
+    "svg.fonttype": "none",
+}
+DRAW = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import figures
+figure = figures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
+figures.save_png_and_svg(figure, Path(sys.argv[2]) / "masks")
+"""
+
+
+@pytest.fixture
+def expected(tmp_path):
+    """The pictures of DRAW, as they should be."""
+    figure = figures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
+    figures.save_png_and_svg(figure, tmp_path / "expected" / "masks")
+    return read_all(tmp_path / "expected")
+
+
+def read_all(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_no_configuration_of_matplotlib_changes_a_picture(tmp_path, expected):
+    """Neither the backend of a notebook that is not there, nor files that are damaged or ask for what is not there."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "matplotlibrc").write_bytes(b"axes.facecolor: red  # caf\xe9\n")
+    (tmp_path / "hostile").write_text("".join(f"{name}: {value}\n" for name, value in HOSTILE.items()))
+    surroundings = os.environ | {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": str(tmp_path / "hostile"),
+        "PYTHONWARNINGS": "error",
+    }
+    command = [sys.executable, "-c", DRAW, str(utils.REPOSITORY), str(tmp_path / "drawn")]
+    done = subprocess.run(command, cwd=tmp_path / "here", env=surroundings, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read_all(tmp_path / "drawn") == expected
+
+
+def test_settings_of_the_process_change_no_picture_and_stay(tmp_path, expected):
+    with matplotlib.rc_context(HOSTILE):
+        figure = figures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
+        figures.save_png_and_svg(figure, tmp_path / "drawn" / "masks")
+        assert matplotlib.rcParams["image.origin"] == "lower"
+    assert read_all(tmp_path / "drawn") == expected
+
+
+def test_one_drawing_that_fails_does_not_stop_the_others(tmp_path):
+    def fail():
+        raise RuntimeError("no\nway")
+
+    failed = figures.save_drawings(tmp_path, {"bad": fail, "good": lambda: figures.new_figure(2, 1)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.png", "good.svg"]
+    with pytest.raises(utils.UserError, match=r"pictures that could not be drawn: bad \(no\)"):
+        figures.raise_failed(failed)
+    figures.raise_failed({})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,18 @@ def test_the_run_folder_is_complete(finished):
     assert rows[-1]["lr"] == 0
 
 
+def test_a_picture_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise RuntimeError("no\nfont")
+
+    monkeypatch.setattr(main.figures, "draw_attention_mask", fail)
+    assert run(tmp_path, "--epochs", "1") == 0
+    assert (tmp_path / "digits" / "full" / "seed_0" / "summary.json").exists()
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "training goes on without" in warning
+    assert warning.endswith("attention_mask.png, which could not be drawn: no")
+
+
 def test_config_says_what_was_run(finished):
     config = utils.read_json(finished / "config.json")
     assert config["settings"]["expansion_step"] == 1

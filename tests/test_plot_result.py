@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from fake_runs import MEAN_NEIGHBORS, write_run
+from matplotlib.text import Text
 
 import charts
 import figures
@@ -98,7 +99,7 @@ def test_runs_in_progress_are_drawn_and_marked(tmp_path, capsys):
 
 def test_without_a_finished_run_there_are_curves_only(tmp_path):
     write_run(tmp_path, finished=False)
-    assert list(plot_result.draw_pictures(rows_of(tmp_path))) == ["accuracy_curves", "loss_curves"]
+    assert list(plot_result.choose_pictures(rows_of(tmp_path))) == ["accuracy_curves", "loss_curves"]
 
 
 def test_notes_follow_the_settings(tmp_path, capsys):
@@ -184,7 +185,136 @@ def test_accuracy_against_throughput(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The names of runs
+
+NAMES = ["_first", "a$b_{c$d'", r"lr_$\alpha$", "two\nlines", "back\\slash `code` | <b>", "mark\u202e"]
+SHOWN = ["_first", "a$b_{c$d'", r"lr_$\alpha$", r"two\nlines", "back\\slash `code` | <b>", r"mark\u202e"]
+PATTERNS = list(masks.MASK_TYPES[1:])
+
+
+def write_named(root, names, mask_types=("2d_cardinal",), **options):
+    for number, name in enumerate(names):
+        mask_type, accuracies = mask_types[number % len(mask_types)], [30 + number / 4, 40 + number / 4]
+        options["images_per_second"] = 1000.0 + 7 * number
+        write_run(root, mask_type, 1 + number % 3, 0, accuracies, run_name=name, **options)
+
+
+def texts_of(artist):
+    return [found.get_text().lstrip("\u200b") for found in artist.findobj(Text)]
+
+
+def layout_of(figure):
+    """The places of the axes and of the legends, in inches."""
+    figure.draw_without_rendering()
+    legends = [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]
+    return [
+        [found.get_window_extent().transformed(figure.dpi_scale_trans.inverted()) for found in group]
+        for group in (figure.axes, legends)
+    ]
+
+
+def check_layout(figure):
+    """Plots are as large as ever; legends lie within the picture and on no plot."""
+    places, legends = layout_of(figure)
+    assert all(place.width > 1.8 and place.height > 1.6 for place in places)
+    for legend in legends:
+        assert legend.x0 >= 0 <= legend.y0
+        assert legend.x1 <= figure.get_figwidth()
+        assert not any(legend.overlaps(place) for place in places)
+
+
+def test_names_are_drawn_as_they_are(tmp_path, capsys):
+    write_named(tmp_path, NAMES, label="my\n*data*|")
+    assert plot_result.main(["--results_path", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+    rows = rows_of(tmp_path)
+    by_legend = texts_of(charts.draw_curves(rows, "accuracy").legends[0])
+    beside_points = texts_of(charts.draw_accuracy_vs_throughput(rows))
+    for name in SHOWN:
+        assert any(entry.startswith(f"{name} (2d_cardinal") for entry in by_legend)
+        assert name in beside_points
+    figure = charts.draw_accuracy_vs_neighbors(rows)
+    assert not any(found.get_parse_math() for found in figure.findobj(Text))
+    report = (tmp_path / "results.md").read_text()
+    assert report.startswith("# Local attention on my\\\\n\\*data\\*\\|\n")
+    assert sum(line.startswith("|") for line in report.splitlines()) == 2 + len(NAMES)
+    assert r"| two\\nlines (2d_cardinal, step 1) " in report
+    assert r"| back\\slash \`code\` \| \<b> (2d_cardinal, " in report
+
+
+@pytest.mark.parametrize("mask_types", [PATTERNS[:1], PATTERNS])
+@pytest.mark.parametrize("length", [30, 84])
+def test_long_names_squeeze_no_plot(tmp_path, mask_types, length):
+    write_named(tmp_path, [f"{'a_long_name_' * 7:.{length - 2}}{number:02}" for number in range(8)], mask_types)
+    rows = rows_of(tmp_path)
+    for figure in (
+        charts.draw_curves(rows[:4], "loss"),
+        charts.draw_curves(rows, "loss"),
+        charts.draw_accuracy_vs_neighbors(rows),
+        charts.draw_accuracy_vs_throughput(rows),
+    ):
+        check_layout(figure)
+
+
+def test_of_too_many_runs_the_most_accurate_are_named(tmp_path):
+    write_named(tmp_path, [f"run_{number:03}" for number in range(200)])
+    rows = rows_of(tmp_path)
+    figure = charts.draw_curves(rows, "accuracy")
+    check_layout(figure)
+    shown = [name for name in texts_of(figure.legends[0]) if name.startswith("run_")]
+    assert {name[:7] for name in shown} == {f"run_{number:03}" for number in range(184, 200)}
+    assert "16 of 200 runs named" in figure.legends[0].get_title().get_text()
+    assert len(figure.axes[0].lines) == 200
+
+    for draw in (charts.draw_accuracy_vs_neighbors, charts.draw_accuracy_vs_throughput):
+        figure = draw(rows)
+        check_layout(figure)
+        (axes,) = figure.axes
+        boxes = [found.get_window_extent() for found in axes.texts]
+        assert 4 <= len(boxes) <= charts.MAX_NAMED
+        assert not any(box.overlaps(other) for number, box in enumerate(boxes) for other in boxes[:number])
+        assert f"{len(boxes)} of 200 runs named" in figure.legends[0].get_title().get_text()
+
+
+def test_of_too_many_runs_of_several_mask_types_as_well(tmp_path):
+    write_named(tmp_path, [f"run_{number:03}" for number in range(40)], PATTERNS[:2])
+    for number in range(5):
+        write_run(tmp_path, "full", None, run_name=f"full_{number}", accuracies=[number])
+    figure = charts.draw_curves(rows_of(tmp_path), "accuracy")
+    check_layout(figure)
+    legend = figure.axes[-1].get_legend()
+    assert len(legend.get_texts()) == charts.MAX_NAMED + charts.MAX_FULL
+    assert "16 of 20 runs named" in legend.get_title().get_text()
+    assert "3 of 5 runs of full shown" in legend.get_title().get_text()
+
+
+def test_characters_that_the_font_lacks_are_one_warning(tmp_path, capsys):
+    figures._warn_once.cache_clear()
+    write_named(tmp_path, ["注意力实验一", "注意力实验二号", "宽度"])
+    assert plot_result.main(["--results_path", str(tmp_path)]) == 0
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert "lacks some characters" in warning
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Failing
+
+
+def test_a_picture_that_fails_costs_no_other_and_no_number(tmp_path, monkeypatch, run_script):
+    def fail(rows):
+        raise RuntimeError("matplotlib says no")
+
+    monkeypatch.setattr(charts, "draw_accuracy_vs_neighbors", fail)
+    write_sweep(tmp_path, steps=[1], seeds=[0])
+    code, out, err = run_script(plot_result.main, "--results_path", str(tmp_path))
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "accuracy_vs_neighbors (matplotlib says no)" in err
+    assert "| full " in out
+    report = (tmp_path / "results.md").read_text()
+    for name in PICTURES:
+        assert (tmp_path / "figures" / f"{name}.svg").exists() == (name in report) == (name != "accuracy_vs_neighbors")
 
 
 @pytest.mark.parametrize(
