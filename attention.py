@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import device as machine
@@ -34,6 +35,12 @@ import diagonal
 import utils
 
 BACKENDS = ("auto", "dense", "diagonal", "flex")
+
+FLEX_DEVICES = ("cuda",)  # elsewhere FlexAttention has no backward
+# Where SDPA may hand a masked call to cuDNN, whose backward returns NaN for some masks: with a number of tokens that is
+# 64 modulo 128, in rows of very negative scores (pytorch/pytorch#196678).
+CUDNN_DEVICES = ("cuda",)
+SAFE_WITH_A_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Plan(nn.Module):
@@ -48,13 +55,13 @@ class Plan(nn.Module):
         self.num_tokens = None if mask is None else len(mask)
         self.num_global_tokens = num_global_tokens
         self.requested = requested
-        self._block_mask: BlockMask | None = None
+        self.block_mask: BlockMask | None = None  # of the flex backend
         # backend -> seconds of a forward and backward, where measured; None = it does not work here
         self.timings: dict[str, float | None] = {}
         found = None if mask is None else diagonal.find_diagonals(mask)
         self.offsets, holds = found if found is not None else ((), None)
         self.register_buffer("holds", holds, persistent=False)  # bool [n, N]: where each diagonal holds
-        self.register_buffer("token_mask", None, persistent=False)  # bool [T, T], of the dense backend
+        self.register_buffer("token_mask", None, persistent=False)  # bool [T, T], of the dense and flex backends
         if mask is None:
             self.use("dense", "full attention is SDPA without a mask")
         elif requested == "diagonal" and not self.offsets:
@@ -73,22 +80,27 @@ class Plan(nn.Module):
         if backend == "diagonal" and not self.offsets:
             raise ValueError(self.too_many_diagonals)
         self.backend, self.reason = backend, reason
-        needs_dense_mask = self.mask is not None and backend == "dense"
-        self.token_mask = self.with_global_tokens() if needs_dense_mask else None
+        device = next((buffer.device for buffer in self.buffers()), None)
+        needs_mask = self.mask is not None and backend in ("dense", "flex")
+        self.token_mask = self.with_global_tokens().to(device) if needs_mask else None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what the backend needs on the plan's device now, so that a forward only reads it.
+
+        A compiled forward would otherwise trace the making of the block mask.
+        """
+        ready = self.backend == "flex" and self.token_mask.device.type in FLEX_DEVICES
+        self.block_mask = make_block_mask(self.token_mask) if ready else None
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        self._prepare()
+        return self
 
     def with_global_tokens(self) -> Tensor:
         """The mask over all tokens, bool [T, T]: a global token attends to all and is attended by all."""
         return F.pad(self.mask, (self.num_global_tokens, 0) * 2, value=True)
-
-    def block_mask(self, device: torch.device) -> BlockMask:
-        """For FlexAttention; made of the boolean tensor, as arithmetic on indices in it has been miscompiled."""
-        if self._block_mask is None or self._block_mask.kv_num_blocks.device != device:
-            allowed = self.with_global_tokens().to(device)
-            size = len(allowed)
-            self._block_mask = create_block_mask(
-                lambda b, h, i, j: allowed[i, j], None, None, size, size, device=device
-            )
-        return self._block_mask
 
     def follow(self, device: torch.device) -> None:
         """Move to where the tokens are, if not there yet."""
@@ -97,8 +109,14 @@ class Plan(nn.Module):
 
     def check_device(self, device: torch.device) -> None:
         """Raise ValueError if the backend cannot run there."""
-        if self.backend == "flex" and device.type != "cuda":
+        if self.backend == "flex" and device.type not in FLEX_DEVICES:
             raise ValueError(f"backend 'flex' runs on CUDA, not on {device.type}; use auto, diagonal or dense")
+
+
+def make_block_mask(allowed: Tensor) -> BlockMask:
+    """For FlexAttention, of a bool [T, T]: it indexes the tensor, as arithmetic on indices has been miscompiled."""
+    size = len(allowed)
+    return create_block_mask(lambda b, h, i, j: allowed[i, j], None, None, size, size, device=allowed.device)
 
 
 def compile_mask(mask: Tensor | None, num_global_tokens: int = 0, backend: str = "auto") -> Plan:
@@ -150,16 +168,27 @@ def attend_packed(qkv: Tensor, plan: Plan) -> Tensor:
         return diagonal.attend(qkv, plan.holds, plan.offsets, plan.num_global_tokens)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     if plan.backend == "flex":
-        attend_flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-        out = attend_flex(q, k, v, block_mask=plan.block_mask(qkv.device))
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.token_mask)
-    return out.transpose(1, 2)
+        return _attend_flex(q, k, v, plan.block_mask).transpose(1, 2)
+    return _attend_dense(q, k, v, plan.token_mask).transpose(1, 2)
 
 
-@functools.cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention)
+def _attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """SDPA; a masked call, on a GPU, without cuDNN's kernels. Full attention may use them all."""
+    restricted = mask is not None and q.device.type in CUDNN_DEVICES
+    with sdpa_kernel(SAFE_WITH_A_MASK) if restricted else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _attend_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+    """FlexAttention, compiled by an outer torch.compile, or here for this configuration alone."""
+    if torch.compiler.is_compiling():
+        return _flex(q, k, v, block_mask)
+    configuration = (q.shape, q.stride(), q.dtype, q.device, id(block_mask))
+    return diagonal.compiled(_flex, configuration)(q, k, v, block_mask)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+    return flex_attention(q, k, v, block_mask=block_mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,34 +219,54 @@ def choose_backend(
     plan.check_device(device)
     if plan.requested != "auto" or plan.mask is None:
         return
-    others = [*(["diagonal"] if plan.offsets else []), *(["flex"] if device.type == "cuda" else [])]
+    others = [*(["diagonal"] if plan.offsets else []), *(["flex"] if device.type in FLEX_DEVICES else [])]
     if not others:
         plan.use("dense", plan.too_many_diagonals)
         return
     qkv_shape = (batch_size, plan.num_global_tokens + plan.num_tokens, 3, num_heads, head_dim)
-    path = _timings_path(plan, qkv_shape, dtype, device)
-    with FileLock(f"{path}.lock"):  # two runs that start together measure one after the other, and once
-        timings = _read_timings(path)
-        if not timings:
-            timings = _measure(plan, ["dense"], qkv_shape, dtype, device)
-            utils.write_json(path, timings)
-        dense_seconds = timings["dense"] * num_calls
-        if dense_seconds >= CHOICE_SECONDS and not timings.keys() >= {*others}:
-            timings = _measure(plan, ["dense", *others], qkv_shape, dtype, device)
-            utils.write_json(path, timings)
+    timings = _timings_of(plan, others, num_calls, qkv_shape, dtype, device)
+    working = {name: seconds for name, seconds in timings.items() if seconds is not None}
+    if not working:
+        names = ", ".join(["dense", *others])
+        raise torch.OutOfMemoryError(f"attention alone runs out of memory with every backend tried ({names})")
     plan.timings = timings
+    dense_seconds = _seconds_of_all(timings, num_calls)
     if dense_seconds >= CHOICE_SECONDS:
-        working = {name: seconds for name, seconds in timings.items() if seconds is not None}
         measured = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in working.items())
         plan.use(min(working, key=working.get), f"the fastest measured: {measured}")
     else:
         plan.use("dense", f"all dense attention of this run takes {dense_seconds:.1f} s, less than compiling another")
 
 
+def _timings_of(
+    plan: Plan, others: list[str], num_calls: int, qkv_shape: tuple, dtype: torch.dtype, device: torch.device
+) -> dict[str, float | None]:
+    """As `_measure` has them: those in the cache, else measured now. `others` only where dense takes long enough."""
+    path = _timings_path(plan, qkv_shape, dtype, device)
+    with FileLock(f"{path}.lock"):  # two runs that start together measure one after the other, and once
+        timings = _read_timings(path)
+        if "dense" not in timings:
+            timings = _measure(plan, ["dense"], qkv_shape, dtype, device)
+            utils.write_json(path, timings)
+        if _seconds_of_all(timings, num_calls) >= CHOICE_SECONDS and not timings.keys() >= {*others}:
+            fits = ["dense"] if "dense" in timings else []
+            timings = _measure(plan, [*fits, *others], qkv_shape, dtype, device)
+            utils.write_json(path, timings)
+    return timings
+
+
+def _seconds_of_all(timings: dict[str, float | None], num_calls: int) -> float:
+    """What dense attention takes in the whole run; endless where it does not fit into memory."""
+    return timings.get("dense", float("inf")) * num_calls
+
+
 def _measure(
     plan: Plan, candidates: list[str], qkv_shape: tuple, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float | None]:
-    """Median seconds of a forward and backward, candidates interleaved; None for one that does not work here."""
+    """Median seconds of a forward and backward, candidates interleaved.
+
+    None for one that does not work here. One that ran out of memory is left out: the next time it may fit.
+    """
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(qkv_shape, generator=generator).to(device, dtype).requires_grad_()
     grad = torch.randn(*qkv_shape[:2], *qkv_shape[3:], generator=generator).to(device, dtype)
@@ -227,26 +276,41 @@ def _measure(
         return machine.seconds_of(lambda: torch.autograd.grad(attend_packed(qkv, plan), qkv, grad), device)
 
     seconds: dict[str, list[float]] = {}
+    broken: dict[str, None] = {}
     for backend in candidates:
         try:
             run(backend)  # compiles
             seconds[backend] = []
         except Exception as error:  # a compiler's: whatever it is, dense is still there
-            if backend == "dense":
+            if utils.says_no_memory(error):
+                utils.warn(f"backend {backend} is left out of this choice: {utils.first_line(error)}")
+                machine.free_unused_memory(device)
+            elif backend == "dense":
                 raise
-            utils.warn(f"backend {backend} does not work here and is left out: {utils.first_line(error)}")
+            else:
+                utils.warn(f"backend {backend} does not work here and is left out: {utils.first_line(error)}")
+                broken[backend] = None
     start = time.perf_counter()
-    while len(seconds["dense"]) < ROUNDS and time.perf_counter() - start < SECONDS_A_MEASUREMENT:
+    for _ in range(ROUNDS):
         for backend, measured in seconds.items():
             measured.append(run(backend))
-    return {name: statistics.median(seconds[name]) if name in seconds else None for name in candidates}
+        if time.perf_counter() - start > SECONDS_A_MEASUREMENT:
+            break
+    return {name: statistics.median(measured) for name, measured in seconds.items()} | broken
 
 
 def _timings_path(plan: Plan, qkv_shape: tuple, dtype: torch.dtype, device: torch.device) -> Path:
     """In the user's cache folder, named by everything that the timings depend on."""
     mask_hash = hashlib.sha256(plan.mask.numpy().tobytes()).hexdigest()
-    depends_on = (mask_hash, qkv_shape, str(dtype), machine.device_name(device), torch.__version__)
+    depends_on = (mask_hash, qkv_shape, str(dtype), machine.device_name(device), torch.__version__, _kernels_hash())
     return _cache_folder() / f"{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]}.json"
+
+
+@functools.cache
+def _kernels_hash() -> str:
+    """Of the code that is measured: other kernels take other times."""
+    sources = (Path(module_file).read_bytes() for module_file in (__file__, diagonal.__file__))
+    return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def _cache_folder() -> Path:
@@ -269,4 +333,4 @@ def _read_timings(path: Path) -> dict[str, float | None]:
     except utils.UserError:
         return {}
     numbers = all(value is None or (isinstance(value, float) and value > 0) for value in timings.values())
-    return timings if numbers and timings.keys() <= {*BACKENDS} and timings.get("dense") else {}
+    return timings if numbers and timings.keys() <= {*BACKENDS} and timings.get("dense", 1.0) else {}

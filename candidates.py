@@ -178,7 +178,7 @@ def largest_error(attend: Callable, qkv: Tensor, mask: Tensor | None, num_global
     out = attend(qkv)
     (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
 
-    exact_qkv = qkv.detach().double().cpu().requires_grad_()
+    exact_qkv = qkv.detach().cpu().double().requires_grad_()
     q, k, v = exact_qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     scores = q[:, :, rows] @ k.transpose(-1, -2) / qkv.shape[-1] ** 0.5  # [B, H, rows, T]
     if mask is not None:
@@ -187,8 +187,8 @@ def largest_error(attend: Callable, qkv: Tensor, mask: Tensor | None, num_global
         allowed[patches, num_global:] = mask[rows[patches] - num_global]
         scores = scores.masked_fill(~allowed, float("-inf"))
     exact = (scores.softmax(-1) @ v).transpose(1, 2)  # [B, rows, H, D]
-    (exact_grad,) = torch.autograd.grad(exact, exact_qkv, grad[:, rows].double().cpu())
-    errors = (out[:, rows].double().cpu() - exact, grad_qkv.double().cpu() - exact_grad)
+    (exact_grad,) = torch.autograd.grad(exact, exact_qkv, grad[:, rows].cpu().double())
+    errors = (out[:, rows].cpu().double() - exact, grad_qkv.cpu().double() - exact_grad)
     return max(error.abs().max().item() for error in errors)
 
 

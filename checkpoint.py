@@ -92,7 +92,7 @@ def load_checkpoint(path: Path) -> dict:
 def is_no_fault_of_the_file(error: Exception) -> bool:
     """Whether reading failed for lack of memory, or by a disk or network that may answer the next time."""
     of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # a place outside the file
-    return of_the_system or isinstance(error, MemoryError) or utils.says_no_memory(error)
+    return of_the_system or utils.says_no_memory(error)
 
 
 def rebuild_model(state: dict, backend: str = "auto") -> models.VisionTransformer:

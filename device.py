@@ -117,6 +117,12 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def free_unused_memory(device: torch.device) -> None:
+    """Give back what torch keeps for reuse, so that something else fits."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
+
+
 def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

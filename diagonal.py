@@ -198,12 +198,41 @@ def compiled(function: Callable, configuration: tuple) -> Callable:
     return torch.compile(own, dynamic=False, fullgraph=True, options=options)
 
 
+_KERNELS: dict[tuple, Callable] = {}  # (function, configuration) -> what is called for it: compiled, or as it is
+
+
 def _run(function: Callable, qkv: Tensor, *arguments):
     if not can_compile(qkv.device.type):
         return function(*arguments)
     *_, offsets, num_global = arguments
     configuration = (tuple(offsets), num_global, qkv.shape, qkv.dtype, qkv.device)
-    return compiled(function, configuration)(*arguments)
+    kernel = _KERNELS.get((function, configuration))
+    if kernel is not None:
+        return kernel(*arguments)
+    return _run_first(function, configuration, *arguments)
+
+
+def _run_first(function: Callable, configuration: tuple, *arguments):
+    """The first call of a configuration compiles it. Where that fails, it runs uncompiled from then on.
+
+    A compiler that works may still refuse a kernel: Metal, for example, allows only so many buffers in one.
+    """
+    kernel = compiled(function, configuration)
+    try:
+        result = kernel(*arguments)
+    except Exception as error:  # each compiler fails in its own way
+        if utils.says_no_memory(error):
+            raise
+        _warn_of_a_failed_compile(utils.first_line(error))
+        kernel = function
+        result = kernel(*arguments)
+    _KERNELS[function, configuration] = kernel
+    return result
+
+
+@functools.cache
+def _warn_of_a_failed_compile(error: str) -> None:
+    utils.warn(f"local attention could not be compiled for this mask and shape, and runs uncompiled: {error}")
 
 
 # Compiled models in the cache on disk call both by name: a changed signature of either needs new names for both.

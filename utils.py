@@ -126,8 +126,9 @@ def drop_output() -> None:
 
 
 def says_no_memory(error: BaseException) -> bool:
-    """Whether an error of torch, of whatever type, is about memory that could not be had."""
-    return any(words in str(error) for words in ("out of memory", "not enough memory", "DefaultCPUAllocator"))
+    """Whether an error, of whatever type, is about memory that could not be had, on a GPU or on the CPU."""
+    words = ("out of memory", "not enough memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:

@@ -272,15 +272,94 @@ def test_flex_runs_on_cuda_only():
         attend_packed(random_qkv(4), plan)
 
 
-def test_the_block_mask_of_flex_is_the_mask():
+@pytest.fixture
+def flex_on_the_cpu(monkeypatch):
+    """FlexAttention's forward runs on the CPU as well, slowly."""
+    monkeypatch.setattr(attention, "FLEX_DEVICES", ("cpu",))
+
+
+def test_the_block_mask_of_flex_is_the_mask(flex_on_the_cpu):
     mask = masks.build_attention_mask("2d_cardinal", 1, 12, 15)
     plan = compile_mask(mask, 1, "flex")
     allowed = plan.with_global_tokens()
-    block_mask = plan.block_mask(torch.device("cpu"))
     i, j = torch.meshgrid(torch.arange(181), torch.arange(181), indexing="ij")
-    assert torch.equal(block_mask.mask_mod(0, 0, i, j), allowed)
+    assert torch.equal(plan.block_mask.mask_mod(0, 0, i, j), allowed)
     blocks = [[allowed[r : r + 128, c : c + 128].any() for c in (0, 128)] for r in (0, 128)]
-    assert torch.equal(block_mask.to_dense()[0, 0].bool(), torch.tensor(blocks))
+    assert torch.equal(plan.block_mask.to_dense()[0, 0].bool(), torch.tensor(blocks))
+
+
+def test_the_block_mask_is_made_when_the_plan_gets_to_its_device_and_not_in_a_forward(flex_on_the_cpu, monkeypatch):
+    mask = masks.build_attention_mask("2d_cardinal", 1, 4, 5)
+    plan = compile_mask(mask, 1, "auto")
+    assert plan.block_mask is None
+    plan.use("flex", "as another rank has chosen")
+    before = plan.block_mask
+    plan.to(torch.float32)  # as a move to another device: the block mask refers to tensors there
+    assert plan.block_mask is not before
+    monkeypatch.setattr(attention, "create_block_mask", lambda *args, **kwargs: pytest.fail("made in a forward"))
+    qkv = random_qkv(21, dtype=torch.float32, head_dim=16).detach()
+    compiled = torch.compile(lambda x: attend_packed(x, plan), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(qkv).double(), oracle(qkv, mask, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_each_configuration_of_flex_is_compiled_for_itself(flex_on_the_cpu, monkeypatch):
+    """One compiled function for several shapes would turn dynamic at the second, and give up after some more."""
+    compiled = []
+
+    def compile_nothing(function, *, dynamic, **options):
+        assert dynamic is False
+        compiled.append(function)
+        return lambda q, k, v, block_mask: q
+
+    monkeypatch.setattr(diagonal.torch, "compile", compile_nothing)
+    plans = [compile_mask(masks.build_attention_mask("2d_cardinal", 1, 3, width), 0, "flex") for width in (3, 4)]
+    for plan in [*plans, *plans]:
+        attend_packed(random_qkv(plan.num_tokens), plan)
+    assert len(compiled) == 2
+    assert compiled[0].__code__ is not compiled[1].__code__
+
+
+@pytest.mark.parametrize(("backend", "allowed"), [("dense", (False, True, True)), ("full", (True, True, True))])
+def test_masked_attention_on_a_gpu_is_not_given_to_cudnn(backend, allowed, monkeypatch):
+    """Its backward returns NaN for some masks. Full attention keeps whatever torch would take."""
+    seen, sdpa = [], attention.F.scaled_dot_product_attention
+    switches = [getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in ("cudnn", "mem_efficient", "math")]
+
+    def record(*args, **kwargs):
+        seen.append(tuple(enabled() for enabled in switches))
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "CUDNN_DEVICES", ("cpu",))
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", record)
+    mask = None if backend == "full" else masks.build_attention_mask("2d_cardinal", 1, 8, 8)
+    plan = compile_mask(mask, 0, "dense")
+    attend_packed(random_qkv(64), plan)
+    assert seen == [allowed]
+
+
+def test_the_restriction_to_some_kernels_compiles_without_a_graph_break(monkeypatch):
+    monkeypatch.setattr(attention, "CUDNN_DEVICES", ("cpu",))
+    mask = masks.build_attention_mask("2d_cardinal", 1, 4, 4)
+    plan, qkv = compile_mask(mask, 0, "dense"), random_qkv(16)
+    compiled = torch.compile(lambda x: attend_packed(x, plan), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(qkv), oracle(qkv, mask))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_very_negative_scores_have_finite_gradients_on_cuda(dtype):
+    """64 tokens, and log-sum-exps far below -88.7: what cuDNN's backward makes NaN of."""
+    mask = masks.build_attention_mask("2d_all_neighbors", 1, 8, 8)
+    plan = compile_mask(mask, 0, "dense").cuda()
+    qkv = random_qkv(64, heads=4, head_dim=64, dtype=torch.float32).detach()
+    qkv[:, :, 0], qkv[:, :, 1] = 5 + qkv[:, :, 0].abs(), -5 - qkv[:, :, 1].abs()
+    qkv = qkv.to(dtype).requires_grad_()
+    out = attend_packed(qkv.cuda(), plan)
+    exact = oracle(qkv, mask)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (torch.autograd.grad(x, qkv, grad.to(x))[0].float() for x in (out, exact))
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item())
 
 
 @pytest.mark.cuda
@@ -292,7 +371,7 @@ def test_backends_match_the_oracle_on_cuda(backend):
     grad = torch.randn(2, 181, 2, 32)
     out = attend_packed(qkv.cuda(), plan)
     exact = oracle(qkv, mask, 1)
-    torch.testing.assert_close(out.double().cpu(), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out.cpu().double(), exact, rtol=1e-3, atol=1e-3)
     ours, theirs = (torch.autograd.grad(x, qkv, grad.to(x))[0] for x in (out, exact))
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
 
@@ -402,6 +481,84 @@ def test_a_real_measurement_leaves_out_what_does_not_work(monkeypatch, tmp_path,
     again = choose(local_plan(), num_calls=10**9)  # the failure is remembered, and not tried in every run of a sweep
     assert (again.backend, again.timings) == ("dense", plan.timings)
     assert capsys.readouterr().err == ""
+
+
+def test_running_out_of_memory_while_measuring_is_not_remembered(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    attend = diagonal.attend
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(diagonal, "attend", out_of_memory)
+    plan = choose(local_plan(), num_calls=10**9)
+    assert (plan.backend, plan.timings.keys()) == ("dense", {"dense"})
+    assert "backend diagonal is left out of this choice: CUDA out of memory" in capsys.readouterr().err
+    monkeypatch.setattr(diagonal, "attend", attend)
+    assert choose(local_plan(), num_calls=10**9).timings.keys() == {"dense", "diagonal"}
+
+
+def test_another_backend_is_taken_where_dense_attention_does_not_fit(uncompiled, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", out_of_memory)
+    plan = choose(local_plan(), num_calls=1)
+    assert (plan.backend, plan.timings.keys()) == ("diagonal", {"diagonal"})
+    monkeypatch.setattr(diagonal, "attend", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory with every backend tried") as caught:
+        choose(compile_mask(masks.build_attention_mask("2d_cardinal", 2, 3, 4), 1), num_calls=1)
+    assert utils.says_no_memory(caught.value)
+
+
+def test_timings_of_other_kernels_are_not_used_again(measured, monkeypatch):
+    choose(local_plan())
+    monkeypatch.setattr(attention, "_kernels_hash", lambda: "another version")
+    choose(local_plan())
+    assert len(measured[0]) == 4
+
+
+def test_a_kernel_that_the_compiler_refuses_runs_uncompiled(monkeypatch, capsys):
+    """Metal, for one, allows 31 buffers in a kernel."""
+    calls = []
+
+    def refuse(function, **options):
+        def kernel(*arguments):
+            calls.append(function.__name__)
+            raise RuntimeError("too many buffers\nand more")
+
+        return kernel
+
+    monkeypatch.setattr(diagonal, "can_compile", lambda device_type: True)
+    monkeypatch.setattr(diagonal, "_KERNELS", {})
+    monkeypatch.setattr(diagonal.torch, "compile", refuse)
+    diagonal.compiled.cache_clear()
+    diagonal._warn_of_a_failed_compile.cache_clear()
+    mask = masks.build_attention_mask("2d_cardinal", 1, 3, 7)
+    plan = compile_mask(mask, 1, "diagonal")
+    for _ in range(2):
+        assert_matches_oracle(plan, mask, random_qkv(22))
+    assert calls == ["forward", "backward"]  # tried once
+    assert capsys.readouterr().err.count("runs uncompiled: too many buffers\n") == 1
+    diagonal.compiled.cache_clear()
+
+
+def test_exact_errors_are_computed_where_there_is_float64(monkeypatch):
+    """Apple's GPUs have none: tensors come to the CPU first."""
+    import candidates
+
+    class OnApple(torch.Tensor):
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def cpu(self):
+            return super().cpu().as_subclass(torch.Tensor)
+
+    qkv = random_qkv(13, dtype=torch.float32).detach().as_subclass(OnApple).requires_grad_()
+    plan = local_plan("dense")
+    assert candidates.largest_error(lambda x: attend_packed(x, plan), qkv, plan.mask, 1) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
