@@ -1,5 +1,6 @@
 # make demo   set up, run the whole comparison on a small dataset that needs no download, and plot it
 # make test   set up, then lint and the whole test suite
+# make test-lowest   the test suite with the lowest versions that the requirements allow (Python 3.10 to 3.12)
 # make faults kill runs, fill disks, damage files, try command lines: long
 # make lint | format | clean
 
@@ -7,8 +8,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO_DIR = experiments/demo
+LOWEST = .venv-lowest
 
-.PHONY: demo test faults lint format clean
+.PHONY: demo test test-lowest faults lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python run_experiments.py --gpus 0 --runs_per_gpu 2 --dataset digits --expansion_steps '[1, 2]' --output_dir $(DEMO_DIR) -- \
@@ -17,6 +19,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest
+
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest
 
 faults: $(VENV)/installed-dev
 	FAULTS=long $(BIN)/python -m pytest tests/faults
@@ -39,5 +44,12 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+# The bounds are those of the requirements: each >= becomes an == that binds pip.
+$(LOWEST)/installed: requirements.txt requirements-dev.txt requirements-slurm.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	sed -n 's/>=/==/p' $^ > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet -r requirements-dev.txt -c $(LOWEST)/constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO_DIR) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(DEMO_DIR) .pytest_cache .ruff_cache .hypothesis

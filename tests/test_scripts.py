@@ -1,5 +1,6 @@
 """Every script from outside: it starts, helps without network, and fails on one line."""
 
+import os
 import subprocess
 import sys
 
@@ -48,3 +49,26 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys, monkeypatch):
     error = capsys.readouterr().err.splitlines()
     assert error[0].startswith("Traceback")
     assert error[-1] == "main.py: error: no memory"
+
+
+def gpu_script(tmp_path, part, **environment):
+    command = ["bash", "experiments/gpu.sh", part, str(tmp_path / "gpu")]
+    environment = {**os.environ, "SMALL": "1", "PYTHON": sys.executable, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=utils.REPOSITORY, env=environment)
+
+
+def test_the_script_for_gpus_measures_and_writes_each_row(tmp_path):
+    done = gpu_script(tmp_path, "machine")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = utils.read_json_lines(tmp_path / "gpu" / "rows.jsonl")
+    assert [row["what"] for row in rows[:2]] == ["versions", "copy"]
+
+
+def test_the_script_for_gpus_names_what_failed_and_lists_its_parts(tmp_path):
+    done = gpu_script(tmp_path, "5", PYTHON="false")
+    assert done.returncode == 1
+    words = "gpu.sh: failed in part base: base_off (exit code 1); base_default (exit code 1)"
+    assert words in done.stdout  # the second step ran although the first had failed
+    unknown = gpu_script(tmp_path, "8")
+    assert unknown.returncode == 2
+    assert "7 accuracy" in unknown.stderr

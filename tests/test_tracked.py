@@ -1,0 +1,51 @@
+"""Every file that the documentation names is in the repository, and not merely on the disk of whoever wrote it."""
+
+import re
+import subprocess
+
+import pytest
+
+import utils
+
+DOCUMENTS = [
+    "README.md",
+    "experiments/README.md",
+    *sorted(f"docs/{p.name}" for p in utils.REPOSITORY.glob("docs/*.md")),
+]
+SUFFIXES = "py|sh|md|json|jsonl|png|svg|txt|toml|ipynb|html|cpp|pt|log"
+NAMED = re.compile(rf"(?<![\w./~$<>*-])((?:[\w.-]+/)*[\w-]+\.(?:{SUFFIXES}))(?![\w*])")
+# Written by a run, a sweep or a measurement, in a folder of its own.
+WRITTEN = {
+    *("config.json", "metrics.jsonl", "attention_mask.png", "last.pt", "previous.pt", "summary.json", "log.txt"),
+    *("results.md", "FILE.json", "label.txt", "rows.jsonl"),
+}
+FOLDERS = ("", "experiments/", "docs/")  # that a name may be relative to, beside the document's own
+
+
+def tracked():
+    command = ["git", "ls-files"]
+    try:
+        done = subprocess.run(command, cwd=utils.REPOSITORY, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no git here")
+    if done.returncode:
+        pytest.skip("this is no git checkout")
+    return set(done.stdout.split())
+
+
+def names_in(document):
+    text = (utils.REPOSITORY / document).read_text(encoding="utf-8")
+    return sorted({name for name in NAMED.findall(text) if name.rpartition("/")[2] not in WRITTEN})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_files_that_a_document_names_are_tracked(document):
+    files, names = tracked(), names_in(document)
+    assert names
+    missing = [name for name in names if not any(f"{folder}{name}" in files for folder in FOLDERS)]
+    assert not missing
+
+
+def test_names_are_found_in_links_code_and_commands():
+    line = "See [JSON](experiments/benchmark/a.json), `logs/b.md`, and bash experiments/gpu.sh PART; ~/x/y.py, *.json"
+    assert NAMED.findall(line) == ["experiments/benchmark/a.json", "logs/b.md", "experiments/gpu.sh"]
