@@ -25,13 +25,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import device as machine
 import diagonal
+import locks
 import utils
 
 BACKENDS = ("auto", "dense", "diagonal", "flex")
@@ -243,7 +243,8 @@ def _timings_of(
 ) -> dict[str, float | None]:
     """As `_measure` has them: those in the cache, else measured now. `others` only where dense takes long enough."""
     path = _timings_path(plan, qkv_shape, dtype, device)
-    with FileLock(f"{path}.lock"):  # two runs that start together measure one after the other, and once
+    lock = path.with_name(f"{path.name}.lock")
+    with locks.acquire_if_possible(lock, "runs that start together each measure the backends, and disturb each other"):
         timings = _read_timings(path)
         if "dense" not in timings:
             timings = _measure(plan, ["dense"], qkv_shape, dtype, device)

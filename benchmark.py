@@ -184,9 +184,9 @@ def measure(args, argv: list[str]) -> tuple[dict, Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     for grid in args.grids:
         rows = measure_grid(args, grid, backends, device)
-        print(format_rows(rows), flush=True)
         report["rows"] += rows
         utils.write_json(output, report)
+        print(format_rows(rows), flush=True)
     print(f"wrote {output}")
     return report, output
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import logging
 import os
 import platform
 import re
@@ -27,6 +28,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 def pick_device(name: str) -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UsageError if the device asked for is not there."""
+    # With a CUDA compiler and no GPU, torch.compile would log a line about it.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(is_worth_saying)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -34,6 +37,15 @@ def pick_device(name: str) -> torch.device:
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
         raise UsageError(f"--device {name}: torch {torch.__version__} sees no such device here; available: {there}")
     return torch.device(name)
+
+
+def is_worth_saying(record: logging.LogRecord) -> bool:
+    return "No CUDA runtime is found" not in record.getMessage()
+
+
+def says_busy(error: BaseException) -> bool:
+    """Whether CUDA says that another process holds the GPU, in exclusive compute mode."""
+    return "busy or unavailable" in str(error)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -68,10 +80,12 @@ PEAK_BF16_FLOPS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that the device could reach at most in bf16; None for other precisions and unknown devices."""
+    """FLOP/s that the device could reach at most in bf16; None for other precisions, unknown devices and MIG slices."""
     if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
+    if re.search(r"\bMIG\b", name):  # a part of the card
+        return None
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 

@@ -88,6 +88,9 @@ def parse_args(argv=None):
 
 def main(argv=None) -> int:
     args = parse_args(argv)
+    parallel.check_environment()
+    if parallel.WORLD_SIZE > 1:
+        raise utils.UsageError("eval.py runs on one process; start it without torchrun")
     machine.keep_freed_memory()
     state = load_checkpoint(args.checkpoint)
     settings, config = state["settings"], state["model_config"]
@@ -118,10 +121,9 @@ def main(argv=None) -> int:
         **result,
         "provenance": machine.provenance(sys.argv[1:] if argv is None else argv, device),
     }
-    print(describe(report))
     output.parent.mkdir(parents=True, exist_ok=True)
     utils.write_json(output, report)
-    print(f"wrote {output}")
+    print(f"{describe(report)}\nwrote {output}")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,11 +59,17 @@ def gpu_ids(num_gpus: int | None) -> list[str]:
     Raises UsageError if there are fewer. GPUs are counted by CUDA_VISIBLE_DEVICES, else by nvidia-smi; where neither
     is there the number asked for is believed.
     """
+    if num_gpus == 0:
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        names = [name.strip() for name in visible.split(",") if name.strip()]
-        found = names[: names.index("-1")] if "-1" in names else names  # as CUDA reads it
-        counted_by = "CUDA_VISIBLE_DEVICES names"
+        found, counted_by = visible_gpus(visible), f"CUDA_VISIBLE_DEVICES={visible} names"
+        hides_all = visible.strip() in ("", "-1")
+        if not found and not hides_all:
+            raise utils.UsageError(
+                f"CUDA_VISIBLE_DEVICES is {visible!r}, which names no GPU that CUDA can use; correct or unset it, or "
+                "run on the CPU with --gpus 0"
+            )
     else:
         found, counted_by = _ask_nvidia_smi(), "nvidia-smi lists"
     if num_gpus is None:
@@ -76,24 +83,59 @@ def gpu_ids(num_gpus: int | None) -> list[str]:
     return found[:num_gpus]
 
 
+def visible_gpus(visible: str) -> list[str]:
+    """The GPUs that CUDA takes from CUDA_VISIBLE_DEVICES: those before the first name that is none.
+
+    A name is an index, or the (beginning of the) UUID of a GPU or of a MIG slice. Warns of names that are passed over.
+    """
+    names = [name.strip() for name in visible.split(",")]
+    first = 0
+    while first < len(names) and _is_gpu_name(names[first]) and names[first] not in names[:first]:
+        first += 1
+    if 0 < first < len(names) and names[first] != "-1":
+        utils.warn(
+            f"CUDA stops at {names[first]!r} in CUDA_VISIBLE_DEVICES={visible}, which is no GPU or is there twice; "
+            f"only {', '.join(names[:first])} can be used"
+        )
+    return names[:first]
+
+
+def _is_gpu_name(name: str) -> bool:
+    return re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", name) is not None
+
+
 def _ask_nvidia_smi() -> list[str] | None:
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+    """Indices of the GPUs; of one that is divided into MIG slices, the UUIDs of the slices. None without nvidia-smi."""
+    answer = _call_nvidia_smi("-L")
+    if answer is None:
         return None
-    num_gpus = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
-    return [str(index) for index in range(num_gpus)]
+    gpus: list[tuple[str, list[str]]] = []  # index, slices
+    for line in answer.stdout.splitlines():
+        if line.startswith("GPU "):
+            gpus.append((line.split()[1].rstrip(":"), []))
+        elif gpus and (uuid := re.search(r"\(UUID: (MIG-[^)]+)\)", line)):
+            gpus[-1][1].append(uuid[1])
+    return [name for index, slices in gpus for name in slices or [index]]
 
 
 def answers(gpu: str) -> bool:
-    """Whether nvidia-smi finds the GPU; True where there is no nvidia-smi."""
+    """Whether nvidia-smi finds the GPU, or the MIG slice; True where there is no nvidia-smi."""
+    if gpu.startswith("MIG-"):  # which -i does not take
+        answer = _call_nvidia_smi("-L")
+        return answer is None or gpu in answer.stdout
+    answer = _call_nvidia_smi("-i", gpu, "-L")
+    return answer is None or answer.returncode == 0
+
+
+def _call_nvidia_smi(*options: str) -> subprocess.CompletedProcess | None:
+    """What it answers; a failure if it does not within half a minute, None where there is none."""
+    command = ["nvidia-smi", *options]
     try:
-        done = subprocess.run(["nvidia-smi", "-i", gpu, "-L"], capture_output=True, timeout=30)
+        return subprocess.run(command, capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
-        return False
+        return subprocess.CompletedProcess(command, returncode=1, stdout="", stderr="")
     except OSError:
-        return True
-    return done.returncode == 0
+        return None
 
 
 def make_slots(gpus: list[str], runs_per_gpu: int, gpus_per_run: int = 1) -> list[str]:
@@ -196,7 +238,8 @@ class Pool:
 
     def _start(self, job: Job, slot: str) -> None:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": slot, PARENT: str(os.getpid())}
-        environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's
+        if "CUDA_VISIBLE_DEVICES" not in os.environ:  # else the numbers are the user's, in the user's order
+            environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's
         if not slot:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))  # the runs on one CPU share its cores
         job.run.folder.mkdir(parents=True, exist_ok=True)

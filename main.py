@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 import attention
 import data
 import device as machine
 import figures
+import locks
 import masks
 import models
 import parallel
@@ -27,7 +28,7 @@ import sources
 import utils
 from checkpoint import load_latest
 from settings import parse_args, resolve_settings
-from stop import StopRequest
+from stop import StoppedAtOnce, StopRequest
 from train import Stopped, Trainer, images_a_forward
 from utils import BusyError, OutOfMemoryError, UsageError, UserError
 
@@ -109,12 +110,17 @@ def read_config(folder: Path) -> dict | None:
     return config
 
 
+def result_of(value):
+    """A setting as far as the result depends on it: a CUDA graph replays the same compiled kernels."""
+    return "default" if value == "reduce-overhead" else value
+
+
 def refuse_other(folder: Path, what: str, found: dict, asked: dict) -> None:
     """Raise UsageError if the folder's run was made with something else than what is asked for now."""
     differing = [
         f"{key} {found.get(key)!r} there, {value!r} asked for"
         for key, value in asked.items()
-        if key not in utils.NOT_PART_OF_THE_RESULT and found.get(key) != value
+        if key not in utils.NOT_PART_OF_THE_RESULT and result_of(found.get(key)) != result_of(value)
     ]
     if differing:
         raise UsageError(
@@ -153,26 +159,29 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / utils.LOCK)
     try:
-        lock.acquire(timeout=1)  # who asks whether it is free has it for an instant
+        lock = locks.acquire(folder / utils.LOCK, timeout=1)  # another process may hold it briefly while checking
     except Timeout:
         raise BusyError(f"another process is writing to {folder}; wait for it, or choose another --run_name") from None
-    try:
+    with lock:
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
-def memory_errors(grad_accumulation: int) -> Iterator[None]:
-    """Running out of memory as an error with a remedy, and with an exit code that a sweep acts on."""
+def device_errors(grad_accumulation: int) -> Iterator[None]:
+    """A GPU that is taken, and running out of memory, as errors with a remedy; the second has its own exit code."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not utils.says_no_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if machine.says_busy(error):
+            raise UserError(
+                f"the GPU is taken: {utils.first_line(error)}. Another process holds it, and its compute mode allows "
+                "one only; wait for that process, choose another GPU with CUDA_VISIBLE_DEVICES, or allow several with "
+                "nvidia-smi -c DEFAULT"
+            ) from error
+        if not utils.says_no_memory(error):
             raise
         raise OutOfMemoryError(
             f"out of memory: {utils.first_line(error)}. --grad_accumulation {2 * grad_accumulation} halves what a "
@@ -185,30 +194,43 @@ def main(argv=None) -> int:
     machine.keep_freed_memory()
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    parallel.check_environment()
     if args.device in ("auto", "cuda"):
         parallel.take_own_gpu()
     settings = resolve_settings(args)
     folder = utils.run_folder(settings["output_dir"], settings["dataset"], settings["run_name"], settings["seed"])
     if settings["dry_run"]:
-        with memory_errors(settings["grad_accumulation"]):
+        with device_errors(settings["grad_accumulation"]):
             dry_run(settings, folder)
         return 0
     stop = StopRequest()
-    with stop.listening(), parallel.process_group(torch.device(settings["device"])) as device:
-        if is_finished(folder, settings):
-            return 0
-        dataset = load_dataset(settings, device)
-        with only_writer(folder), memory_errors(settings["grad_accumulation"]):
-            try:
+    with (
+        stop.listening(),
+        device_errors(settings["grad_accumulation"]),
+        parallel.process_group(torch.device(settings["device"])) as device,
+    ):
+        try:
+            with stop.at_once():
+                if is_finished(folder, settings):
+                    return 0
+                dataset = load_dataset(settings, device)
+            with only_writer(folder):
                 return run(settings, dataset, folder, device, stop, argv)
-            except Stopped:
-                reason = next(filter(None, parallel.from_all(stop.reason)))
-                if parallel.IS_FIRST:
-                    try:
-                        print(f"stopped ({reason}); all is saved in {folder}, the same command goes on", flush=True)
-                    except BrokenPipeError:  # in `| tee log` Ctrl-C has ended tee as well
-                        utils.drop_output()
-                return 130 if parallel.any_rank(stop.by_keyboard) else utils.EXIT_AGAIN
+        except StoppedAtOnce:
+            say_stopped(f"stopped ({stop.reason}) before the training; the same command starts again")
+            return 130 if stop.by_keyboard else utils.EXIT_AGAIN
+        except Stopped:
+            reason = next(filter(None, parallel.from_all(stop.reason)))
+            say_stopped(f"stopped ({reason}); all is saved in {folder}, the same command goes on")
+            return 130 if parallel.any_rank(stop.by_keyboard) else utils.EXIT_AGAIN
+
+
+def say_stopped(message: str) -> None:
+    if parallel.IS_FIRST:
+        try:
+            print(message, flush=True)
+        except BrokenPipeError:  # in `| tee log` Ctrl-C has ended tee as well
+            utils.drop_output()
 
 
 def is_finished(folder: Path, settings: dict) -> bool:
@@ -237,8 +259,21 @@ def run(
     settings: dict, dataset: data.Dataset, folder: Path, device: torch.device, stop: StopRequest, argv: list[str]
 ) -> int:
     """Begin the run or go on with it, to its end."""
-    if is_finished(folder, settings):  # by another process, before this one had the folder
-        return 0
+    with stop.at_once():
+        if is_finished(folder, settings):  # by another process, before this one had the folder
+            return 0
+        trainer = prepare(settings, dataset, folder, device, stop, argv)
+    history = trainer.train()
+    if parallel.IS_FIRST:
+        utils.write_json(folder / utils.SUMMARY, summarize(history, trainer.config))
+        print(f"finished: {history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images; results in {folder}")
+    return 0
+
+
+def prepare(
+    settings: dict, dataset: data.Dataset, folder: Path, device: torch.device, stop: StopRequest, argv: list[str]
+) -> Trainer:
+    """The trainer, where the run was left; config.json and the picture of the mask are written."""
     found, state = parallel.from_first((read_config(folder), load_latest(folder)) if parallel.IS_FIRST else None)
     model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
     if found is None:
@@ -264,11 +299,7 @@ def run(
         print(f"{folder}: {what}", flush=True)
         if state is not None:
             print(f"resuming in epoch {trainer.epoch} after step {trainer.step}", flush=True)
-    history = trainer.train()
-    if parallel.IS_FIRST:
-        utils.write_json(folder / utils.SUMMARY, summarize(history, config))
-        print(f"finished: {history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images; results in {folder}")
-    return 0
+    return trainer
 
 
 def make_config(

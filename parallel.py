@@ -23,11 +23,40 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import UsageError, UserError, first_line, says_no_memory
 
-# What torchrun tells each process.
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-WORLD_SIZE = max(1, WORLD_SIZE)
+
+def read_environment() -> tuple[int, int, int]:
+    """(rank, local rank, number of processes) as torchrun tells each process; (0, 0, 1) without torchrun.
+
+    Raises UsageError where only a part of it is there, or makes no sense.
+    """
+    numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    for name, text in numbers.items():
+        if text is not None and not text.isdecimal():
+            raise UsageError(f"{name} is {text!r} in the environment, expected a whole number; {UNSET}")
+    rank, local_rank, world_size = (int(text or 0) for text in numbers.values())
+    if world_size <= 1 and rank == 0 and local_rank == 0:
+        return 0, 0, 1
+    for name in (*numbers, "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            there = " ".join(f"{key}={text}" for key, text in numbers.items() if text is not None)
+            raise UsageError(f"{there} in the environment, as of one of several processes, but no {name}; {UNSET}")
+    if rank >= world_size:
+        raise UsageError(f"RANK is {rank} in the environment, and WORLD_SIZE only {world_size}; {UNSET}")
+    return rank, local_rank, world_size
+
+
+UNSET = "unset it, or start several processes with torchrun, which sets it"
+try:
+    RANK, LOCAL_RANK, WORLD_SIZE = read_environment()
+except UsageError:  # said by check_environment, where it can be
+    RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 IS_FIRST = RANK == 0  # the one that writes and prints
 TIMEOUT = timedelta(minutes=60)  # the first rank may be compiling and measuring backends
+
+
+def check_environment() -> None:
+    """Raise UsageError if the environment tells of other processes, but not how to meet them."""
+    read_environment()
 
 
 def die_with_parent() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+import locks
 import utils
 
-GRAD_ACCUMULATION = "--grad_accumulation"
+GRAD_ACCUMULATION, COMPILE = "--grad_accumulation", "--compile"
 WAITING, RUNNING, ELSEWHERE, DONE, FAILED = "waiting", "running", "elsewhere", "done", "failed"
 
 
@@ -36,26 +37,33 @@ class PlannedRun:
         command = self._read_config("provenance").get("command")
         arguments = tuple(command[1:]) if isinstance(command, list) else ()
         added = arguments[len(self.arguments) :]  # after it had run out of memory
-        return arguments[: len(self.arguments)] == self.arguments and (not added or added[0] == GRAD_ACCUMULATION)
+        return arguments[: len(self.arguments)] == self.arguments and added[:1] in ((), (GRAD_ACCUMULATION,))
 
     def is_being_written(self) -> bool:
-        """Whether some process holds the folder's lock."""
+        """Whether some process holds the folder's lock; where there are none main.py says so."""
         if not (self.folder / utils.LOCK).exists():
             return False
         try:
-            with FileLock(self.folder / utils.LOCK, blocking=False):
+            with locks.acquire(self.folder / utils.LOCK, timeout=0):
                 return False
+        except locks.NoLocksError:
+            return False
         except Timeout:
             return True
 
     def micro_batches_asked_for(self) -> int | None:
         """Of each step, by the options after `--`."""
-        value = None
-        for position, option in enumerate(self.arguments):
-            name, is_one_word, value_in_it = option.partition("=")
-            if name == GRAD_ACCUMULATION:
-                value = value_in_it if is_one_word else "".join(self.arguments[position + 1 : position + 2])
+        value = self.value_of(GRAD_ACCUMULATION)
         return int(value) if value and value.isdecimal() else None
+
+    def value_of(self, option: str) -> str | None:
+        """What main.py's arguments give an option; None if it is not among them."""
+        value = None
+        for position, word in enumerate(self.arguments):
+            name, is_one_word, value_in_it = word.partition("=")
+            if name == option:
+                value = value_in_it if is_one_word else "".join(self.arguments[position + 1 : position + 2])
+        return value
 
     def micro_batches(self) -> int:
         """Of each step, to begin with: as asked for, else as the run had it when it was left."""
@@ -88,8 +96,12 @@ class Job:
     def arguments(self) -> list[str]:
         """Of main.py; with smaller micro-batches than planned once memory ran out."""
         number = self.micro_batches or self.run.micro_batches()
-        changed = number != (self.run.micro_batches_asked_for() or 1)
-        return [*self.run.arguments, *([GRAD_ACCUMULATION, str(number)] if changed else [])]
+        if number == (self.run.micro_batches_asked_for() or 1):
+            return [*self.run.arguments]
+        changed = [GRAD_ACCUMULATION, str(number)]
+        if self.run.value_of(COMPILE) == "reduce-overhead":  # gradients cannot add up in the memory of a CUDA graph
+            changed += [COMPILE, "default"]
+        return [*self.run.arguments, *changed]
 
 
 def make_plan(args, device: str) -> list[PlannedRun]:

@@ -156,9 +156,9 @@ def main(argv=None) -> int:
         try:
             gpus = launch.gpu_ids(args.gpus)
         except utils.UsageError:
-            if not args.dry_run:
+            if not args.dry_run or args.gpus is None:
                 raise
-            gpus = [str(index) for index in range(args.gpus)]  # a plan may be made for another machine
+            gpus = [str(index) for index in range(args.gpus or 0)]  # a plan may be made for another machine
         slots = launch.make_slots(gpus, args.runs_per_gpu, args.gpus_per_run)
     plan = make_plan(args, "cuda" if (args.gpus != 0 if on_slurm else slots[0]) else "cpu")
     if args.dry_run:

@@ -22,9 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 import launch
+import locks
 import utils
 from plan import DONE, FAILED, RUNNING, WAITING, Job, PlannedRun
 from stop import PARENT
@@ -102,7 +101,7 @@ def run_jobs(
         if not args.attach:
             submitit = import_submitit()
             root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / utils.LOCK):
+            with locks.acquire(root / utils.LOCK):
                 submitted, queue = read_submitted(root), ask_queue()
                 missing = [job for job in jobs if submitted.get(name_of(job.run, root)) not in queue]
                 if missing:

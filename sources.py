@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 import imagefolder
+import locks
 from utils import UserError
 
 
@@ -59,7 +59,9 @@ def load_torchvision(class_name: str, label: str) -> Callable[[Path, tuple[int, 
             data_dir.mkdir(parents=True, exist_ok=True)
             # The runs of a sweep start together: one downloads, the others wait. A read-only folder is only read.
             writable = os.access(data_dir, os.W_OK)
-            with FileLock(data_dir / f".{class_name}.lock") if writable else contextlib.nullcontext(), quiet:
+            lock = data_dir / f".{class_name}.lock"
+            risk = "runs that start together may each download the data"
+            with locks.acquire_if_possible(lock, risk) if writable else contextlib.nullcontext(), quiet:
                 splits = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
         except Exception as error:  # no network, a bad checksum, a damaged archive: torchvision raises anything
             reason = str(error) or type(error).__name__

@@ -22,18 +22,24 @@ GONE = "the sweep is gone"
 SECONDS_TO_STOP = 300.0  # then it is taken for hung
 
 
+class StoppedAtOnce(BaseException):
+    """Asked to stop where there is nothing to save. No Exception: whoever tries things out must not swallow it."""
+
+
 class StopRequest:
     """Whether and why this process should stop."""
 
     def __init__(self):
         self.reason: str | None = None
         self.by_keyboard = False
+        self._may_raise = False
         self._over = threading.Event()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are requests. For the main thread."""
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+        """Within, signals are requests; not in a thread, where Python has no signals: they are left to the main one."""
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if in_main else ()
         before = {number: signal.signal(number, self._receive) for number in numbers}
         if parent := os.environ.get(PARENT):
             threading.Thread(target=self._watch, args=(int(parent),), daemon=True).start()
@@ -45,11 +51,26 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_IGN if asked else handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, there is nothing to save: a request ends it where it is. Raises StoppedAtOnce."""
+        self._may_raise = True
+        try:
+            if self.reason is not None:
+                raise StoppedAtOnce
+            yield
+        finally:
+            self._may_raise = False
+
     def _receive(self, number: int, frame) -> None:
         self.reason = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # once more ends it at once
             self.by_keyboard = True
+        if self._may_raise:
+            self._may_raise = False  # once: what ends may take a moment
+            raise StoppedAtOnce
+        if number == signal.SIGINT:
             with contextlib.suppress(OSError):  # in `2>&1 | tee log` Ctrl-C has ended tee as well
                 os.write(2, b"stopping after this step; Ctrl-C once more stops at once\n")
 

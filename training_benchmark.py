@@ -139,10 +139,10 @@ def main(argv=None) -> int:
     report = {"provenance": machine.provenance(sys.argv[1:] if argv is None else argv, device)}
     report["matmul_flops_per_second"] = matmul
     report["rows"] = [make_row(name, seconds, matmul, args) for name in loops]
-    for row in report["rows"]:
-        print_row(row)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     utils.write_json(args.output, report)
+    for row in report["rows"]:
+        print_row(row)
     print(f"wrote {args.output}")
     return 0
 

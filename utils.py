@@ -105,6 +105,7 @@ def run_cli(main: Callable[[], int], leave: Callable[[int], None] = sys.exit) ->
     With `--debug` among the arguments the traceback comes before it.
     """
     program = Path(sys.argv[0]).name
+    make_output_safe()
     try:
         code = main()
     except BrokenPipeError:  # the reader of our output has gone (`... | head`): nothing is left to say
@@ -118,6 +119,16 @@ def run_cli(main: Callable[[], int], leave: Callable[[int], None] = sys.exit) ->
         said = "interrupted" if interrupted else f"error: {' '.join(str(error).split()) or type(error).__name__}"
         print(f"{program}: {said}", file=sys.stderr)
     leave(code)
+
+
+def make_output_safe() -> None:
+    """Let no output fail: what a terminal's encoding lacks is escaped, and a closed stream swallows all."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def drop_output() -> None:
@@ -215,7 +226,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes of file names that are no text
 
 
 def write_json(path: Path, value) -> None:
