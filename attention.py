@@ -180,10 +180,13 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
-    """FlexAttention, compiled by an outer torch.compile, or here for this configuration alone."""
+    """FlexAttention, compiled by an outer torch.compile, or here for this configuration alone.
+
+    The mask is an argument of what is compiled: all of one size share it.
+    """
     if torch.compiler.is_compiling():
         return _flex(q, k, v, block_mask)
-    configuration = (q.shape, q.stride(), q.dtype, q.device, id(block_mask))
+    configuration = (q.shape, q.stride(), q.dtype, q.device)
     return diagonal.compiled(_flex, configuration)(q, k, v, block_mask)
 
 
@@ -247,11 +250,14 @@ def _timings_of(
     with locks.acquire_if_possible(lock, "runs that start together each measure the backends, and disturb each other"):
         timings = _read_timings(path)
         if "dense" not in timings:
-            timings = _measure(plan, ["dense"], qkv_shape, dtype, device)
+            timings |= _measure(plan, ["dense"], qkv_shape, dtype, device)
             utils.write_json(path, timings)
-        if _seconds_of_all(timings, num_calls) >= CHOICE_SECONDS and not timings.keys() >= {*others}:
-            fits = ["dense"] if "dense" in timings else []
-            timings = _measure(plan, [*fits, *others], qkv_shape, dtype, device)
+        missing = [name for name in others if name not in timings]
+        if missing and _seconds_of_all(timings, num_calls) >= CHOICE_SECONDS:
+            # Dense once more, in turns with the others. Where only what did not fit before is missing, the rest
+            # stays as it was measured, so that the runs of a sweep choose alike.
+            again = ["dense"] if missing == others and "dense" in timings else []
+            timings |= _measure(plan, [*again, *missing], qkv_shape, dtype, device)
             utils.write_json(path, timings)
     return timings
 
@@ -276,28 +282,32 @@ def _measure(
         plan.use(backend, "being measured")
         return machine.seconds_of(lambda: torch.autograd.grad(attend_packed(qkv, plan), qkv, grad), device)
 
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     broken: dict[str, None] = {}
-    for backend in candidates:
-        try:
-            run(backend)  # compiles
-            seconds[backend] = []
-        except Exception as error:  # a compiler's: whatever it is, dense is still there
-            if utils.says_no_memory(error):
-                utils.warn(f"backend {backend} is left out of this choice: {utils.first_line(error)}")
-                machine.free_unused_memory(device)
-            elif backend == "dense":
-                raise
-            else:
-                utils.warn(f"backend {backend} does not work here and is left out: {utils.first_line(error)}")
-                broken[backend] = None
+
+    def take_turns() -> None:
+        for backend in list(seconds):
+            try:
+                seconds[backend].append(run(backend))
+                continue
+            except Exception as error:  # a compiler's: whatever it is, dense is still there
+                if utils.says_no_memory(error):
+                    utils.warn(f"backend {backend} is left out of this choice: {utils.first_line(error)}")
+                elif backend == "dense":
+                    raise
+                else:
+                    utils.warn(f"backend {backend} does not work here and is left out: {utils.first_line(error)}")
+                    broken[backend] = None
+            del seconds[backend]
+            machine.free_unused_memory(device)  # not above, where the error still holds what was computed
+
+    take_turns()  # compiles
     start = time.perf_counter()
     for _ in range(ROUNDS):
-        for backend, measured in seconds.items():
-            measured.append(run(backend))
+        take_turns()
         if time.perf_counter() - start > SECONDS_A_MEASUREMENT:
             break
-    return {name: statistics.median(measured) for name, measured in seconds.items()} | broken
+    return {name: statistics.median(measured[1:]) for name, measured in seconds.items()} | broken
 
 
 def _timings_path(plan: Plan, qkv_shape: tuple, dtype: torch.dtype, device: torch.device) -> Path:
