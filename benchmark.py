@@ -107,14 +107,18 @@ def prepare(candidates: list[Candidate], tolerance: float, device: torch.device)
 def measure_grid(args, grid: int, backends: list[str], device: torch.device) -> list[dict]:
     """One row a candidate: quartiles of milliseconds, of the ratio to full attention within each turn, and memory."""
     build = attention_candidates if args.level == "attention" else model_candidates
-    candidates = build(args, grid, backends, device)
+    return measure_candidates(build(args, grid, backends, device), args, grid, device)
+
+
+def measure_candidates(candidates: list[Candidate], args, grid: int, device: torch.device) -> list[dict]:
+    """Check the candidates, then time them in turns; the first one is what the others are compared with."""
     prepare(candidates, TOLERANCES[args.dtype], device)
     seconds = np.empty((args.rounds, len(candidates)))
     order = np.random.default_rng(0)  # anew in each turn, so that nobody always finds the caches of the same other one
     for turn in tqdm(range(args.rounds), f"grid {grid}x{grid}", leave=False, disable=not sys.stderr.isatty()):
         for index in order.permutation(len(candidates)):
             seconds[turn, index] = machine.seconds_of(candidates[index].run, device)
-    ratios = seconds[:, :1] / seconds  # the first one is full attention
+    ratios = seconds[:, :1] / seconds
     memory = [machine.peak_memory_of(candidate.run, device) for candidate in candidates]
     return [
         {

@@ -189,7 +189,12 @@ def largest_error(attend: Callable, qkv: Tensor, mask: Tensor | None, num_global
     exact = (scores.softmax(-1) @ v).transpose(1, 2)  # [B, rows, H, D]
     (exact_grad,) = torch.autograd.grad(exact, exact_qkv, grad[:, rows].cpu().double())
     errors = (out[:, rows].cpu().double() - exact, grad_qkv.cpu().double() - exact_grad)
-    return max(error.abs().max().item() for error in errors)
+    return largest([error.abs().max() for error in errors])
+
+
+def largest(errors: list[Tensor]) -> float:
+    """The largest one, NaN if one is NaN: Python's max() would pass over it."""
+    return torch.stack(errors).max().item()
 
 
 def checked_rows(num_tokens: int) -> Tensor:
@@ -255,7 +260,7 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
 def model_error(step: Callable, model: torch.nn.Module, reference: torch.nn.Module) -> float:
     """Largest difference of the losses and of the positions' gradients, which are small: relative to the largest."""
     pairs = [(step(model), step(reference)), (model.pos_embed.grad, reference.pos_embed.grad)]
-    return max(((found - right).abs().max() / right.abs().max()).item() for found, right in pairs)
+    return largest([(found - right).abs().max() / right.abs().max() for found, right in pairs])
 
 
 class ValuesAlone(models.Attention):

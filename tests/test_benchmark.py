@@ -169,6 +169,24 @@ def test_a_wrong_gradient_is_seen():
     assert candidates.largest_error(lambda x: attention.attend_packed(Wrong.apply(x), plan), qkv, None, 0) > 1e-4
 
 
+def test_a_gradient_of_nan_is_seen():
+    """Right outputs, gradients of NaN: what cuDNN's backward has given for some masks."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("nan")
+
+    plan = attention.compile_mask(None)
+    qkv = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
+    error = candidates.largest_error(lambda x: attention.attend_packed(Wrong.apply(x), plan), qkv, None, 0)
+    assert np.isnan(error)
+
+
 def test_quartiles():
     values = benchmark.quartiles(np.array([5.0, 1.0, 3.0, 2.0, 4.0]))
     assert values == {"q1": 2.0, "median": 3.0, "q3": 4.0}
