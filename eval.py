@@ -5,6 +5,7 @@ python eval.py --checkpoint experiments/cifar10/full/seed_0/last.pt
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterable
@@ -122,9 +123,16 @@ def main(argv=None) -> int:
         "provenance": machine.provenance(sys.argv[1:] if argv is None else argv, device),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    utils.write_json(output, report)
+    utils.write_text(output, format_json(report))
     print(f"{describe(report)}\nwrote {output}")
     return 0
+
+
+def format_json(report: dict) -> str:
+    """The report as JSON, the confusion matrix one row per line: 1,000 classes are not a million lines."""
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in report["confusion_matrix"])
+    text = json.dumps(report | {"confusion_matrix": []}, indent=2, allow_nan=False)
+    return text.replace('"confusion_matrix": []', f'"confusion_matrix": [\n{rows}\n  ]') + "\n"
 
 
 def describe(report: dict) -> str:

@@ -241,6 +241,21 @@ def test_evaluation_of_the_checkpoint_agrees_with_training(finished, tmp_path, c
     assert f"top-1 {report['top1_accuracy']:.2f}%" in capsys.readouterr().out
 
 
+def test_the_confusion_matrix_is_written_one_row_per_line(finished, tmp_path, monkeypatch):
+    number, evaluate = 1000, evaluation.evaluate
+    matrix = [[row * number + column for column in range(number)] for row in range(number)]
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: evaluate(*args) | {"confusion_matrix": matrix})
+    monkeypatch.setattr(evaluation, "describe", lambda report: "")
+    output = tmp_path / "eval.json"
+    arguments = ["--checkpoint", str(finished / "last.pt"), "--device", "cpu", "--output", str(output)]
+    assert evaluation.main(arguments) == 0
+    report, text = utils.read_json(output), output.read_text()
+    assert report["confusion_matrix"] == matrix
+    assert {"loss", "top1_accuracy", "per_class_accuracy", "provenance"} <= report.keys()
+    assert number < len(text.splitlines()) < number + 100
+    assert "    [1000, 1001, 1002" in text
+
+
 def test_evaluate_against_an_oracle():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, 7, generator=generator)
