@@ -60,6 +60,7 @@ class Dataset:
     device: torch.device  # of the batches
     streams: bool = False  # whether batches are fetched ahead, from images that are not on the device
     checksum: str = ""  # of all images and labels
+    files: dict | None = None  # of an image folder: number, and a hash of names and sizes
 
     @property
     def in_channels(self) -> int:
@@ -82,6 +83,7 @@ class Dataset:
             "mean": self.mean,
             "std": self.std,
             "checksum": self.checksum,
+            "files": self.files,
         }
 
 
@@ -100,8 +102,8 @@ def load_dataset(
     streams = num_bytes > (_bytes_for_data(device) if limit_bytes is None else limit_bytes)
     storage = torch.device("cpu") if streams else device
     splits = [Split(images.to(storage), labels.to(storage)) for images, labels in (loaded.train, loaded.test)]
-    about = (name, loaded.label, loaded.class_names)
-    return Dataset(*about, *splits, mean, std, source.flip, img_size, device, streams, checksum(loaded))
+    about, crc = (name, loaded.label, loaded.class_names), checksum(loaded)
+    return Dataset(*about, *splits, mean, std, source.flip, img_size, device, streams, crc, loaded.files)
 
 
 def checksum(loaded: sources.Images) -> str:

@@ -106,6 +106,13 @@ def main(argv=None) -> int:
             f"the data has classes {dataset.class_names}, the checkpoint was trained on "
             f"{state['data']['class_names']}; point --data_dir at the data that it was trained on"
         )
+    trained_on = state["data"].get("checksum")  # None in older checkpoints
+    is_as_trained = None if trained_on is None else dataset.checksum == trained_on
+    if is_as_trained is False:
+        utils.warn(
+            f"{dataset.label} holds other images than the checkpoint was trained and tested with; they are normalized "
+            'as those were, and the JSON notes it ("data_as_trained")'
+        )
     # Normalized as in training, whatever images lie in the folder now.
     dataset.mean, dataset.std = state["data"]["mean"], state["data"]["std"]
     split = getattr(dataset, args.split)
@@ -116,6 +123,7 @@ def main(argv=None) -> int:
         "checkpoint": str(args.checkpoint),
         "epoch": len(state["history"]),  # that were finished
         "data": dataset.label,
+        "data_as_trained": is_as_trained,
         "split": args.split,
         "precision": precision,
         "class_names": dataset.class_names,

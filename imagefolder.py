@@ -15,20 +15,23 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
 from utils import UserError, warn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Labeled = tuple[Tensor, Tensor]  # uint8 images [n, 3, H, W], int64 labels [n]
 
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 MAX_PIXELS = 64_000_000  # of one file; decoding takes 4 bytes a pixel, with transparency 8
 CHUNK = 8  # files that a thread takes at once
 LAYOUT = "expected train/<class>/* and test/<class>/* in --data_dir"
-Labeled = tuple[Tensor, Tensor]  # uint8 images [n, 3, H, W], int64 labels [n]
 
 
 def read(root: Path, img_size: tuple[int, int]) -> tuple[Labeled, Labeled, list[str], str]:
@@ -38,20 +41,11 @@ def read(root: Path, img_size: tuple[int, int]) -> tuple[Labeled, Labeled, list[
     """
     Image.MAX_IMAGE_PIXELS = None  # PIL's own limit; ours is checked on the header, with a message
     warnings.filterwarnings("ignore", module="PIL")  # remarks on odd metadata, which name no file
-    class_names = find_classes(root, "train")
-    label = _read_label(root)
-    test_only = set(find_classes(root, "test")) - set(class_names)
-    if test_only:
-        raise UserError(
-            f"{root}: {_names(test_only)} only in test/, not in train/: nothing could learn it; remove or add images"
-        )
-    train_only = set(class_names) - set(find_classes(root, "test"))
+    class_names, files = find_images(root)
+    label = read_label(root)
+    train_only = set(class_names) - {class_names[index] for _, index in files["test"]}
     if train_only:
         warn(f"{root}: {_names(train_only)} only in train/: its accuracy cannot be measured")
-    files = {
-        split: _find_files(root / split, class_names, train_only if split == "test" else ())
-        for split in ("train", "test")
-    }
     sizes = set(_map_with_bar(_read_size, [path for split in files.values() for path, _ in split], "reading headers"))
     height, width = img_size
     if len(sizes) == 1:
@@ -60,6 +54,25 @@ def read(root: Path, img_size: tuple[int, int]) -> tuple[Labeled, Labeled, list[
             height, width = common_height, common_width
     splits = [_read_split(split, height, width) for split in files.values()]
     return *splits, class_names, label
+
+
+def find_images(root: Path) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
+    """The class names, and (path, label) of every image of each split; no image is opened, and nothing said.
+
+    Raises UserError for a folder that is missing, empty, or of a class that could not be learned.
+    """
+    class_names = find_classes(root, "train")
+    in_test = set(find_classes(root, "test"))
+    test_only = in_test - set(class_names)
+    if test_only:
+        raise UserError(
+            f"{root}: {_names(test_only)} only in test/, not in train/: nothing could learn it; remove or add images"
+        )
+    train_only = set(class_names) - in_test
+    return class_names, {
+        split: _find_files(root / split, class_names, train_only if split == "test" else ())
+        for split in ("train", "test")
+    }
 
 
 def find_classes(root: Path, split: str) -> list[str]:
@@ -78,7 +91,7 @@ def _entries(folder: Path) -> list[Path]:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}; {LAYOUT}") from error
 
 
-def _read_label(root: Path) -> str:
+def read_label(root: Path) -> str:
     """How the data is to be called: the text of label.txt on one line, or the folder's name."""
     try:
         text = (root / "label.txt").read_text(encoding="utf-8-sig")
@@ -103,6 +116,8 @@ def _find_files(folder: Path, class_names: list[str], missing: set[str] | tuple)
 
 
 def _read_split(files: list[tuple[Path, int]], height: int, width: int) -> Labeled:
+    import torch  # deferred: a sweep only looks at names and sizes, and starts without it
+
     images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
 
     def fill(index: int) -> None:

@@ -20,6 +20,7 @@ import attention
 import data
 import device as machine
 import figures
+import identity
 import locks
 import masks
 import models
@@ -27,7 +28,7 @@ import parallel
 import sources
 import utils
 from checkpoint import load_latest
-from settings import parse_args, resolve_settings
+from settings import complete, parse_args, resolve_settings
 from stop import StoppedAtOnce, StopRequest
 from train import Stopped, Trainer, images_a_forward
 from utils import BusyError, OutOfMemoryError, UsageError, UserError
@@ -124,9 +125,20 @@ def refuse_other(folder: Path, what: str, found: dict, asked: dict) -> None:
     ]
     if differing:
         raise UsageError(
-            f"{folder} holds a run of other {what}: {'; '.join(differing)}. Choose another --run_name or --output_dir, "
-            "or remove the folder"
+            f"{folder} holds a run of other {what}: {'; '.join(differing)}. Choose another --dataset_name, --run_name "
+            "or --output_dir, or remove the folder"
         )
+
+
+def refuse_other_settings(folder: Path, found: dict, asked: dict) -> None:
+    refuse_other(folder, "settings", complete(found, asked), asked)
+
+
+def refuse_other_data(folder: Path, found: dict, data: dict) -> None:
+    """Raise UsageError if the folder's run was made with other data, as far as its `data` and ours both tell."""
+    if data.get("files") is not None:
+        identity.refuse_other_data(folder, identity.differences(found, data))
+    refuse_other(folder, "data", found, {key: data[key] for key in data if key in found and key != "label"})
 
 
 def summarize(history: list[dict], config: dict) -> dict:
@@ -149,6 +161,7 @@ def summarize(history: list[dict], config: dict) -> dict:
 def dry_run(settings: dict, folder: Path) -> None:
     in_channels, num_classes = sources.channels_and_classes(settings["dataset"], settings["data_dir"])
     model = build_model(settings, in_channels, num_classes)
+    settings = settings | {"dataset_name": folder.parents[1].name}
     print(json.dumps({"run_folder": str(folder), "settings": settings, **describe_model(model, settings)}, indent=2))
 
 
@@ -198,20 +211,22 @@ def main(argv=None) -> int:
     if args.device in ("auto", "cuda"):
         parallel.take_own_gpu()
     settings = resolve_settings(args)
-    folder = utils.run_folder(settings["output_dir"], settings["dataset"], settings["run_name"], settings["seed"])
     if settings["dry_run"]:
         with device_errors(settings["grad_accumulation"]):
-            dry_run(settings, folder)
+            dry_run(settings, find_run(settings, args.dataset_name)[0])
         return 0
+    found = find_run(settings, args.dataset_name) if parallel.IS_FIRST else None
     stop = StopRequest()
     with (
         stop.listening(),
         device_errors(settings["grad_accumulation"]),
         parallel.process_group(torch.device(settings["device"])) as device,
     ):
+        folder, known = parallel.from_first(found)
+        settings["dataset_name"] = folder.parents[1].name
         try:
             with stop.at_once():
-                if is_finished(folder, settings):
+                if is_finished(folder, settings, known):
                     return 0
                 dataset = load_dataset(settings, device)
             with only_writer(folder):
@@ -233,14 +248,31 @@ def say_stopped(message: str) -> None:
             utils.drop_output()
 
 
-def is_finished(folder: Path, settings: dict) -> bool:
-    """Whether the folder holds this run, complete; says so then. Raises UsageError if it holds another run."""
+def find_run(settings: dict, dataset_name: str | None) -> tuple[Path, dict | None]:
+    """The run's folder, and what is known of the data before it is read: see `identity.describe`."""
+    known = identity.describe(settings["dataset"], settings["data_dir"])
+    where = (settings[name] for name in ("output_dir", "dataset", "data_dir"))
+    folder = identity.find_run_folder(*where, dataset_name, settings["run_name"], settings["seed"], known)
+    if folder.parents[1].name != settings["dataset_name"] and not settings["dry_run"]:
+        print(f"the run was begun in {folder}, where all image folders once were, and stays there", flush=True)
+    return folder, known
+
+
+def is_finished(folder: Path, settings: dict, data: dict | None) -> bool:
+    """Whether the folder holds this run, complete; says so then. Raises UsageError if it holds another run.
+
+    `data` is what is known of it: by its name alone (None), by its files' names and sizes, or, once it is read, all. A
+    run from before these were noted is only known to be of this data once that is read.
+    """
     if not parallel.IS_FIRST:  # which may see the files later than the first process, or not at all
         return parallel.from_first(None)
     found, finished = read_config(folder), False
     if found is not None:
-        refuse_other(folder, "settings", found["settings"], settings)
-        finished = (folder / utils.SUMMARY).exists()
+        refuse_other_settings(folder, found["settings"], settings)
+        if data is not None:
+            refuse_other_data(folder, found["data"], data)
+        is_compared = data is None or "checksum" in data or identity.is_known(found["data"])
+        finished = is_compared and (folder / utils.SUMMARY).exists()
     if finished:
         summary = utils.read_json(folder / utils.SUMMARY)
         utils.check_sections(folder / utils.SUMMARY, summary, {"final": {"eval_accuracy": (int, float), "epoch": int}})
@@ -260,7 +292,7 @@ def run(
 ) -> int:
     """Begin the run or go on with it, to its end."""
     with stop.at_once():
-        if is_finished(folder, settings):  # by another process, before this one had the folder
+        if is_finished(folder, settings, dataset.describe()):  # by another process, before this one had the folder
             return 0
         trainer = prepare(settings, dataset, folder, device, stop, argv)
     history = trainer.train()
@@ -288,7 +320,8 @@ def prepare(
     provenance = machine.provenance(argv, device)
     config = make_config(found, folder, model, dataset, settings, provenance)
     if state is not None:  # config.json may have been removed
-        refuse_other(folder, "settings", state["settings"], settings)
+        refuse_other_settings(folder, state["settings"], settings)
+        refuse_other_data(folder, state["data"], config["data"])
     trainer = Trainer(model, dataset, config, folder, device, stop)
     if state is not None:
         trainer.load(state)
@@ -314,7 +347,7 @@ def make_config(
         "provenance": provenance,
     }
     if found is not None:
-        refuse_other(folder, "data", found["data"], config["data"])
+        refuse_other_data(folder, found["data"], config["data"])
         config["attention"]["backend_seconds"] = found["attention"].get("backend_seconds")
         earlier = found["resumed"] if isinstance(found.get("resumed"), list) else []
         config |= {"provenance": found["provenance"], "resumed": [*earlier, provenance]}

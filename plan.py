@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import Timeout
 
+import identity
 import locks
 import utils
 
@@ -21,6 +23,7 @@ class PlannedRun:
     seed: int
     folder: Path
     arguments: tuple[str, ...]  # of main.py
+    data: dict | None = field(default=None, compare=False)  # of an image folder, as identity.describe has it
 
     @property
     def name(self) -> str:
@@ -31,13 +34,20 @@ class PlannedRun:
         return self.folder / utils.LOG
 
     def is_finished(self) -> bool:
-        """Whether this very command has finished. Another one's result is left to main.py, which compares settings."""
+        """Whether this very command has finished, on this data. All else is left to main.py, which compares more."""
         if not (self.folder / utils.SUMMARY).exists():
+            return False
+        if self.data is not None and (not identity.is_known(self._read_config("data")) or self.differs_in_data()):
             return False
         command = self._read_config("provenance").get("command")
         arguments = tuple(command[1:]) if isinstance(command, list) else ()
         added = arguments[len(self.arguments) :]  # after it had run out of memory
         return arguments[: len(self.arguments)] == self.arguments and added[:1] in ((), (GRAD_ACCUMULATION,))
+
+    def differs_in_data(self) -> list[str]:
+        """What tells the data of the folder's run from ours; [] where there is no run."""
+        found = self._read_config("data")
+        return identity.differences(found, self.data) if self.data is not None and found else []
 
     def is_being_written(self) -> bool:
         """Whether some process holds the folder's lock; where there are none main.py says so."""
@@ -53,17 +63,8 @@ class PlannedRun:
 
     def micro_batches_asked_for(self) -> int | None:
         """Of each step, by the options after `--`."""
-        value = self.value_of(GRAD_ACCUMULATION)
+        value = value_of(GRAD_ACCUMULATION, self.arguments)
         return int(value) if value and value.isdecimal() else None
-
-    def value_of(self, option: str) -> str | None:
-        """What main.py's arguments give an option; None if it is not among them."""
-        value = None
-        for position, word in enumerate(self.arguments):
-            name, is_one_word, value_in_it = word.partition("=")
-            if name == option:
-                value = value_in_it if is_one_word else "".join(self.arguments[position + 1 : position + 2])
-        return value
 
     def micro_batches(self) -> int:
         """Of each step, to begin with: as asked for, else as the run had it when it was left."""
@@ -99,13 +100,23 @@ class Job:
         if number == (self.run.micro_batches_asked_for() or 1):
             return [*self.run.arguments]
         changed = [GRAD_ACCUMULATION, str(number)]
-        if self.run.value_of(COMPILE) == "reduce-overhead":  # gradients cannot add up in the memory of a CUDA graph
+        if (
+            value_of(COMPILE, self.run.arguments) == "reduce-overhead"
+        ):  # gradients cannot add up in the memory of a CUDA graph
             changed += [COMPILE, "default"]
         return [*self.run.arguments, *changed]
 
 
 def make_plan(args, device: str) -> list[PlannedRun]:
-    """`full` once, every other mask type at each step; seeds outermost, so that one whole comparison is there early."""
+    """`full` once, every other mask type at each step; seeds outermost, so that one whole comparison is there early.
+
+    Raises UsageError if an image folder cannot be read, or a run of other data lies where one is planned.
+    """
+    data_dir = data_dir_of(args)
+    try:
+        data = identity.describe(args.dataset, data_dir)
+    except utils.UserError as error:
+        raise utils.UsageError(str(error)) from error
     patterns = [
         (mask_type, step)
         for mask_type in args.mask_types
@@ -116,13 +127,30 @@ def make_plan(args, device: str) -> list[PlannedRun]:
     for seed in args.seeds:
         for mask_type, step in patterns:
             swept = {"mask_type": mask_type, "expansion_step": step, "seed": seed, "dataset": args.dataset}
-            swept["output_dir"] = args.output_dir
+            swept |= {"output_dir": args.output_dir, "dataset_name": args.dataset_name}
             given = [(key, str(value)) for key, value in swept.items() if value is not None]
             arguments = [word for key, value in given for word in as_words(key, value)]
             name = utils.default_run_name(mask_type, step)
-            folder = utils.run_folder(args.output_dir, args.dataset, name, seed)
-            plan.append(PlannedRun(mask_type, step, seed, folder, (*arguments, *on_device, *args.main_options)))
+            where = (args.output_dir, args.dataset, data_dir, args.dataset_name)
+            folder = identity.find_run_folder(*where, name, seed, data)
+            run = PlannedRun(mask_type, step, seed, folder, (*arguments, *on_device, *args.main_options), data)
+            identity.refuse_other_data(folder, run.differs_in_data())
+            plan.append(run)
     return plan
+
+
+def data_dir_of(args) -> str:
+    return value_of("--data_dir", args.main_options) or identity.DATA_DIR
+
+
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """What an option is given on a command line, the last time; None where it is not there."""
+    value = None
+    for position, word in enumerate(arguments):
+        name, is_one_word, value_in_it = word.partition("=")
+        if name == option:
+            value = value_in_it if is_one_word else "".join(arguments[position + 1 : position + 2])
+    return value
 
 
 def as_words(key: str, value: str) -> list[str]:

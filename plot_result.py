@@ -81,11 +81,9 @@ def load_comparison(results_path: Path) -> list[Run]:
     runs = results.load_runs(results_path)
     if not runs:
         raise utils.UserError(f"no runs in {results_path}: expected folders like full/seed_0 as main.py writes them")
-    folders = {}
-    for run in runs:
-        folders.setdefault((run.settings["dataset"], run.config["data"]["label"]), set()).add(run.folder.parent.parent)
-    if len(folders) > 1:
-        found = "; ".join(f"{label} in {', '.join(map(str, sorted(at)))}" for (_, label), at in folders.items())
+    groups = results.group_by_data(runs)
+    if len(groups) > 1:
+        found = "; ".join(map(describe_group, groups))
         raise utils.UserError(f"{results_path} holds several datasets ({found}): give --results_path the folder of one")
     seen = {}
     for run in runs:
@@ -95,6 +93,13 @@ def load_comparison(results_path: Path) -> list[Run]:
     if not any(run.metrics or run.summary for run in runs):
         raise utils.UserError(f"none of the {len(runs)} runs in {results_path} has finished an epoch: try again later")
     return runs
+
+
+def describe_group(runs: list[Run]) -> str:
+    """`pets in o/pets (full seed 0 and 3 more)`: the data of some runs, and where they lie."""
+    folders = ", ".join(map(str, sorted({run.folder.parents[1] for run in runs})))
+    more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+    return f"{runs[0].config['data']['label']} in {folders} ({runs[0].name}{more})"
 
 
 def choose_pictures(rows: list[Row]) -> dict[str, Picture]:

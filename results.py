@@ -231,6 +231,29 @@ def _natural_order(row: Row) -> tuple:
     return position, row.mask_type, row.expansion_step or 0, not row.is_named_by_default, row.run_name
 
 
+def group_by_data(runs: Iterable[Run]) -> list[list[Run]]:
+    """The runs of each dataset together, in the order of their first ones."""
+    groups = []
+    for run in runs:
+        group = next((group for group in groups if all(is_same_data(run, other) for other in group)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(run)
+    return groups
+
+
+def is_same_data(run: Run, other: Run) -> bool:
+    """By the names and sizes of files, wherever both runs noted them; else by the label, and by the pixels as read."""
+    if run.settings["dataset"] != other.settings["dataset"]:
+        return False
+    here, there = run.config["data"], other.config["data"]
+    if here.get("files") is not None and there.get("files") is not None:
+        return here["files"] == there["files"]
+    sums = [data["checksum"] for data in (here, there) if data.get("checksum") is not None]
+    comparable = len(sums) == 2 and here.get("image_shape") == there.get("image_shape")
+    return here["label"] == there["label"] and not (comparable and sums[0] != sums[1])
+
+
 def differing_settings(runs: list[Run]) -> list[str]:
     """A sentence for everything that makes the runs of one table no clean comparison; [] where they are one."""
     settings = dict.fromkeys(key for run in runs for key in run.settings if key not in MAY_DIFFER)

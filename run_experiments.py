@@ -13,17 +13,21 @@ import shutil
 import sys
 from pathlib import Path
 
+import identity
 import launch
 import masks
 import results
 import slurm
 import utils
-from plan import DONE, FAILED, RUNNING, Job, PlannedRun, last_lines, make_plan
+from plan import DONE, FAILED, RUNNING, Job, PlannedRun, data_dir_of, last_lines, make_plan
 from utils import json_list, number_type
 
 MAIN_SCRIPT = utils.REPOSITORY / "main.py"
 LOG_LINES_OF_A_FAILURE = 5
-SWEPT = ("--mask_type", "--expansion_step", "--seed", "--dataset", "--output_dir", "--run_name", "--dry_run")
+SWEPT = (
+    *("--mask_type", "--expansion_step", "--seed", "--dataset", "--output_dir", "--dataset_name", "--run_name"),
+    "--dry_run",
+)
 
 
 def parse_args(argv=None):
@@ -42,6 +46,7 @@ def parse_args(argv=None):
     add("--seeds", type=json_list(int), default=[0], metavar="JSON", help="seeds to run each with")
     add("--dataset", default="cifar10", help="as in main.py")
     add("--output_dir", default="experiments", metavar="DIR", help="root of all run folders")
+    add("--dataset_name", metavar="NAME", help="folder of the dataset's runs (default: as in main.py)")
     add("--dry_run", action="store_true", help="list the plan and stop")
 
     add = parser.add_argument_group("where").add_argument
@@ -63,6 +68,8 @@ def parse_args(argv=None):
     for option in args.main_options:
         if option.split("=")[0] in SWEPT:
             parser.error(f"{option} cannot be given after --: the sweep sets it for each run")
+    if args.dataset_name is not None:
+        utils.check_folder_name("--dataset_name", args.dataset_name)
     slurm.check_arguments(parser, args)
     return args
 
@@ -122,7 +129,10 @@ def describe_last_epoch(folder: Path) -> str:
 
 def report(plan: list[PlannedRun], jobs: list[Job]) -> None:
     """The table, and how the logs of failed runs end. Raises UserError if there are runs that are not done."""
-    runs = [run for run in map(results.load_run, dict.fromkeys(run.folder for run in plan)) if run is not None]
+    # Where a run has not been done, a summary is another's, which main.py refuses or has yet to compare.
+    foreign = {job.run.folder for job in jobs if job.state != DONE and (job.run.folder / utils.SUMMARY).exists()}
+    folders = [folder for folder in dict.fromkeys(run.folder for run in plan) if folder not in foreign]
+    runs = [run for run in map(results.load_run, folders) if run is not None]
     if runs:
         print(f"\n{results.format_table(results.group_by_pattern(runs))}")
     for note in results.differing_settings(runs):
@@ -140,6 +150,15 @@ def report(plan: list[PlannedRun], jobs: list[Job]) -> None:
     if failed:
         names = ", ".join(job.run.name for job in failed)
         raise utils.UserError(f"{len(failed)} of {len(plan)} runs failed: {names}; their logs say why")
+
+
+def say_where_earlier_runs_lie(plan: list[PlannedRun], args) -> None:
+    usual = args.dataset_name or identity.default_dataset_name(args.dataset, data_dir_of(args))
+    elsewhere = [run.folder for run in plan if run.folder.parents[1].name != usual]
+    if elsewhere:
+        text = f"{len(elsewhere)} of {len(plan)} runs were begun in {elsewhere[0].parents[1]}, and stay there"
+        remedy = f"; --dataset_name {identity.IMAGE_FOLDER} puts the others beside them"
+        print(text + remedy * (len(elsewhere) < len(plan)), flush=True)
 
 
 def say_what_is_left(jobs: list[Job], num_runs: int) -> None:
@@ -164,6 +183,7 @@ def main(argv=None) -> int:
     if args.dry_run:
         print_plan(plan, slots)
         return 0
+    say_where_earlier_runs_lie(plan, args)
     jobs = [Job(run) for run in plan if not run.is_finished()]
     at_a_time = min(args.slurm_array_parallelism if on_slurm else len(slots), len(jobs))
     print(f"{len(plan)} runs, {len(plan) - len(jobs)} finished before, {at_a_time} at a time", flush=True)

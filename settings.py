@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -11,6 +10,7 @@ import attention
 import augment
 import device as machine
 import diagonal
+import identity
 import masks
 import models
 import optim
@@ -69,7 +69,7 @@ def build_parser() -> utils.ArgumentParser:
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--dataset", choices=sources.DATASETS, default="cifar10", help="what to train on")
-    add("--data_dir", default="data", metavar="DIR", help="downloads go here; for imagefolder: its root")
+    add("--data_dir", default=identity.DATA_DIR, metavar="DIR", help="downloads go here; for imagefolder: its root")
     limit = "images of more than this stay on the CPU and are streamed (default: half of the GPU's free memory)"
     add("--device_data_limit", type=at_least_0, metavar="GIB", help=limit)
 
@@ -128,6 +128,8 @@ def build_parser() -> utils.ArgumentParser:
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output_dir", default="experiments", metavar="DIR", help="root of all run folders")
+    named = "folder of the dataset's runs (default: --dataset; for imagefolder the name of its root)"
+    add("--dataset_name", metavar="NAME", help=named)
     add("--run_name", metavar="NAME", help="folder name (default: <mask_type>_expansion_<step>, or full)")
     every = number_type(int, minimum=0)
     add("--log_every", type=every, default=0, metavar="N", help="print the loss every N steps; 0 = every epoch")
@@ -172,9 +174,17 @@ def resolve_settings(args) -> dict:
     settings["run_name"] = (
         utils.default_run_name(args.mask_type, settings["expansion_step"]) if args.run_name is None else args.run_name
     )
-    if Path(settings["run_name"]).name != settings["run_name"] or settings["run_name"] in ("", ".."):
-        raise UsageError(f"--run_name must be a plain folder name, got {settings['run_name']!r}")
+    if args.dataset_name is None:
+        settings["dataset_name"] = identity.default_dataset_name(args.dataset, args.data_dir)
+    for name in ("run_name", "dataset_name"):
+        utils.check_folder_name(f"--{name}", settings[name])
     return settings
+
+
+def complete(found: dict, asked: dict) -> dict:
+    """The settings of a run of an older checkout, with the default of every flag that there was not yet."""
+    defaults = parse_args(["--model", asked["model"], "--device", asked["device"]])
+    return resolve_settings(defaults) | found
 
 
 def resolve_compile(mode: str, device: str, epochs: int) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import identity
 import imagefolder
 import locks
 from utils import UserError
@@ -32,6 +33,7 @@ class Images:
     test: tuple[Tensor, Tensor]
     class_names: list[str]
     label: str  # how the data is called where results are shown
+    files: dict | None = None  # of an image folder, as identity.describe has it
 
 
 def load_sklearn_digits(data_dir: Path, img_size: tuple[int, int]) -> Images:
@@ -84,7 +86,8 @@ def _as_channels_first(pixels: np.ndarray | Tensor) -> Tensor:
 
 
 def load_imagefolder(data_dir: Path, img_size: tuple[int, int]) -> Images:
-    return Images(*imagefolder.read(data_dir, img_size))
+    files = identity.describe(identity.IMAGE_FOLDER, str(data_dir))["files"]
+    return Images(*imagefolder.read(data_dir, img_size), files)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
 
-# The files of a run folder, <output_dir>/<dataset>/<run_name>/seed_<n>/. SUMMARY is written last: its presence = done.
+# The files of a run folder, <output_dir>/<dataset_name>/<run_name>/seed_<n>/. SUMMARY is written last: its presence
+# means done.
 CONFIG, METRICS, SUMMARY, MASK_PICTURE, LOG = (
     "config.json",
     "metrics.jsonl",
@@ -27,8 +28,9 @@ LOCK = ".lock"  # held while a process writes to the folder; the system frees th
 
 # Settings that say where and how a run computes, not what it computes: a resumed run may change them.
 NOT_PART_OF_THE_RESULT = (
-    *("data_dir", "output_dir", "device", "device_data_limit", "grad_accumulation", "checkpoint_activations"),
-    *("log_every", "checkpoint_every_minutes", "dry_run", "debug"),
+    *("data_dir", "output_dir", "dataset_name", "device", "device_data_limit"),
+    *("grad_accumulation", "checkpoint_activations", "log_every", "checkpoint_every_minutes"),
+    *("dry_run", "debug"),
 )
 
 
@@ -292,5 +294,10 @@ def default_run_name(mask_type: str, expansion_step: int | None) -> str:
     return mask_type if mask_type == "full" else f"{mask_type}_expansion_{expansion_step}"
 
 
-def run_folder(output_dir: str, dataset: str, run_name: str, seed: int) -> Path:
-    return Path(output_dir) / dataset / run_name / f"seed_{seed}"
+def check_folder_name(flag: str, name: str) -> None:
+    if Path(name).name != name or name in ("", ".."):
+        raise UsageError(f"{flag} must be a plain folder name, got {name!r}")
+
+
+def run_folder(output_dir: str, dataset_name: str, run_name: str, seed: int) -> Path:
+    return Path(output_dir) / dataset_name / run_name / f"seed_{seed}"

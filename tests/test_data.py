@@ -500,7 +500,7 @@ def test_the_jpeg_copy_of_cifar10(monkeypatch):
 
     monkeypatch.setattr(sources.imagefolder, "_find_files", find_some)
     dataset = data.load_dataset("imagefolder", str(JPEG_COPY), (224, 224), CPU)
-    assert counts == [50_000, 10_000]
+    assert counts[-2:] == [50_000, 10_000]
     assert dataset.train.images.shape == (1000, 3, 32, 32)
     assert dataset.test.images.shape == (200, 3, 32, 32)
     assert dataset.train.labels.bincount().tolist() == [100] * 10

@@ -1,0 +1,127 @@
+"""Which data a run is of, told from the files' names and sizes alone, and where its folder lies. Imports no torch.
+
+Only image folders need that: torchvision checks what it has downloaded, and the digits come with scikit-learn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import utils
+from utils import UsageError, UserError
+
+IMAGE_FOLDER = "imagefolder"  # the --dataset; all runs of image folders once shared a folder of this name
+DATA_DIR = "data"  # the default of --data_dir
+NAMES_SHOWN = 5
+
+
+def describe(dataset: str, data_dir: str) -> dict | None:
+    """`label`, `class_names` and `files` of an image folder, no image read; None for a dataset known by its name.
+
+    `files` holds the number of images of each split, and a hash of their names and sizes that is the same wherever
+    the folder lies. Raises UserError if the folder cannot be read.
+    """
+    if dataset != IMAGE_FOLDER:
+        return None
+    import imagefolder  # deferred: sweeps of other datasets do not need Pillow
+
+    root = Path(data_dir)
+    class_names, splits = imagefolder.find_images(root)
+    files = {split: len(images) for split, images in splits.items()}
+    paths = [path for images in splits.values() for path, _ in images]
+    return {
+        "label": imagefolder.read_label(root),
+        "class_names": class_names,
+        "files": files | {"hash": _hash_names_and_sizes(root, paths)},
+    }
+
+
+def _hash_names_and_sizes(root: Path, paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for name, size in sorted((path.relative_to(root).as_posix(), _size(path)) for path in paths):
+        digest.update(os.fsencode(name) + b"\0%d\0" % size)
+    return digest.hexdigest()[:16]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a dead link: whoever reads the images says so
+        return 0
+
+
+def is_known(found: dict) -> bool:
+    """Whether a run's `data`, of its config.json, holds the hash: before there was one, only reading all told."""
+    return isinstance(found.get("files"), dict)
+
+
+def differences(found: dict, data: dict) -> list[str]:
+    """What tells a run's `data`, of its config.json, from that of `describe`; [] where it is the same, as far as known.
+
+    The label does not count: it is only what the data is called.
+    """
+    differing = []
+    classes_there = found.get("class_names")
+    classes_there = list(map(str, classes_there)) if isinstance(classes_there, list) else []
+    if classes_there != data["class_names"]:
+        only_there = sorted(set(classes_there) - set(data["class_names"]))
+        only_here = sorted(set(data["class_names"]) - set(classes_there))
+        differing.append(f"classes {_shortened(only_there)} only there, {_shortened(only_here)} only here")
+    files = found["files"] if is_known(found) else {"train": found.get("num_train"), "test": found.get("num_test")}
+    for split in ("train", "test"):
+        if files.get(split) != data["files"][split]:
+            differing.append(f"{files.get(split)} {split} images there, {data['files'][split]} here")
+    if not differing and is_known(found) and files.get("hash") != data["files"]["hash"]:
+        differing.append("as many images, but with other names or sizes")
+    return differing
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN]) or "none"
+    return f"{shown} and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else shown
+
+
+def refuse_other_data(folder: Path, differing: list[str]) -> None:
+    """Raise UsageError if there are differences."""
+    if differing:
+        raise UsageError(
+            f"{folder} holds a run of other data: {'; '.join(differing)}. Choose another --dataset_name or "
+            "--output_dir, or remove the folder"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a run lies
+
+
+def default_dataset_name(dataset: str, data_dir: str) -> str:
+    """The folder of a dataset's runs: an image folder has its own name, not that of all image folders."""
+    return (Path(data_dir).resolve().name if dataset == IMAGE_FOLDER else "") or dataset
+
+
+def find_run_folder(
+    output_dir: str, dataset: str, data_dir: str, dataset_name: str | None, run_name: str, seed: int, data: dict | None
+) -> Path:
+    """Where a run lies or is to lie; `data` as `describe` has it.
+
+    Without a --dataset_name, a run that was begun when all image folders shared one place stays there.
+    """
+    if dataset_name is None and data is not None:
+        shared = utils.run_folder(output_dir, IMAGE_FOLDER, run_name, seed)
+        if _holds_run_of(shared, data):
+            return shared
+    return utils.run_folder(output_dir, dataset_name or default_dataset_name(dataset, data_dir), run_name, seed)
+
+
+def _holds_run_of(folder: Path, data: dict) -> bool:
+    if not (folder / utils.CONFIG).exists():
+        return False
+    try:
+        found = utils.read_json(folder / utils.CONFIG).get("data")
+    except UserError:  # which is said when the run goes on
+        return True
+    if not isinstance(found, dict) or differences(found, data):
+        return False
+    return is_known(found) or found.get("label") == data["label"]
