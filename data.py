@@ -16,7 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class Dataset:
     streams: bool = False  # whether batches are fetched ahead, from images that are not on the device
     checksum: str = ""  # of all images and labels
     files: dict | None = None  # of an image folder: number, and a hash of names and sizes
+    notes: dict = field(default_factory=dict)  # what was not as usual, for config.json
 
     @property
     def in_channels(self) -> int:
@@ -84,26 +85,32 @@ class Dataset:
             "std": self.std,
             "checksum": self.checksum,
             "files": self.files,
+            **self.notes,
         }
 
 
 def load_dataset(
-    name: str, data_dir: str, img_size: tuple[int, int], device: torch.device, limit_bytes: float | None = None
+    name: str,
+    data_dir: str,
+    img_size: tuple[int, int],
+    device: torch.device,
+    limit_bytes: float | None = None,
+    **options,
 ) -> Dataset:
     """Read a dataset of sources.DATASETS; batches will be of `img_size` = (h, w) on `device`.
 
     Images of more than `limit_bytes` (by default half of a GPU's free memory) stay on the CPU, and their batches are
-    streamed. Raises UserError, with the remedy, if the data cannot be read.
+    streamed. `options` are the source's own. Raises UserError, with the remedy, if the data cannot be read.
     """
     source = sources.DATASETS[name]
-    loaded = source.load(Path(data_dir), img_size)
+    loaded = source.load(Path(data_dir), img_size, **options)
     mean, std = channel_statistics(loaded.train[0])
     num_bytes = sum(images.nbytes for images, _ in (loaded.train, loaded.test))
     streams = num_bytes > (_bytes_for_data(device) if limit_bytes is None else limit_bytes)
     storage = torch.device("cpu") if streams else device
     splits = [Split(images.to(storage), labels.to(storage)) for images, labels in (loaded.train, loaded.test)]
     about, crc = (name, loaded.label, loaded.class_names), checksum(loaded)
-    return Dataset(*about, *splits, mean, std, source.flip, img_size, device, streams, crc, loaded.files)
+    return Dataset(*about, *splits, mean, std, source.flip, img_size, device, streams, crc, loaded.files, loaded.notes)
 
 
 def checksum(loaded: sources.Images) -> str:

@@ -100,7 +100,9 @@ def main(argv=None) -> int:
     model = rebuild_model(state, args.backend).to(device)
     with utils.usage_errors():
         model.plan.check_device(device)
-    dataset = data.load_dataset(settings["dataset"], args.data_dir or settings["data_dir"], config["img_size"], device)
+    data_dir = args.data_dir or settings["data_dir"]
+    options = {"skip_unreadable": True} if settings.get("skip_unreadable") else {}
+    dataset = data.load_dataset(settings["dataset"], data_dir, config["img_size"], device, **options)
     if dataset.class_names != state["data"]["class_names"]:
         raise utils.UserError(
             f"the data has classes {dataset.class_names}, the checkpoint was trained on "

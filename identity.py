@@ -9,6 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import imagefiles
 import utils
 from utils import UsageError, UserError
 
@@ -25,15 +26,13 @@ def describe(dataset: str, data_dir: str) -> dict | None:
     """
     if dataset != IMAGE_FOLDER:
         return None
-    import imagefolder  # deferred: sweeps of other datasets do not need Pillow
-
     root = Path(data_dir)
-    class_names, splits = imagefolder.find_images(root)
-    files = {split: len(images) for split, images in splits.items()}
-    paths = [path for images in splits.values() for path, _ in images]
+    found = imagefiles.list_images(root)
+    files = {split: len(images) for split, images in found.splits.items()}
+    paths = [path for images in found.splits.values() for path, _ in images]
     return {
-        "label": imagefolder.read_label(root),
-        "class_names": class_names,
+        "label": imagefiles.read_label(root),
+        "class_names": found.class_names,
         "files": files | {"hash": _hash_names_and_sizes(root, paths)},
     }
 

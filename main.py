@@ -284,7 +284,8 @@ def is_finished(folder: Path, settings: dict, data: dict | None) -> bool:
 def load_dataset(settings: dict, device: torch.device) -> data.Dataset:
     limit, img_size = settings["device_data_limit"], (settings["img_size"],) * 2
     limit_bytes = None if limit is None else limit * 2**30
-    return data.load_dataset(settings["dataset"], settings["data_dir"], img_size, device, limit_bytes)
+    options = {"skip_unreadable": True} if settings["skip_unreadable"] else {}
+    return data.load_dataset(settings["dataset"], settings["data_dir"], img_size, device, limit_bytes, **options)
 
 
 def run(

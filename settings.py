@@ -70,6 +70,7 @@ def build_parser() -> utils.ArgumentParser:
     add = group.add_argument
     add("--dataset", choices=sources.DATASETS, default="cifar10", help="what to train on")
     add("--data_dir", default=identity.DATA_DIR, metavar="DIR", help="downloads go here; for imagefolder: its root")
+    add("--skip_unreadable", action="store_true", help="for imagefolder: leave out images that cannot be read")
     limit = "images of more than this stay on the CPU and are streamed (default: half of the GPU's free memory)"
     add("--device_data_limit", type=at_least_0, metavar="GIB", help=limit)
 
@@ -174,6 +175,8 @@ def resolve_settings(args) -> dict:
     settings["run_name"] = (
         utils.default_run_name(args.mask_type, settings["expansion_step"]) if args.run_name is None else args.run_name
     )
+    if args.skip_unreadable and args.dataset != identity.IMAGE_FOLDER:
+        raise UsageError(f"--skip_unreadable is for --dataset {identity.IMAGE_FOLDER}, got --dataset {args.dataset}")
     if args.dataset_name is None:
         settings["dataset_name"] = identity.default_dataset_name(args.dataset, args.data_dir)
     for name in ("run_name", "dataset_name"):

@@ -12,7 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import identity
+import imagefiles
 import imagefolder
 import locks
 from utils import UserError
@@ -34,6 +35,7 @@ class Images:
     class_names: list[str]
     label: str  # how the data is called where results are shown
     files: dict | None = None  # of an image folder, as identity.describe has it
+    notes: dict = field(default_factory=dict)  # for config.json: what was not as usual
 
 
 def load_sklearn_digits(data_dir: Path, img_size: tuple[int, int]) -> Images:
@@ -85,9 +87,9 @@ def _as_channels_first(pixels: np.ndarray | Tensor) -> Tensor:
     return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
 
 
-def load_imagefolder(data_dir: Path, img_size: tuple[int, int]) -> Images:
+def load_imagefolder(data_dir: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -> Images:
     files = identity.describe(identity.IMAGE_FOLDER, str(data_dir))["files"]
-    return Images(*imagefolder.read(data_dir, img_size), files)
+    return Images(**vars(imagefolder.read(data_dir, img_size, skip_unreadable)), files=files)
 
 
 @dataclass(frozen=True)
@@ -112,4 +114,4 @@ DATASETS = {
 def channels_and_classes(name: str, data_dir: str) -> tuple[int, int]:
     """(in_channels, num_classes) of a dataset, without reading or downloading its images."""
     source = DATASETS[name]
-    return source.in_channels, source.num_classes or len(imagefolder.find_classes(Path(data_dir), "train"))
+    return source.in_channels, source.num_classes or len(imagefiles.find_classes(Path(data_dir), "train"))

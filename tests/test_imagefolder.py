@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import socket
 import struct
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -12,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+import imagefiles
 import imagefolder
 import main
+import utils
 from utils import UserError
 
 RED, GREEN, BLUE, GRAY = (200, 30, 40), (20, 190, 60), (10, 60, 180), (120, 120, 120)
@@ -31,6 +35,11 @@ def good_tree(root, size=(8, 8)):
             save(root / split / "cat" / f"{index}.png", RED, size)
             save(root / split / "dog" / f"{index}.png", BLUE, size)
     return root
+
+
+def read_tree(root):
+    folder = imagefolder.read(root, (8, 8))
+    return folder.train, folder.test, folder.class_names, folder.label
 
 
 def read_one(path, side=8):
@@ -56,7 +65,7 @@ def png_header(width, height):
 
 
 def test_a_good_tree(tmp_path):
-    train, test, names, label = imagefolder.read(good_tree(tmp_path / "pets"), (8, 8))
+    train, test, names, label = read_tree(good_tree(tmp_path / "pets"))
     assert names == ["cat", "dog"]
     assert label == "pets"
     for (images, labels), expected in ((train, [0, 0, 1, 1]), (test, [0, 1])):
@@ -72,7 +81,7 @@ def test_files_come_in_order_of_their_names_whatever_thread_reads_them(tmp_path)
     good_tree(tmp_path)
     for index in range(40):
         save(tmp_path / "train" / "cat" / f"n{index:02}.png", (index, 0, 0))
-    images = imagefolder.read(tmp_path, (8, 8))[0][0]
+    images = imagefolder.read(tmp_path, (8, 8)).train[0]
     assert images[2:42, 0, 0, 0].tolist() == list(range(40))
 
 
@@ -89,7 +98,7 @@ def test_files_come_in_order_of_their_names_whatever_thread_reads_them(tmp_path)
     ],
 )
 def test_one_size_is_kept_unless_it_is_larger_than_needed(tmp_path, size, img_size, expected):
-    images = imagefolder.read(good_tree(tmp_path, size), img_size)[0][0]
+    images = imagefolder.read(good_tree(tmp_path, size), img_size).train[0]
     assert images.shape[-2:] == expected
     assert images[0].float().mean((1, 2)).tolist() == list(RED)
 
@@ -101,7 +110,7 @@ def test_mixed_sizes_are_resized_and_cropped_at_the_center(tmp_path):
     wide.save(tmp_path / "train" / "cat" / "wide.png")
     for size in ((1, 1), (1, 3000), (3000, 1), (7, 9)):
         save(tmp_path / "train" / "dog" / f"{size}.png", BLUE, size)
-    images, labels = imagefolder.read(tmp_path, (8, 8))[0]
+    images, labels = imagefolder.read(tmp_path, (8, 8)).train
     assert images.shape == (9, 3, 8, 8)
     assert is_plain(images[2].permute(1, 2, 0).numpy().astype(int), GREEN)
     assert all(is_plain(image.permute(1, 2, 0).numpy().astype(int), BLUE) for image in images[labels == 1])
@@ -111,7 +120,7 @@ def test_mixed_sizes_are_resized_and_cropped_at_the_center(tmp_path):
 def test_formats_and_extensions(tmp_path, name):
     good_tree(tmp_path)
     save(tmp_path / "train" / "cat" / name, GREEN)
-    images, _ = imagefolder.read(tmp_path, (8, 8))[0]
+    images, _ = imagefolder.read(tmp_path, (8, 8)).train
     assert len(images) == 5
     assert is_plain(read_one(tmp_path / "train" / "cat" / name), GREEN, tolerance=6)
 
@@ -125,7 +134,7 @@ def test_hidden_and_foreign_files_are_passed_over(tmp_path):
     (tmp_path / "train" / "README.md").write_text("not a class")
     (tmp_path / "validation").mkdir()
     (cats / "folder").mkdir()
-    train, _, names, _ = imagefolder.read(tmp_path, (8, 8))
+    train, _, names, _ = read_tree(tmp_path)
     assert names == ["cat", "dog"]
     assert len(train[0]) == 4
 
@@ -134,7 +143,7 @@ def test_names_of_all_kinds(tmp_path):
     for split in ("train", "test"):
         save(tmp_path / split / "Käfer 甲虫 🐞" / "ein bild, ü.png")
         save(tmp_path / split / "-dash" / "--help.png")
-    assert imagefolder.read(tmp_path, (8, 8))[2] == ["-dash", "Käfer 甲虫 🐞"]
+    assert imagefolder.read(tmp_path, (8, 8)).class_names == ["-dash", "Käfer 甲虫 🐞"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +216,7 @@ def test_exif_orientation(tmp_path, name, orientation):
     for split in ("train", "test"):
         (tmp_path / split / "cat").mkdir(parents=True)
         stored.save(tmp_path / split / "cat" / name, exif=exif, quality=100)
-    images = imagefolder.read(tmp_path, (32, 32))[0][0]
+    images = imagefolder.read(tmp_path, (32, 32)).train[0]
     assert images.shape == (1, 3, 16, 24)
     assert (images[0, :, 4, 4] - torch.tensor(RED)).abs().max() < 20
     assert (images[0, :, 12, 20] - torch.tensor(BLUE)).abs().max() < 20
@@ -239,7 +248,7 @@ def test_the_first_frame_of_an_animation(tmp_path, name):
 def test_label(tmp_path, content, label):
     root = good_tree(tmp_path / "folder")
     (root / "label.txt").write_bytes(content)
-    assert imagefolder.read(root, (8, 8))[3] == label
+    assert imagefolder.read(root, (8, 8)).label == label
 
 
 def test_a_label_that_is_no_text(tmp_path):
@@ -298,7 +307,7 @@ def test_bad_layouts(tmp_path, spoil, words):
 def test_a_class_without_test_images_is_a_warning(tmp_path, capsys):
     good_tree(tmp_path)
     save(tmp_path / "train" / "ant" / "0.png", GREEN)
-    train, test, names, _ = imagefolder.read(tmp_path, (8, 8))
+    train, test, names, _ = read_tree(tmp_path)
     assert names == ["ant", "cat", "dog"]
     assert train[1].tolist() == [0, 1, 1, 2, 2]
     assert test[1].tolist() == [1, 2]
@@ -348,16 +357,216 @@ def test_bad_images_end_in_one_line(tmp_path, split, name, content, run_script):
         assert "20000x20000 pixels, more than 64 million" in err
 
 
-def test_a_folder_or_a_dead_link_named_like_an_image(tmp_path):
+def test_what_is_no_file_is_no_image_whatever_its_name(tmp_path, capsys):
     good_tree(tmp_path)
-    odd = tmp_path / "train" / "cat" / "odd.png"
-    odd.mkdir()
-    with pytest.raises(UserError, match=r"odd\.png"):
+    cats = tmp_path / "train" / "cat"
+    (cats / "folder.png").mkdir()
+    (cats / "dead.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(cats / "pipe.jpg")  # opening it would wait for ever
+    (cats / "text.txt").write_text("")
+    (tmp_path / "train" / "eel").symlink_to(tmp_path / "nowhere")  # a class on a disk that is not there
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(cats / "socket.jpg"))
+        assert len(imagefolder.read(tmp_path, (8, 8)).train[1]) == 4
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "passed over 5 that are no images: train/eel, train/cat/dead.png, train/cat/pipe.jpg and 2 more" in err
+
+
+def test_subfolders_and_links_are_followed_but_not_in_a_ring(tmp_path, capsys):
+    good_tree(tmp_path / "pets")
+    save(tmp_path / "pets" / "train" / "cat" / "b" / "deep" / "0.png", GREEN)
+    save(tmp_path / "pets" / "train" / "cat" / "a" / "0.png", GRAY)
+    save(tmp_path / "elsewhere" / "0.png", BLUE)
+    (tmp_path / "pets" / "train" / "cat" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "pets" / "train" / "cat" / "a" / "ring").symlink_to(tmp_path / "pets" / "train" / "cat")
+    images, labels = imagefolder.read(tmp_path / "pets", (8, 8)).train
+    assert labels.tolist() == [0] * 5 + [1] * 2
+    assert [tuple(image[:, 0, 0].tolist()) for image in images[:5]] == [RED, RED, GRAY, GREEN, BLUE]
+    assert "passed over 1 that are no images: train/cat/a/ring/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.jp2", "a.jpe", "a.tga", "a.pcx", "a.dib"])
+def test_whatever_pillow_reads_is_an_image(tmp_path, name):
+    good_tree(tmp_path)
+    save(tmp_path / "train" / "cat" / name, GREEN)
+    assert len(imagefolder.read(tmp_path, (8, 8)).train[0]) == 5
+    assert not {".pdf", ".eps", ".mpg", ".h5"} & imagefiles.image_suffixes()
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_validation_images_serve_where_there_are_no_test_images(tmp_path, capsys, name):
+    good_tree(tmp_path)
+    (tmp_path / "test").rename(tmp_path / name)
+    folder = imagefolder.read(tmp_path, (8, 8))
+    assert (len(folder.test[1]), folder.notes) == (2, {"test_folder": name})
+    assert f"{name}/ serves as the test images" in capsys.readouterr().err
+    good_tree(tmp_path)  # and now there are
+    assert imagefolder.read(tmp_path, (8, 8)).notes == {}
+    assert f"passed over 1 that are no images: {name}/" in capsys.readouterr().err
+
+
+def spoil_some(root, number):
+    good_tree(root)
+    for index in range(number):
+        (root / "train" / "dog" / f"bad{index:02}.png").write_bytes(b"no image")
+    truncated(root / "test" / "cat", "half.jpg")
+
+
+def test_all_unreadable_images_are_named_at_once(tmp_path):
+    spoil_some(tmp_path, 30)
+    with pytest.raises(UserError) as caught:
         imagefolder.read(tmp_path, (8, 8))
-    odd.rmdir()
-    odd.symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(UserError, match=r"odd\.png"):
+    message = str(caught.value)
+    assert message.startswith("31 images cannot be read: ")
+    assert message.count("bad") == 19
+    assert "test/cat/half.jpg (image file is truncated" in message
+    assert "and 11 more; remove or replace them, or leave them out with --skip_unreadable" in message
+    assert "\n" not in message
+
+
+def test_unreadable_images_are_left_out_where_that_is_asked_for(tmp_path, run_script):
+    spoil_some(tmp_path / "pets", 2)
+    arguments = ["--dataset", "imagefolder", "--data_dir", str(tmp_path / "pets"), "--skip_unreadable"]
+    arguments += ["--model", "vit_micro", "--depth", "1", "--img_size", "8", "--patch_size", "4", "--epochs", "1"]
+    code, _, err = run_script(main.main, *arguments, "--device", "cpu", "--output_dir", str(tmp_path))
+    assert code == 0, err
+    assert "left out 3 images that cannot be read: test/cat/half.jpg, train/dog/bad00.png, train/dog/bad01.png" in err
+    found = utils.read_json(tmp_path / "pets" / "full" / "seed_0" / "config.json")["data"]
+    assert (found["num_train"], found["num_test"], found["skipped"]["number"]) == (4, 2, 3)
+
+
+def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path):
+    good_tree(tmp_path)
+    for index in range(2):
+        (tmp_path / "train" / "dog" / f"{index}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="no image of class dog in the train images can be read"):
+        imagefolder.read(tmp_path, (8, 8), skip_unreadable=True)
+
+
+def test_skipping_is_for_image_folders(run_script):
+    code, _, err = run_script(main.main, "--dataset", "digits", "--skip_unreadable")
+    assert code == 2
+    assert "--skip_unreadable is for --dataset imagefolder" in err
+
+
+def test_nothing_of_libtiff_stands_beside_the_error(tmp_path, capfd):
+    good_tree(tmp_path)
+    truncated(tmp_path / "train" / "cat", "half.tif")
+    whole = tmp_path / "train" / "cat" / "jpeg.tif"
+    Image.effect_noise((64, 64), 50).save(whole, compression="tiff_lzw")
+    content = bytearray(whole.read_bytes())
+    content[100:1000] = os.urandom(900)
+    whole.write_bytes(content)
+    with pytest.raises(UserError, match="2 images cannot be read"):
         imagefolder.read(tmp_path, (8, 8))
+    assert capfd.readouterr().err == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More than 8 bits
+
+
+def gray_tree(root, low, high, kind="png", dtype=np.uint16, **options):
+    """Two classes of images whose values go evenly from `low` to `high`."""
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            path = root / split / name / f"0.{kind}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.linspace(low, high, 64).astype(dtype).reshape(8, 8)).save(path, **options)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind", "dtype", "darkest", "brightest", "bits"),
+    [
+        (0, 65535, "png", np.uint16, 0, 255, None),  # as declared
+        (0, 30000, "png", np.uint16, 0, 117, None),  # dark, and nothing unused
+        (0, 255, "png", np.uint16, 0, 255, 8),
+        (0, 255, "tif", np.uint16, 0, 255, 8),
+        (0, 4095, "png", np.uint16, 0, 255, 12),  # of a camera
+        (291, 694, "tif", np.uint16, 72, 173, 10),  # of a microscope
+        (0, 255, "tif", np.int32, 0, 255, 8),
+        (0, 100_000, "tif", np.int32, 0, 195, 17),
+        (0, 7, "png", np.uint16, 0, 224, 3),
+    ],
+)
+def test_gray_is_scaled_by_the_bits_that_are_used(tmp_path, capsys, low, high, kind, dtype, darkest, brightest, bits):
+    images = imagefolder.read(gray_tree(tmp_path, low, high, kind, dtype), (8, 8)).train[0]
+    assert (images.min(), images.max()) == (darkest, brightest)
+    err = capsys.readouterr().err
+    if bits is None:
+        assert err == ""
+    else:
+        assert f"use {bits} of them, and are scaled by these: 0 is black, {2**bits - 1} white" in err
+        assert len(err.splitlines()) == 1
+
+
+def test_one_range_serves_all_images_of_a_folder(tmp_path):
+    gray_tree(tmp_path, 0, 255)
+    Image.fromarray(np.full((8, 8), 4000, dtype=np.uint16)).save(tmp_path / "test" / "dog" / "bright.png")
+    folder = imagefolder.read(tmp_path, (8, 8))
+    assert folder.test[0].amax((1, 2, 3)).tolist() == [15, 15, 250]
+    assert folder.train[0].max() == 15
+
+
+def test_what_the_file_says_of_its_bits_is_believed(tmp_path, capsys):
+    gray_tree(tmp_path / "tiff", 0, 4000, "tif", tiffinfo={281: 4095})
+    gray_tree(tmp_path / "png", 0, 4000)
+    for path in (tmp_path / "png").glob("*/*/*.png"):
+        content, chunk = path.read_bytes(), b"sBIT" + bytes([12])
+        chunk = struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        path.write_bytes(content[:33] + chunk + content[33:])  # behind IHDR
+    for kind in ("tiff", "png"):
+        assert imagefolder.read(tmp_path / kind, (8, 8)).train[0].max() == 250
+    assert capsys.readouterr().err == ""
+
+
+def test_gray_of_which_0_is_white(tmp_path):
+    gray_tree(tmp_path, 0, 65535, "tif", tiffinfo={262: 0})
+    for path in tmp_path.glob("*/*/*.tif"):
+        with Image.open(path) as image:
+            assert image.tag_v2[262] in (0, 1)
+            inverted = image.tag_v2[262] == 0
+    images = imagefolder.read(tmp_path, (8, 8)).train[0]
+    assert images[0, 0, 0, 0] == (255 if inverted else 0)
+
+
+def test_negative_values_are_refused(tmp_path):
+    gray_tree(tmp_path, -5, 100, "tif", np.int32)
+    with pytest.raises(UserError, match=r"4 images cannot be read: .*its pixels go down to -5"):
+        imagefolder.read(tmp_path, (8, 8))
+
+
+def png_of_16_bits_in_color(path, high):
+    """8 x 8 pixels of red, green and blue from 0 to `high`."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = np.linspace(0, high, 8 * 8 * 3).astype(">u2").reshape(8, 24)
+    pixels = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(pixels)), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def test_color_of_16_bits_keeps_its_upper_byte_or_is_refused_where_that_is_empty(tmp_path):
+    good_tree(tmp_path)
+    odd = tmp_path / "train" / "cat" / "deep.png"
+    png_of_16_bits_in_color(odd, 65535)
+    assert imagefolder.read(tmp_path, (8, 8)).train[0][2].max() == 255
+    png_of_16_bits_in_color(odd, 255)
+    with pytest.raises(UserError, match=r"deep\.png and all others of 16 bits in color.*convert them to 8 bits"):
+        imagefolder.read(tmp_path, (8, 8))
+
+
+def test_several_frames_are_said(tmp_path, capsys):
+    good_tree(tmp_path)
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, GREEN)]
+    frames[0].save(tmp_path / "train" / "cat" / "pages.tif", save_all=True, append_images=frames[1:])
+    assert is_plain(imagefolder.read(tmp_path, (8, 8)).train[0][2].permute(1, 2, 0).numpy().astype(int), RED)
+    assert "of images with several frames the first is used: train/cat/pages.tif" in capsys.readouterr().err
 
 
 def test_floats_are_refused(tmp_path):
@@ -379,13 +588,13 @@ def test_damaged_bytes_give_an_image_or_a_user_error(tmp_path, name):
             damaged[position] = generator.integers(256)
         (tmp_path / name).write_bytes(damaged)
         with contextlib.suppress(UserError):
-            imagefolder._read_size(tmp_path / name)
+            imagefolder.read_header(tmp_path / name)
             assert read_one(tmp_path / name).shape == (8, 8, 3)
 
 
 def test_a_path_beyond_what_the_system_takes():
     with pytest.raises(UserError, match="name too long"):
-        imagefolder.find_classes(Path("x" * 5000), "train")
+        imagefiles.find_classes(Path("x" * 5000), "train")
 
 
 def test_the_first_failure_stops_the_reading(monkeypatch):
@@ -398,7 +607,7 @@ def test_the_first_failure_stops_the_reading(monkeypatch):
         time.sleep(0.001)
 
     with pytest.raises(KeyboardInterrupt):
-        imagefolder._map_with_bar(fail_early, range(5000), "")
+        imagefolder.map_with_bar(fail_early, range(5000), "", sys.stderr)
     assert len(calls) < 1000
 
 
