@@ -63,7 +63,7 @@ def gpu_ids(num_gpus: int | None) -> list[str]:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        found, counted_by = visible_gpus(visible), f"CUDA_VISIBLE_DEVICES={visible} names"
+        found, counted_by = visible_gpus(visible), "CUDA_VISIBLE_DEVICES names"
         hides_all = visible.strip() in ("", "-1")
         if not found and not hides_all:
             raise utils.UsageError(
