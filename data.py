@@ -1,7 +1,5 @@
 """Datasets as one uint8 tensor on the device, and batches made from them there: crop, flip, augment, mix, resize.
 
-    python data.py --benchmark    # images/s of this pipeline, and of PIL images through a DataLoader
-
 Nothing is done image by image in Python. All random draws of an epoch are a pure function of (seed, epoch), made on the
 CPU and whole: an exact resume needs no stored state, a rank of a parallel run takes its part of them, and nothing waits
 for the device.
@@ -11,7 +9,6 @@ Shapes: n images of the split, b of the batch, C channels, H x W pixels as store
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,11 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import augment
-import device as machine
-import mixing
-import sources
-import utils
+from pipeline import augment, mixing, sources
+from runtime import hardware
 
 BYTES_AT_ONCE = 2**23  # of images that are augmented together, if that is more than a batch
 FETCHES_AHEAD = 3  # of a dataset that streams
@@ -215,13 +209,13 @@ def fetch(split: Split, indices: Iterable[Tensor], dataset: Dataset) -> Iterator
     """
     if not dataset.streams:
         for index in indices:
-            index = machine.to_device(index, dataset.device)
+            index = hardware.to_device(index, dataset.device)
             yield split.images.index_select(0, index), split.labels[index]  # images[index] goes byte by byte
         return
 
     def gather(index: Tensor) -> tuple[Tensor, Tensor]:
         parts = split.images.index_select(0, index), split.labels[index]
-        return tuple(machine.pinned(part, dataset.device) for part in parts)
+        return tuple(hardware.pinned(part, dataset.device) for part in parts)
 
     indices = iter(indices)
     with ThreadPoolExecutor(1) as thread:
@@ -264,7 +258,7 @@ class EpochDraws:
 
     def augment(self, images: Tensor, positions: Tensor) -> Tensor:
         """Images as stored, uint8 [b, C, H, W], of any batches -> the same, cropped, mirrored, and by the policy."""
-        offsets, mirrored = (machine.to_device(x[positions], images.device) for x in (self.offsets, self.mirrored))
+        offsets, mirrored = (hardware.to_device(x[positions], images.device) for x in (self.offsets, self.mirrored))
         images = crop_and_flip(images, offsets, mirrored, self.padding)
         return augment.apply_policy(images, self.policy.at(positions))
 
@@ -306,7 +300,7 @@ def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: in
 
 def normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """uint8 [b, C, H, W] -> float32 of zero mean and unit variance."""
-    mean, std = (machine.to_device(torch.tensor(values).view(-1, 1, 1), images.device) for values in (mean, std))
+    mean, std = (hardware.to_device(torch.tensor(values).view(-1, 1, 1), images.device) for values in (mean, std))
     return images.float().sub_(255 * mean).div_(255 * std)
 
 
@@ -332,36 +326,3 @@ def enlarge(x: Tensor, factor: int, dim: int) -> Tensor:
     phases = phases.view(-1, *[1] * (x.ndim - dim - 2))
     between = torch.lerp(x.narrow(dim, 0, size + 1), x.narrow(dim, 1, size + 1), phases)  # [..., size + 1, factor, ...]
     return between.flatten(dim, dim + 1).narrow(dim, (factor + 1) // 2, size * factor)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How fast it is
-
-
-def parse_args(argv=None):
-    parser = utils.ArgumentParser(description="Images of the data pipeline, how many a second.")
-    parser.add_argument("--benchmark", action="store_true", required=True, help="measure, beside PIL and a DataLoader")
-    parser.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
-    workers = utils.number_type(int, minimum=0)
-    parser.add_argument("--workers", type=workers, default=2, help="processes of the DataLoader")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON to write")
-    return parser.parse_args(argv)
-
-
-def main(argv=None) -> int:
-    import pipeline_benchmark  # deferred: it imports this module
-
-    args = parse_args(argv)
-    machine.keep_freed_memory()
-    report = pipeline_benchmark.run(
-        machine.pick_device(args.device), args.workers, sys.argv[1:] if argv is None else argv
-    )
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        utils.write_json(args.output, report)
-        print(f"wrote {args.output}")
-    return 0
-
-
-if __name__ == "__main__":
-    utils.run_cli(main)

@@ -1,4 +1,4 @@
-"""Evaluate a model: loss, top-1 and top-5, per-class accuracy, confusion matrix, throughput.
+"""Evaluate a checkpoint: loss, top-1 and top-5, per-class accuracy, confusion matrix, throughput.
 
 python eval.py --checkpoint experiments/cifar10/full/seed_0/last.pt
 """
@@ -7,67 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterable
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 import attention
 import data
-import device as machine
-import parallel
 import utils
-from checkpoint import load_checkpoint, rebuild_model
+from runtime import distributed, hardware
+from training.checkpoints import load_checkpoint, rebuild_model
+from training.evaluation import evaluate
 
 SPLITS = ("test", "train")
-
-
-@torch.no_grad()  # not inference_mode, for which the kernels would be compiled once more
-def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device, precision: str
-) -> dict:
-    """Run the model over batches of (images [B, C, height, width], labels [B]), in a parallel run those of all ranks.
-
-    Nothing is read from the device before the end. Returns `loss` (mean cross-entropy, nats), `top1_accuracy`,
-    `top5_accuracy` (percent; None with 5 classes or fewer), `per_class_accuracy` (percent; None for a class without
-    images), `confusion_matrix` (rows true, columns predicted), `num_images`, `seconds`, `images_per_second`.
-    """
-    was_training = model.training
-    model.eval()
-    start = time.perf_counter()
-    loss_sum = torch.zeros((), device=device)
-    top5_hits = torch.zeros((), dtype=torch.int64, device=device)
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
-    for images, labels in batches:
-        with machine.autocast(device, precision):
-            logits = model(images)
-        logits = logits.float()  # [B, classes]
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-        cells = labels * num_classes + logits.argmax(1)
-        confusion.scatter_add_(0, cells, torch.ones_like(cells))  # bincount would wait for the device
-        if num_classes > 5:
-            top5_hits += (logits.topk(5).indices == labels[:, None]).sum()
-    parallel.sum_over_ranks(loss_sum, top5_hits, confusion)
-    confusion = confusion.view(num_classes, num_classes).cpu()  # waits for the device
-    seconds = time.perf_counter() - start
-    model.train(was_training)
-    num_images, correct, per_class = int(confusion.sum()), confusion.diag(), confusion.sum(1)
-    return {
-        "loss": loss_sum.item() / num_images,
-        "top1_accuracy": 100 * int(correct.sum()) / num_images,
-        "top5_accuracy": 100 * top5_hits.item() / num_images if num_classes > 5 else None,
-        "per_class_accuracy": [
-            100 * hits / count if count else None
-            for hits, count in zip(correct.tolist(), per_class.tolist(), strict=True)
-        ],
-        "confusion_matrix": confusion.tolist(),
-        "num_images": num_images,
-        "seconds": seconds,
-        "images_per_second": num_images / seconds,
-    }
 
 
 def parse_args(argv=None):
@@ -76,8 +25,8 @@ def parse_args(argv=None):
     parser.add_argument("--split", choices=SPLITS, default="test", help="images to evaluate on")
     parser.add_argument("--data_dir", metavar="DIR", help="where the data is (default: as in training)")
     parser.add_argument("--batch_size", type=utils.number_type(int, minimum=1), default=256, help="images a batch")
-    parser.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
-    parser.add_argument("--precision", choices=machine.PRECISIONS, help="of the model (default: as in training)")
+    parser.add_argument("--device", choices=hardware.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
+    parser.add_argument("--precision", choices=hardware.PRECISIONS, help="of the model (default: as in training)")
     parser.add_argument(
         "--backend", choices=attention.BACKENDS[1:], default="dense", help="how masked attention is computed"
     )
@@ -89,14 +38,14 @@ def parse_args(argv=None):
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    parallel.check_environment()
-    if parallel.WORLD_SIZE > 1:
+    distributed.check_environment()
+    if distributed.WORLD_SIZE > 1:
         raise utils.UsageError("eval.py runs on one process; start it without torchrun")
-    machine.keep_freed_memory()
+    hardware.keep_freed_memory()
     state = load_checkpoint(args.checkpoint)
     settings, config = state["settings"], state["model_config"]
-    device = machine.pick_device(args.device)
-    precision = machine.resolve_precision(args.precision or settings["precision"], device)
+    device = hardware.pick_device(args.device)
+    precision = hardware.resolve_precision(args.precision or settings["precision"], device)
     model = rebuild_model(state, args.backend).to(device)
     with utils.usage_errors():
         model.plan.check_device(device)
@@ -130,7 +79,7 @@ def main(argv=None) -> int:
         "precision": precision,
         "class_names": dataset.class_names,
         **result,
-        "provenance": machine.provenance(sys.argv[1:] if argv is None else argv, device),
+        "provenance": hardware.provenance(sys.argv[1:] if argv is None else argv, device),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     utils.write_text(output, format_json(report))

@@ -18,19 +18,16 @@ from filelock import Timeout
 
 import attention
 import data
-import device as machine
-import figures
-import identity
-import locks
 import masks
 import models
-import parallel
-import sources
 import utils
-from checkpoint import load_latest
-from settings import complete, parse_args, resolve_settings
-from stop import StoppedAtOnce, StopRequest
-from train import Stopped, Trainer, images_a_forward
+from pipeline import identity, sources
+from report import figures, mask_pictures
+from runtime import distributed, hardware, locks
+from runtime.stopping import StoppedAtOnce, StopRequest
+from training.checkpoints import load_latest
+from training.settings import complete, parse_args, resolve_settings
+from training.trainer import Stopped, Trainer, images_a_forward
 from utils import BusyError, OutOfMemoryError, UsageError, UserError
 
 CONFIG_FORMAT = 2
@@ -168,7 +165,7 @@ def dry_run(settings: dict, folder: Path) -> None:
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the run folder's lock, which the system frees when a process dies. Raises BusyError if another holds it."""
-    if not parallel.IS_FIRST:
+    if not distributed.IS_FIRST:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +185,7 @@ def device_errors(grad_accumulation: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if machine.says_busy(error):
+        if hardware.says_busy(error):
             raise UserError(
                 f"the GPU is taken: {utils.first_line(error)}. Another process holds it, and its compute mode allows "
                 "one only; wait for that process, choose another GPU with CUDA_VISIBLE_DEVICES, or allow several with "
@@ -203,26 +200,26 @@ def device_errors(grad_accumulation: int) -> Iterator[None]:
 
 
 def main(argv=None) -> int:
-    parallel.die_with_parent()
-    machine.keep_freed_memory()
+    distributed.die_with_parent()
+    hardware.keep_freed_memory()
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    parallel.check_environment()
+    distributed.check_environment()
     if args.device in ("auto", "cuda"):
-        parallel.take_own_gpu()
+        distributed.take_own_gpu()
     settings = resolve_settings(args)
     if settings["dry_run"]:
         with device_errors(settings["grad_accumulation"]):
             dry_run(settings, find_run(settings, args.dataset_name)[0])
         return 0
-    found = find_run(settings, args.dataset_name) if parallel.IS_FIRST else None
+    found = find_run(settings, args.dataset_name) if distributed.IS_FIRST else None
     stop = StopRequest()
     with (
         stop.listening(),
         device_errors(settings["grad_accumulation"]),
-        parallel.process_group(torch.device(settings["device"])) as device,
+        distributed.process_group(torch.device(settings["device"])) as device,
     ):
-        folder, known = parallel.from_first(found)
+        folder, known = distributed.from_first(found)
         settings["dataset_name"] = folder.parents[1].name
         try:
             with stop.at_once():
@@ -235,13 +232,13 @@ def main(argv=None) -> int:
             say_stopped(f"stopped ({stop.reason}) before the training; the same command starts again")
             return 130 if stop.by_keyboard else utils.EXIT_AGAIN
         except Stopped:
-            reason = next(filter(None, parallel.from_all(stop.reason)))
+            reason = next(filter(None, distributed.from_all(stop.reason)))
             say_stopped(f"stopped ({reason}); all is saved in {folder}, the same command goes on")
-            return 130 if parallel.any_rank(stop.by_keyboard) else utils.EXIT_AGAIN
+            return 130 if distributed.any_rank(stop.by_keyboard) else utils.EXIT_AGAIN
 
 
 def say_stopped(message: str) -> None:
-    if parallel.IS_FIRST:
+    if distributed.IS_FIRST:
         try:
             print(message, flush=True)
         except BrokenPipeError:  # in `| tee log` Ctrl-C has ended tee as well
@@ -264,8 +261,8 @@ def is_finished(folder: Path, settings: dict, data: dict | None) -> bool:
     `data` is what is known of it: by its name alone (None), by its files' names and sizes, or, once it is read, all. A
     run from before these were noted is only known to be of this data once that is read.
     """
-    if not parallel.IS_FIRST:  # which may see the files later than the first process, or not at all
-        return parallel.from_first(None)
+    if not distributed.IS_FIRST:  # which may see the files later than the first process, or not at all
+        return distributed.from_first(None)
     found, finished = read_config(folder), False
     if found is not None:
         refuse_other_settings(folder, found["settings"], settings)
@@ -278,7 +275,7 @@ def is_finished(folder: Path, settings: dict, data: dict | None) -> bool:
         utils.check_sections(folder / utils.SUMMARY, summary, {"final": {"eval_accuracy": (int, float), "epoch": int}})
         final = summary["final"]
         print(f"{folder} is finished: {final['eval_accuracy']:.2f}% after epoch {final['epoch']}; nothing to do")
-    return parallel.from_first(finished)
+    return distributed.from_first(finished)
 
 
 def load_dataset(settings: dict, device: torch.device) -> data.Dataset:
@@ -297,7 +294,7 @@ def run(
             return 0
         trainer = prepare(settings, dataset, folder, device, stop, argv)
     history = trainer.train()
-    if parallel.IS_FIRST:
+    if distributed.IS_FIRST:
         utils.write_json(folder / utils.SUMMARY, summarize(history, trainer.config))
         print(f"finished: {history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images; results in {folder}")
     return 0
@@ -307,18 +304,18 @@ def prepare(
     settings: dict, dataset: data.Dataset, folder: Path, device: torch.device, stop: StopRequest, argv: list[str]
 ) -> Trainer:
     """The trainer, where the run was left; config.json and the picture of the mask are written."""
-    found, state = parallel.from_first((read_config(folder), load_latest(folder)) if parallel.IS_FIRST else None)
+    found, state = distributed.from_first((read_config(folder), load_latest(folder)) if distributed.IS_FIRST else None)
     model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
     if found is None:
-        if parallel.IS_FIRST:
+        if distributed.IS_FIRST:
             choose_backend(model, settings, len(dataset.train), device)
-        model.plan.use(*parallel.from_first((model.plan.backend, model.plan.reason)))
+        model.plan.use(*distributed.from_first((model.plan.backend, model.plan.reason)))
     else:  # what was chosen when the run began, so that a resume is exact
         model.plan.use(found["attention"]["backend"], found["attention"]["backend_reason"])
         with utils.usage_errors():
             model.plan.check_device(device)
     model.plan.to(device)
-    provenance = machine.provenance(argv, device)
+    provenance = hardware.provenance(argv, device)
     config = make_config(found, folder, model, dataset, settings, provenance)
     if state is not None:  # config.json may have been removed
         refuse_other_settings(folder, state["settings"], settings)
@@ -326,7 +323,7 @@ def prepare(
     trainer = Trainer(model, dataset, config, folder, device, stop)
     if state is not None:
         trainer.load(state)
-    if parallel.IS_FIRST:
+    if distributed.IS_FIRST:
         utils.write_json(folder / utils.CONFIG, config)
         draw_mask(model, settings, folder)
         what = f"{config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}"
@@ -360,10 +357,10 @@ def draw_mask(model: models.VisionTransformer, settings: dict, folder: Path) -> 
     step, path = settings["expansion_step"], folder / utils.MASK_PICTURE
     title = settings["mask_type"] if step is None else f"{settings['mask_type']}, expansion step {step}"
     try:
-        figures.save(figures.draw_attention_mask(model.plan.mask, *model.grid, title), path)
+        figures.save(mask_pictures.draw_attention_mask(model.plan.mask, *model.grid, title), path)
     except Exception as error:  # whatever matplotlib raises
         utils.warn(f"training goes on without {path}, which could not be drawn: {utils.first_line(error)}")
 
 
 if __name__ == "__main__":
-    utils.run_cli(main, parallel.leave)
+    utils.run_cli(main, distributed.leave)

@@ -217,10 +217,10 @@ def describe(args) -> str:
 
 
 def draw_all(args) -> str:
-    import figures  # deferred: matplotlib is only needed here
+    from report import figures, mask_pictures  # deferred: matplotlib is only needed here
 
     masks = {name: build_attention_mask(name, args.expansion_step, *args.grid) for name in MASK_TYPES}
-    figures.save(figures.draw_mask_types(masks, *args.grid), Path(args.picture))
+    figures.save(mask_pictures.draw_mask_types(masks, *args.grid), Path(args.picture))
     return f"wrote {args.picture}"
 
 

@@ -15,12 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import charts
-import figures
-import results
-import text
 import utils
-from results import Row, Run
+from report import charts, figures, results, text
+from report.results import Row, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,13 +13,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import identity
-import launch
 import masks
-import results
-import slurm
 import utils
-from plan import DONE, FAILED, RUNNING, Job, PlannedRun, data_dir_of, last_lines, make_plan
+from pipeline import identity
+from report import results
+from sweep import launch, slurm
+from sweep.plan import DONE, FAILED, RUNNING, Job, PlannedRun, data_dir_of, last_lines, make_plan
 from utils import json_list, number_type
 
 MAIN_SCRIPT = utils.REPOSITORY / "main.py"

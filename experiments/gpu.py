@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import device as machine
 import models
-import optim
 import utils
+from runtime import hardware
+from training import optimizers
 
 WHAT = ("ceilings", "kernels", "model")
 MODES = ("off", "default", "reduce-overhead")
@@ -36,7 +36,7 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(description="Measurements on a GPU, for experiments/gpu.sh.")
     parser.add_argument("what", choices=WHAT, help="what to measure")
     parser.add_argument("--compile", choices=MODES, default="off", help="of the model")
-    parser.add_argument("--device", choices=machine.DEVICES, default="cuda", help="where")
+    parser.add_argument("--device", choices=hardware.DEVICES, default="cuda", help="where")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to append to")
     parser.add_argument("--small", action="store_true", help="tiny sizes and few rounds, to try the script")
     return parser.parse_args(argv)
@@ -46,7 +46,7 @@ def median_seconds(function: Callable[[], object], device: torch.device, rounds:
     """Of a call, after three that warm up and compile."""
     for _ in range(3):
         function()
-    return statistics.median(machine.seconds_of(function, device) for _ in range(rounds))
+    return statistics.median(hardware.seconds_of(function, device) for _ in range(rounds))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def median_seconds(function: Callable[[], object], device: torch.device, rounds:
 
 
 def ceilings(args, device: torch.device, write: Callable[[dict], None]) -> None:
-    write({"what": "versions", "provenance": machine.provenance(sys.argv[1:], device), **gpu_versions(device)})
+    write({"what": "versions", "provenance": hardware.provenance(sys.argv[1:], device), **gpu_versions(device)})
     rounds = 3 if args.small else 30
     num_bytes = MILLION if args.small else 2000 * MILLION
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -142,7 +142,7 @@ def model(args, device: torch.device, write: Callable[[dict], None]) -> None:
     torch.manual_seed(0)
     net = models.VisionTransformer(img_size, backend="dense", **models.PRESETS[preset]).to(device)
     settings = {"lr": 1e-4, "weight_decay": 0.1, "optimizer": "adamw"}
-    (optimizer,) = optim.build_optimizers(net, settings)
+    (optimizer,) = optimizers.build_optimizers(net, settings)
     compiled = net if args.compile == "off" else torch.compile(net, mode=args.compile, dynamic=False)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     labels = torch.arange(batch_size, device=device) % 10
@@ -150,7 +150,7 @@ def model(args, device: torch.device, write: Callable[[dict], None]) -> None:
     def step() -> None:
         if args.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
-        with machine.autocast(device, "bf16"):
+        with hardware.autocast(device, "bf16"):
             loss = F.cross_entropy(compiled(images), labels)
         loss.backward()
         optimizer.step()
@@ -158,7 +158,7 @@ def model(args, device: torch.device, write: Callable[[dict], None]) -> None:
 
     seconds = median_seconds(step, device, steps)
     flops = 3 * models.count_forward_flops(net)["total"] * batch_size
-    peak = machine.peak_flops(device, "bf16")
+    peak = hardware.peak_flops(device, "bf16")
     write(
         {
             "what": f"training step of ViT at {img_size}, bf16",
@@ -166,7 +166,7 @@ def model(args, device: torch.device, write: Callable[[dict], None]) -> None:
             "batch_size": batch_size,
             "images_per_second": batch_size / seconds,
             "flops_utilization_percent": None if peak is None else 100 * flops / seconds / peak,
-            "peak_memory_bytes": machine.peak_memory_bytes(device),
+            "peak_memory_bytes": hardware.peak_memory_bytes(device),
         }
     )
     profile(step, args, device)
@@ -179,7 +179,7 @@ def profile(step: Callable[[], None], args, device: torch.device) -> None:
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(3):
             step()
-        machine.synchronize(device)
+        hardware.synchronize(device)
     sort_by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     name = f"profile_{args.compile}"
     (args.output.parent / f"{name}.txt").write_text(profiler.key_averages().table(sort_by=sort_by, row_limit=30))
@@ -188,9 +188,9 @@ def profile(step: Callable[[], None], args, device: torch.device) -> None:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    device = machine.pick_device(args.device)
+    device = hardware.pick_device(args.device)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    card = machine.device_name(device)
+    card = hardware.device_name(device)
 
     def write(row: dict) -> None:
         line = json.dumps({**row, "device": card, "torch": torch.__version__})

@@ -82,7 +82,7 @@ base() {
 }
 
 training() {
-    step 580 training "$PYTHON" training_benchmark.py --device "$DEVICE" --steps "$(size 40 1)" --rounds "$(size 7 3)" \
+    step 580 training "$PYTHON" benchmark.py --level training --device "$DEVICE" --steps "$(size 40 1)" --rounds "$(size 7 3)" \
         --batch_size "$(size 512 4)" --model "$(size vit_tiny vit_micro)" --output "$FOLDER/training.json"
 }
 

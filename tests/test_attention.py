@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attention
-import diagonal
 import main
 import masks
 import utils
-from attention import attend, attend_packed, compile_mask
+from attention import attend, attend_packed, choice, compile_mask, compiled_mask, diagonal
 from models import VisionTransformer
+from runtime import hardware
 
 LOCAL_TYPES = masks.MASK_TYPES[1:]
 
@@ -279,7 +279,7 @@ def test_flex_runs_on_cuda_only():
 @pytest.fixture
 def flex_on_the_cpu(monkeypatch):
     """FlexAttention's forward runs on the CPU as well, slowly."""
-    monkeypatch.setattr(attention, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(compiled_mask, "FLEX_DEVICES", ("cpu",))
 
 
 def test_the_block_mask_of_flex_is_the_mask(flex_on_the_cpu):
@@ -300,7 +300,7 @@ def test_the_block_mask_is_made_when_the_plan_gets_to_its_device_and_not_in_a_fo
     before = plan.block_mask
     plan.to(torch.float32)  # as a move to another device: the block mask refers to tensors there
     assert plan.block_mask is not before
-    monkeypatch.setattr(attention, "create_block_mask", lambda *args, **kwargs: pytest.fail("made in a forward"))
+    monkeypatch.setattr(compiled_mask, "create_block_mask", lambda *args, **kwargs: pytest.fail("made in a forward"))
     qkv = random_qkv(21, dtype=torch.float32, head_dim=16).detach()
     compiled = torch.compile(lambda x: attend_packed(x, plan), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(qkv).double(), oracle(qkv, mask, 1), rtol=1e-5, atol=1e-5)
@@ -333,15 +333,15 @@ def test_each_configuration_of_flex_is_compiled_once_and_for_itself(flex_on_the_
 @pytest.mark.parametrize(("backend", "allowed"), [("dense", (False, True, True)), ("full", (True, True, True))])
 def test_masked_attention_on_a_gpu_is_not_given_to_cudnn(backend, allowed, monkeypatch):
     """Its backward returns NaN for some masks. Full attention keeps whatever torch would take."""
-    seen, sdpa = [], attention.F.scaled_dot_product_attention
+    seen, sdpa = [], compiled_mask.F.scaled_dot_product_attention
     switches = [getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in ("cudnn", "mem_efficient", "math")]
 
     def record(*args, **kwargs):
         seen.append(tuple(enabled() for enabled in switches))
         return sdpa(*args, **kwargs)
 
-    monkeypatch.setattr(attention, "CUDNN_DEVICES", ("cpu",))
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(compiled_mask, "CUDNN_DEVICES", ("cpu",))
+    monkeypatch.setattr(compiled_mask.F, "scaled_dot_product_attention", record)
     mask = None if backend == "full" else masks.build_attention_mask("2d_cardinal", 1, 8, 8)
     plan = compile_mask(mask, 0, "dense")
     attend_packed(random_qkv(64), plan)
@@ -349,7 +349,7 @@ def test_masked_attention_on_a_gpu_is_not_given_to_cudnn(backend, allowed, monke
 
 
 def test_the_restriction_to_some_kernels_compiles_without_a_graph_break(monkeypatch):
-    monkeypatch.setattr(attention, "CUDNN_DEVICES", ("cpu",))
+    monkeypatch.setattr(compiled_mask, "CUDNN_DEVICES", ("cpu",))
     mask = masks.build_attention_mask("2d_cardinal", 1, 4, 4)
     plan, qkv = compile_mask(mask, 0, "dense"), random_qkv(16)
     compiled = torch.compile(lambda x: attend_packed(x, plan), fullgraph=True, backend="aot_eager")
@@ -412,7 +412,7 @@ def measured(monkeypatch, tmp_path):
         log.append(candidates)
         return {name: pretended[name] for name in candidates if name in pretended}
 
-    monkeypatch.setattr(attention, "_measure", measure)
+    monkeypatch.setattr(choice, "_measure", measure)
     return log, pretended
 
 
@@ -451,7 +451,7 @@ def test_auto_stays_dense_in_a_short_run_whatever_was_measured_before(measured):
 def test_a_cache_that_cannot_be_written_is_replaced(measured, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(attention.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(choice.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     assert choose(local_plan()).backend == "diagonal"
     assert list((tmp_path / "temporary" / "local-attention-vits").glob("*.json"))
 
@@ -515,7 +515,7 @@ def test_another_backend_is_taken_where_dense_attention_does_not_fit(uncompiled,
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", out_of_memory)
+    monkeypatch.setattr(compiled_mask.F, "scaled_dot_product_attention", out_of_memory)
     plan = choose(local_plan(), num_calls=1)
     assert (plan.backend, plan.timings.keys()) == ("diagonal", {"diagonal"})
     monkeypatch.setattr(diagonal, "attend", out_of_memory)
@@ -549,7 +549,7 @@ def test_memory_is_given_back_when_the_error_holds_it_no_more(monkeypatch, tmp_p
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(diagonal, "attend", out_of_memory)
-    monkeypatch.setattr(attention.machine, "free_unused_memory", lambda device: alive_when_freed.append(held[-1]()))
+    monkeypatch.setattr(hardware, "free_unused_memory", lambda device: alive_when_freed.append(held[-1]()))
     choose(local_plan(), num_calls=10**9)
     assert alive_when_freed == [None]
 
@@ -567,7 +567,7 @@ def test_what_fits_is_measured_once_though_dense_attention_never_fits(measured):
 
 def test_timings_of_other_kernels_are_not_used_again(measured, monkeypatch):
     choose(local_plan())
-    monkeypatch.setattr(attention, "_kernels_hash", lambda: "another version")
+    monkeypatch.setattr(choice, "_kernels_hash", lambda: "another version")
     choose(local_plan())
     assert len(measured[0]) == 4
 
@@ -599,7 +599,7 @@ def test_a_kernel_that_the_compiler_refuses_runs_uncompiled(monkeypatch, capsys)
 
 def test_exact_errors_are_computed_where_there_is_float64(monkeypatch):
     """Apple's GPUs have none: tensors come to the CPU first."""
-    import candidates
+    from benchmarks import candidates
 
     class OnApple(torch.Tensor):
         def double(self):

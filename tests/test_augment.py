@@ -7,8 +7,8 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
-import augment
-from augment import OPS, Draws, apply_policy, draw_erasing, draw_policy, erase
+from pipeline import augment
+from pipeline.augment import OPS, Draws, apply_policy, draw_erasing, draw_policy, erase
 
 SIZES = [(9, 14), (19, 30), (32, 32), (8, 8)]
 THEIR_POLICIES = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}

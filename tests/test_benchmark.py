@@ -8,12 +8,11 @@ import torch
 
 import attention
 import benchmark
-import benchmark_charts
-import candidates
-import device as machine
 import masks
 import models
 import utils
+from benchmarks import candidates, charts
+from runtime import hardware
 
 CPU = torch.device("cpu")
 SMALL = ["--grids", "[3, 5]", "--batch_size", "2", "--num_heads", "2", "--head_dim", "8", "--device", "cpu"]
@@ -58,7 +57,7 @@ def test_pictures_are_drawn_again_from_the_json(report, monkeypatch):
     assert (report.parent / "report_time.png").stat().st_size > 5000
 
     (report.parent / "report_memory.png").unlink()
-    monkeypatch.setattr(benchmark_charts, "_speedup", lambda row: 1 / 0)
+    monkeypatch.setattr(charts, "_speedup", lambda row: 1 / 0)
     with pytest.raises(utils.UserError, match=r"report_speedup \(division by zero\)"):
         benchmark.main(["--plot", str(report)])
     assert (report.parent / "report_memory.png").exists(), "one that fails does not stop the others"
@@ -194,13 +193,13 @@ def test_quartiles():
 
 def test_fitted_exponent():
     patches = [196, 784, 3136]
-    assert benchmark_charts.fit_exponent(patches, [3 * n**1.7 for n in patches]) == pytest.approx(1.7)
+    assert charts.fit_exponent(patches, [3 * n**1.7 for n in patches]) == pytest.approx(1.7)
 
 
-@pytest.mark.skipif(machine.platform.libc_ver()[0] != "glibc", reason="peak memory on the CPU is read on Linux")
+@pytest.mark.skipif(hardware.platform.libc_ver()[0] != "glibc", reason="peak memory on the CPU is read on Linux")
 def test_peak_memory_is_that_of_the_call():
     size = 64 * 2**20
-    peak = machine.peak_memory_of(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    peak = hardware.peak_memory_of(lambda: torch.ones(size, dtype=torch.uint8), CPU)
     assert size <= peak < 1.5 * size
 
 

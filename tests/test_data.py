@@ -18,9 +18,8 @@ import torchvision
 from torchvision.transforms.v2 import functional as transforms
 
 import data
-import imagefolder
 import main
-import sources
+from pipeline import imagefolder, sources
 from utils import REPOSITORY, UserError
 
 CPU = torch.device("cpu")

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-import figures
 import masks
 import utils
+from report import figures, mask_pictures
 
 
 def shown_cells(axes, color):
     """Bool [height, width]: which cells of a drawn grid have a color."""
-    return np.all(np.isclose(axes.images[0].get_array(), figures._rgb(color)), axis=-1)
+    return np.all(np.isclose(axes.images[0].get_array(), figures.rgb(color)), axis=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def test_a_new_pattern_changes_no_other_style(monkeypatch):
 
 def test_the_variants_of_a_mask_type_go_from_light_to_dark():
     variants = [figures.style_of("2d_cardinal", i, 3) for i in range(3)]
-    brightness = [figures._rgb(style["color"]).sum() for style in variants]
+    brightness = [figures.rgb(style["color"]).sum() for style in variants]
     assert brightness == sorted(brightness, reverse=True)
     assert variants[1]["color"] == figures.style_of("2d_cardinal")["color"]
     assert len({style["linestyle"] for style in variants}) == 3
@@ -91,8 +91,8 @@ DRAW = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import figures
-figure = figures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
+from report import figures, mask_pictures
+figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
 figures.save_png_and_svg(figure, Path(sys.argv[2]) / "masks")
 """
 
@@ -100,7 +100,7 @@ figures.save_png_and_svg(figure, Path(sys.argv[2]) / "masks")
 @pytest.fixture
 def expected(tmp_path):
     """The pictures of DRAW, as they should be."""
-    figure = figures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
+    figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
     figures.save_png_and_svg(figure, tmp_path / "expected" / "masks")
     return read_all(tmp_path / "expected")
 
@@ -126,7 +126,7 @@ def test_no_configuration_of_matplotlib_changes_a_picture(tmp_path, expected):
 
 def test_settings_of_the_process_change_no_picture_and_stay(tmp_path, expected):
     with matplotlib.rc_context(HOSTILE):
-        figure = figures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
+        figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
         figures.save_png_and_svg(figure, tmp_path / "drawn" / "masks")
         assert matplotlib.rcParams["image.origin"] == "lower"
     assert read_all(tmp_path / "drawn") == expected
@@ -151,22 +151,22 @@ def test_one_drawing_that_fails_does_not_stop_the_others(tmp_path):
 def test_neighborhoods_are_rows_of_the_mask(mask_type):
     height, width = 5, 8
     mask = masks.build_attention_mask(mask_type, 1, height, width)
-    figure = figures.draw_attention_mask(mask, height, width, "a title")
+    figure = mask_pictures.draw_attention_mask(mask, height, width, "a title")
     whole, *panels = figure.axes
     expected = torch.ones(40, 40, dtype=torch.bool) if mask is None else mask
-    drawn = shown_cells(whole, figures.ATTENDED)
+    drawn = shown_cells(whole, mask_pictures.ATTENDED)
     np.testing.assert_array_equal(np.broadcast_to(drawn, (40, 40)), expected)
     for axes, (row, column) in zip(panels, [(2, 4), (2, 0), (0, 0)], strict=True):
         neighbors = expected[row * width + column].reshape(height, width).numpy().copy()
         assert axes.get_title().endswith(f"{neighbors.sum()} neighbors")
         neighbors[row, column] = False  # it is drawn as the query
-        np.testing.assert_array_equal(shown_cells(axes, figures.ATTENDED), neighbors)
-        assert np.argwhere(shown_cells(axes, figures.QUERY)).tolist() == [[row, column]]
+        np.testing.assert_array_equal(shown_cells(axes, mask_pictures.ATTENDED), neighbors)
+        assert np.argwhere(shown_cells(axes, mask_pictures.QUERY)).tolist() == [[row, column]]
 
 
 def test_all_mask_types_in_one_picture(tmp_path):
     by_type = {name: masks.build_attention_mask(name, 1, 4, 6) for name in masks.MASK_TYPES}
-    figure = figures.draw_mask_types(by_type, 4, 6)
+    figure = mask_pictures.draw_mask_types(by_type, 4, 6)
     assert len(figure.axes) == 3 * len(by_type)
     assert [axes.get_title() for axes in figure.axes[: len(by_type)]] == list(by_type)
     assert [axes.get_xlabel() for axes in figure.axes[: len(by_type)]] == [f"{n} neighbors" for n in (24, 5, 9, 5, 9)]
@@ -177,7 +177,7 @@ def test_all_mask_types_in_one_picture(tmp_path):
 @pytest.mark.parametrize(("size", "block"), [(1, 1), (7, 1), (7, 2), (9, 3), (10, 4), (5, 9)])
 def test_reduction_by_blocks_against_loops(size, block):
     mask = np.random.default_rng(0).random((size, size)) < 0.2
-    reduced = figures.reduce_by_blocks(mask, block)
+    reduced = mask_pictures.reduce_by_blocks(mask, block)
     num_blocks = -(-size // block)
     assert reduced.shape == (num_blocks, num_blocks)
     for i, j in itertools.product(range(num_blocks), repeat=2):
@@ -187,13 +187,13 @@ def test_reduction_by_blocks_against_loops(size, block):
 def test_a_large_mask_is_drawn_small():
     height = width = 50
     mask = masks.build_attention_mask("2d_all_neighbors", 2, height, width)
-    figure = figures.draw_attention_mask(mask, height, width, "large")
-    assert max(figure.axes[0].images[0].get_array().shape) <= figures.MAX_CELLS
+    figure = mask_pictures.draw_attention_mask(mask, height, width, "large")
+    assert max(figure.axes[0].images[0].get_array().shape) <= mask_pictures.MAX_CELLS
     assert "6 × 6 to a dot" in figure.axes[0].get_title()
-    full = figures.draw_attention_mask(None, 128, 128, "full")
+    full = mask_pictures.draw_attention_mask(None, 128, 128, "full")
     assert full.axes[0].images[0].get_array().shape == (1, 1, 3)
 
 
 def test_a_mask_of_another_grid_is_refused():
     with pytest.raises(ValueError, match=r"shape \(6, 6\), got \(4, 4\)"):
-        figures.draw_attention_mask(torch.eye(4, dtype=torch.bool), 2, 3, "wrong")
+        mask_pictures.draw_attention_mask(torch.eye(4, dtype=torch.bool), 2, 3, "wrong")

@@ -10,12 +10,12 @@ import pytest
 from fake_runs import write_run
 from PIL import Image
 
-import checkpoint
 import eval as evaluation
 import main
 import plot_result
 import run_experiments
 import utils
+from training import checkpoints
 
 SMALL = [
     *("--model", "vit_micro", "--depth", "1", "--img_size", "16", "--patch_size", "4"),
@@ -106,7 +106,7 @@ def test_a_run_lies_in_a_folder_called_like_its_data(pets, tmp_path, monkeypatch
     assert config["settings"]["dataset_name"] == "pets"
     assert config["data"]["files"].keys() == {"train", "test", "hash"}
     assert (config["data"]["files"]["train"], config["data"]["files"]["test"]) == (6, 6)
-    assert checkpoint.load_checkpoint(run_folder(pets) / "last.pt")["data"]["files"] == config["data"]["files"]
+    assert checkpoints.load_checkpoint(run_folder(pets) / "last.pt")["data"]["files"] == config["data"]["files"]
     monkeypatch.chdir(pets / "pets")
     settings = main.resolve_settings(main.parse_args(arguments(".", "output")))
     assert settings["dataset_name"] == "pets"
@@ -255,9 +255,9 @@ def test_a_setting_that_a_checkpoint_does_not_have_had_its_default(pets, run_scr
     folder = run_folder(pets)
     for name in ("config.json", "summary.json"):
         (folder / name).unlink()
-    state = checkpoint.load_checkpoint(folder / "last.pt")
+    state = checkpoints.load_checkpoint(folder / "last.pt")
     del state["format"], state["settings"]["ema"]
-    checkpoint.save_checkpoint(folder, state)
+    checkpoints.save_checkpoint(folder, state)
     code, _, err = run_script(main.main, *arguments(pets / "pets", pets / "output", "--ema", "0.9"))
     assert (code, len(err.splitlines())) == (2, 1)
     assert "other settings: ema 0.0 there, 0.9 asked for. " in err

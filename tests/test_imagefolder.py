@@ -14,10 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-import imagefiles
-import imagefolder
 import main
 import utils
+from pipeline import imagefiles, imagefolder
 from utils import UserError
 
 RED, GREEN, BLUE, GRAY = (200, 30, 40), (20, 190, 60), (10, 60, 180), (120, 120, 120)

@@ -10,11 +10,11 @@ import time
 import pytest
 from processes import alive, wait_for
 
-import launch
-import slurm
-import torchrun
 import utils
-from plan import PlannedRun
+from sweep import launch, slurm, torchrun
+from sweep.plan import PlannedRun
+
+TORCHRUN = utils.REPOSITORY / "sweep" / "torchrun.py"
 
 
 def test_slots_spread_few_runs_over_many_gpus():
@@ -44,7 +44,7 @@ def test_exit_codes_in_words():
 def test_torchrun_exits_as_the_script(tmp_path, code):
     script = tmp_path / "script.py"
     script.write_text(f"import os, sys\nsys.exit({code} if os.environ['RANK'] == '1' else {int(code > 0)})")
-    command = [sys.executable, str(utils.REPOSITORY / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, str(TORCHRUN), "--standalone", "--nproc_per_node", "2"]
     assert subprocess.run([*command, str(script)], capture_output=True).returncode == code
 
 
@@ -68,11 +68,11 @@ def test_no_process_survives_its_torchrun(tmp_path):
     """They have sessions of their own, and here they do not listen."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, pathlib, signal, time, parallel\nparallel.die_with_parent()\n"
+        "import os, pathlib, signal, time\nfrom runtime import distributed\ndistributed.die_with_parent()\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(os.getpid()))\ntime.sleep(300)\n"
     )
-    command = [sys.executable, str(utils.REPOSITORY / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, str(TORCHRUN), "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(utils.REPOSITORY)}
     whole = subprocess.Popen([*command, str(script)], env=environment, stderr=subprocess.DEVNULL)
     files = [tmp_path / "0", tmp_path / "1"]
@@ -85,7 +85,15 @@ def test_no_process_survives_its_torchrun(tmp_path):
 def test_torchrun_without_a_meeting_place_says_so():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         meeting = ["--master_addr", "127.0.0.1", "--master_port", str(taken.getsockname()[1])]
-        command = [sys.executable, str(utils.REPOSITORY / "torchrun.py"), "--nnodes", "2", "--node_rank", "0", *meeting]
+        command = [
+            sys.executable,
+            str(TORCHRUN),
+            "--nnodes",
+            "2",
+            "--node_rank",
+            "0",
+            *meeting,
+        ]
         done = subprocess.run([*command, "main.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("torchrun.py: error: the processes cannot meet: ")

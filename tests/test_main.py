@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 
-import checkpoint
 import eval as evaluation
 import main
-import train
 import utils
 from main import parse_args, resolve_settings
+from training import checkpoints, trainer
 
 DIGITS = [
     *("--dataset", "digits", "--model", "vit_micro", "--img_size", "8", "--patch_size", "2", "--device", "cpu"),
@@ -58,7 +57,7 @@ def test_a_picture_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
     def fail(*arguments):
         raise RuntimeError("no\nfont")
 
-    monkeypatch.setattr(main.figures, "draw_attention_mask", fail)
+    monkeypatch.setattr(main.mask_pictures, "draw_attention_mask", fail)
     assert run(tmp_path, "--epochs", "1") == 0
     assert (tmp_path / "digits" / "full" / "seed_0" / "summary.json").exists()
     (warning,) = capsys.readouterr().err.splitlines()
@@ -75,7 +74,7 @@ def test_config_says_what_was_run(finished):
     assert config["attention"]["num_neighbors_mean"] == 4.0
     assert config["data"]["num_train"] == 1437
     assert config["provenance"]["versions"]["torch"] == torch.__version__
-    state = checkpoint.load_checkpoint(finished / "last.pt")
+    state = checkpoints.load_checkpoint(finished / "last.pt")
     assert config["num_parameters"] == sum(value.numel() for value in state["model"].values())
 
 
@@ -101,7 +100,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkey
     class KilledError(Exception):
         pass
 
-    original, saved = train.save_checkpoint, []
+    original, saved = trainer.save_checkpoint, []
 
     def save_and_die(folder, state):
         if len(saved) == saved_epochs:
@@ -111,16 +110,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkey
         if len(saved) == saved_epochs:
             raise KilledError
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(trainer, "save_checkpoint", save_and_die)
     with pytest.raises(KilledError):
         run(tmp_path, *LOCAL)
-    monkeypatch.setattr(train, "save_checkpoint", original)
+    monkeypatch.setattr(trainer, "save_checkpoint", original)
     torch.manual_seed(99)  # whatever the generators hold by then
     assert run(tmp_path, *LOCAL) == 0
     folder = tmp_path / "digits" / "2d_cardinal_expansion_1" / "seed_0"
     expected, rows = (utils.read_json_lines(path / "metrics.jsonl") for path in (finished, folder))
     assert without_times(rows) == without_times(expected)
-    weights = [checkpoint.load_checkpoint(path / "last.pt")["model"] for path in (finished, folder)]
+    weights = [checkpoints.load_checkpoint(path / "last.pt")["model"] for path in (finished, folder)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert len(utils.read_json(folder / "config.json")["resumed"]) == 1
 
@@ -145,7 +144,7 @@ def test_a_config_of_another_version_is_refused(tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch):
-    original = train.F.cross_entropy
+    original = trainer.F.cross_entropy
     calls = []
 
     def poisoned(*args, **kwargs):
@@ -153,19 +152,19 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_what_was_saved(tmp_path, monk
         return original(*args, **kwargs) * (math.nan if len(calls) == 10 else 1.0)
 
     monkeypatch.setattr(
-        train.F, "cross_entropy", lambda *a, **k: poisoned(*a, **k) if "label_smoothing" in k else original(*a, **k)
+        trainer.F, "cross_entropy", lambda *a, **k: poisoned(*a, **k) if "label_smoothing" in k else original(*a, **k)
     )
     with pytest.raises(utils.UserError, match=r"became nan at step 10 \(epoch 2\)"):
         run(tmp_path)
     folder = tmp_path / "digits" / "full" / "seed_0"
-    assert checkpoint.load_checkpoint(folder / "last.pt")["epoch"] == 2  # the one in progress
+    assert checkpoints.load_checkpoint(folder / "last.pt")["epoch"] == 2  # the one in progress
     assert len(utils.read_json_lines(folder / "metrics.jsonl")) == 1
     assert not (folder / "summary.json").exists()
 
 
 def test_weights_that_became_nan_in_the_last_step_are_not_saved(tmp_path, monkeypatch):
-    original = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args: original(*args) | {"loss": math.nan})
+    original = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: original(*args) | {"loss": math.nan})
     with pytest.raises(utils.UserError, match="evaluation loss became nan after epoch 1"):
         run(tmp_path)
     assert not (tmp_path / "digits" / "full" / "seed_0" / "last.pt").exists()
@@ -300,7 +299,7 @@ def test_bad_checkpoints_end_in_one_line(finished, tmp_path, kind, run_script):
     elif kind == "truncated":
         path.write_bytes((finished / "last.pt").read_bytes()[:-2000])
     elif kind == "code":
-        torch.save({"format": checkpoint.FORMAT, "model_config": Evil()}, path)
+        torch.save({"format": checkpoints.FORMAT, "model_config": Evil()}, path)
     elif kind == "foreign":
         torch.save({"state_dict": {}}, path)
     elif kind == "version":

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-import optim
 from models import VisionTransformer
+from training import optimizers
 
 SMALL = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
 SETTINGS = {"lr": 1.0, "weight_decay": 0.1, "warmup_fraction": 0.2, "optimizer": "adamw"}
@@ -19,7 +19,7 @@ def named_groups(model, optimizer):
 
 def test_weight_decay_is_on_the_matrices_alone():
     model = VisionTransformer(**SMALL)
-    (optimizer,) = optim.build_optimizers(model, SETTINGS)
+    (optimizer,) = optimizers.build_optimizers(model, SETTINGS)
     (decayed, decay), (others, none) = named_groups(model, optimizer)
     assert (decay, none) == (0.1, 0.0)
     assert {"cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias", "head.bias"} <= others
@@ -30,7 +30,7 @@ def test_weight_decay_is_on_the_matrices_alone():
 
 def test_muon_has_the_matrices_of_the_blocks():
     model = VisionTransformer(**SMALL)
-    adamw, muon = optim.build_optimizers(model, SETTINGS | {"optimizer": "muon"})
+    adamw, muon = optimizers.build_optimizers(model, SETTINGS | {"optimizer": "muon"})
     ((by_muon, decay),) = named_groups(model, muon)
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert by_muon == {f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers}
@@ -43,13 +43,13 @@ def test_muon_has_the_matrices_of_the_blocks():
 
 
 def test_the_schedule_warms_up_then_falls_to_zero():
-    optimizers = optim.build_optimizers(VisionTransformer(**SMALL), SETTINGS | {"optimizer": "muon"})
-    schedulers = optim.build_schedulers(optimizers, SETTINGS, total_steps=10)
+    both = optimizers.build_optimizers(VisionTransformer(**SMALL), SETTINGS | {"optimizer": "muon"})
+    schedulers = optimizers.build_schedulers(both, SETTINGS, total_steps=10)
     rates = []
     for _ in range(10):
         (rate,) = {scheduler.get_last_lr()[0] for scheduler in schedulers}
         rates.append(rate)
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+        for optimizer, scheduler in zip(both, schedulers, strict=True):
             optimizer.step()
             scheduler.step()
     assert rates[:3] == [0.5, 1.0, 1.0]
@@ -59,7 +59,7 @@ def test_the_schedule_warms_up_then_falls_to_zero():
 
 def test_the_average_follows_its_formula():
     model = torch.nn.Linear(2, 1, bias=False)
-    average, expected = optim.WeightAverage(model, 0.5), model.weight.detach().clone()
+    average, expected = optimizers.WeightAverage(model, 0.5), model.weight.detach().clone()
     for step in range(1, 9):
         with torch.no_grad():
             model.weight.add_(step)

@@ -8,12 +8,10 @@ import pytest
 from fake_runs import MEAN_NEIGHBORS, write_run
 from matplotlib.text import Text
 
-import charts
-import figures
 import masks
 import plot_result
-import results
 import utils
+from report import charts, figures, results
 
 PICTURES = ("accuracy_curves", "loss_curves", "accuracy_vs_neighbors", "accuracy_vs_throughput")
 

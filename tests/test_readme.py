@@ -10,7 +10,7 @@ from parsers import parser_of
 
 import masks
 import utils
-from settings import RECIPES, parse_args, resolve_settings, strong_lr
+from training.settings import RECIPES, parse_args, resolve_settings, strong_lr
 
 README = (utils.REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -46,9 +46,15 @@ def test_the_demo_of_the_makefile_is_understood():
 
 
 def test_the_file_tree_is_complete():
-    tree = README.split("## Files")[1].split("```")[1]
-    named = set(re.findall(r"^(\w+\.py)", tree, flags=re.MULTILINE))
-    assert named == {path.name for path in utils.REPOSITORY.glob("*.py")}
+    tree, named, folder = README.split("## Files")[1].split("```")[1], set(), ""
+    for indent, name in re.findall(r"^( *)([\w/]+(?:\.py|/))", tree, flags=re.MULTILINE):
+        if name.endswith("/"):
+            folder = name
+        else:
+            named.add(folder + name if indent else name)
+    paths = [path.relative_to(utils.REPOSITORY) for path in utils.REPOSITORY.glob("[!.]*/*.py")]
+    paths = {str(path) for path in paths if path.parts[0] not in ("tests", "experiments") and path.stem != "__init__"}
+    assert named == paths | {path.name for path in utils.REPOSITORY.glob("*.py")}
 
 
 def test_links_and_pictures_exist():

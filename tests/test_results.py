@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import masks
-import results
 import utils
+from report import results
 
 
 def change_json(path, change):
@@ -202,7 +202,7 @@ def test_table(tmp_path):
     assert all(set(cell) <= {"-", ":"} for cell in cells[1])
 
 
-@pytest.mark.parametrize("module", ["results", "charts", "plot_result"])
+@pytest.mark.parametrize("module", ["report.results", "report.charts", "sweep.plan", "plot_result"])
 def test_importing_loads_neither_torch_nor_matplotlib(module):
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'matplotlib'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=utils.REPOSITORY).returncode == 0

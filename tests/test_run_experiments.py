@@ -11,9 +11,9 @@ import time
 import pytest
 from processes import alive, wait_for
 
-import launch
 import run_experiments
 import utils
+from sweep import launch
 
 STAND_IN = utils.REPOSITORY / "tests" / "stand_in.py"
 NAMES = {"full": "full", "cardinal": "2d_cardinal_expansion_1"}
@@ -208,7 +208,8 @@ def start_sweep(output, *arguments):
         [
             "import pathlib, sys",
             f"sys.path.insert(0, {str(utils.REPOSITORY)!r})",
-            "import launch, run_experiments, utils",
+            "import run_experiments, utils",
+            "from sweep import launch",
             "launch.SECONDS_BETWEEN_LOOKS = 0.1",
             f"run_experiments.MAIN_SCRIPT = pathlib.Path({str(STAND_IN)!r})",
             "utils.run_cli(run_experiments.main)",

@@ -1,11 +1,10 @@
-"""The two scripts that measure speed beside others, on little; their figures are in experiments/benchmark."""
+"""benchmark.py beside other pipelines and loops, on little; the figures are in experiments/benchmark."""
 
 import pytest
 
-import data
-import pipeline_benchmark
-import training_benchmark
+import benchmark
 import utils
+from benchmarks import pipeline, training
 
 
 def test_training_benchmark_relates_each_loop_to_the_others(tmp_path):
@@ -13,7 +12,7 @@ def test_training_benchmark_relates_each_loop_to_the_others(tmp_path):
     options = (
         "--model vit_micro --img_size 16 --patch_size 8 --batch_size 8 --steps 1 --rounds 3 --workers 0 --device cpu"
     )
-    assert training_benchmark.main([*options.split(), "--output", str(output)]) == 0
+    assert benchmark.main(["--level", "training", *options.split(), "--output", str(output)]) == 0
     report = utils.read_json(output)
     rows = {row["name"]: row for row in report["rows"]}
     assert len(rows) == 7
@@ -25,16 +24,16 @@ def test_training_benchmark_relates_each_loop_to_the_others(tmp_path):
 
 
 def test_without_timm_it_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(training_benchmark.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(utils.UserError, match=r"pip install -r requirements-dev\.txt"):
-        training_benchmark.main(["--output", str(tmp_path / "training.json")])
+        benchmark.main(["--level", "training", "--output", str(tmp_path / "training.json")])
 
 
 def test_pipeline_benchmark_compares_like_with_like(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline_benchmark, "NUM_IMAGES", {32: 256, 64: 128})
-    monkeypatch.setattr(pipeline_benchmark, "NUM_PIL_IMAGES", {32: 128, 64: 128})
+    monkeypatch.setattr(pipeline, "NUM_IMAGES", {32: 256, 64: 128})
+    monkeypatch.setattr(pipeline, "NUM_PIL_IMAGES", {32: 128, 64: 128})
     output = tmp_path / "pipeline.json"
-    assert data.main(["--benchmark", "--device", "cpu", "--workers", "0", "--output", str(output)]) == 0
+    assert benchmark.main(["--level", "pipeline", "--device", "cpu", "--workers", "0", "--output", str(output)]) == 0
     report = utils.read_json(output)
     names = report["images_per_second_at_64"].keys()
     assert {f"PIL and DataLoader: {name}" for name in names if not name.startswith("PIL")} == {

@@ -15,13 +15,11 @@ import torch
 from processes import wait_for
 
 import attention
-import device as machine
-import launch
-import locks
 import main
-import parallel
-import plan
 import utils
+from attention import choice
+from runtime import distributed, hardware, locks
+from sweep import launch, plan
 
 RUN = [
     *("--dataset", "digits", "--model", "vit_micro", "--depth", "1", "--img_size", "8", "--patch_size", "4"),
@@ -83,7 +81,7 @@ def test_results_are_written_before_they_are_printed(tmp_path, monkeypatch):
     ("message", "shown"), [("No CUDA runtime is found, using CUDA_HOME='/usr/local'", False), ("something else", True)]
 )
 def test_a_line_of_torch_about_a_gpu_that_is_not_there_is_not_shown(message, shown):
-    machine.pick_device("cpu")
+    hardware.pick_device("cpu")
     logger = logging.getLogger("torch.utils.cpp_extension")
     record = logger.makeRecord(logger.name, logging.WARNING, "", 0, message, (), None)
     assert bool(logger.filter(record)) is shown
@@ -128,7 +126,7 @@ def test_a_script_that_imports_them_does_not_fail_by_them():
 def test_one_process_needs_no_torchrun(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert parallel.read_environment() == (0, 0, 1)
+    assert distributed.read_environment() == (0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +183,7 @@ def test_a_slice_has_not_the_rate_of_the_whole_card(monkeypatch):
     names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None}
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert machine.peak_flops(torch.device("cuda"), "bf16") == peak
+        assert hardware.peak_flops(torch.device("cuda"), "bf16") == peak
 
 
 @pytest.mark.parametrize("visible", [None, "1,0"])
@@ -337,7 +335,7 @@ def test_measuring_goes_on_without_locks(no_locks, tmp_path, monkeypatch, capsys
     import masks
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(attention, "_measure", lambda plan, candidates, *args: dict.fromkeys(candidates, 1.0))
+    monkeypatch.setattr(choice, "_measure", lambda plan, candidates, *args: dict.fromkeys(candidates, 1.0))
     compiled = attention.compile_mask(masks.build_attention_mask("2d_cardinal", 1, 3, 4))
     attention.choose_backend(compiled, 2, 2, 8, torch.float32, torch.device("cpu"), num_calls=1)
     assert compiled.timings == {"dense": 1.0}

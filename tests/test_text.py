@@ -2,7 +2,7 @@
 
 import pytest
 
-import text
+from report import text
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,13 @@ import pytest
 import torch
 from processes import wait_for
 
-import checkpoint
 import data
 import main
-import parallel
-import train
 import utils
 from models import VisionTransformer
-from stop import PARENT, StopRequest
+from runtime import distributed
+from runtime.stopping import PARENT, StopRequest
+from training import checkpoints, trainer
 
 DIGITS = [
     *("--dataset", "digits", "--model", "vit_micro", "--img_size", "8", "--patch_size", "2", "--device", "cpu"),
@@ -42,7 +41,7 @@ def rows_of(folder):
 
 
 def weights_of(folder):
-    return checkpoint.load_checkpoint(folder / "last.pt")["model"]
+    return checkpoints.load_checkpoint(folder / "last.pt")["model"]
 
 
 def assert_close(rows, others, tolerance=1e-4):
@@ -86,7 +85,7 @@ def test_ways_of_training_learn_and_resume_exactly(tmp_path, monkeypatch, option
 
 def stop_after(monkeypatch, num_steps, number=signal.SIGTERM):
     """Send this process a signal in a training step."""
-    step, count = train.Trainer.train_step, []
+    step, count = trainer.Trainer.train_step, []
 
     def counted(self, *args):
         step(self, *args)
@@ -94,7 +93,7 @@ def stop_after(monkeypatch, num_steps, number=signal.SIGTERM):
         if len(count) == num_steps:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train.Trainer, "train_step", counted)
+    monkeypatch.setattr(trainer.Trainer, "train_step", counted)
 
 
 STOPS = [(step, signal.SIGTERM) for step in (1, 5, 11, 12, 13, 23, 24)] + [(5, signal.SIGUSR1), (5, signal.SIGINT)]
@@ -141,14 +140,14 @@ def test_stopped_in_an_evaluation_and_resumed_equals_uninterrupted(tmp_path, mon
 
 
 def test_a_signal_in_the_last_save_does_not_stop_a_run_that_is_done(tmp_path, monkeypatch):
-    save = train.save_checkpoint
+    save = trainer.save_checkpoint
 
     def signalled(folder, state):
         if state["epoch"] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         save(folder, state)
 
-    monkeypatch.setattr(train, "save_checkpoint", signalled)
+    monkeypatch.setattr(trainer, "save_checkpoint", signalled)
     assert run(tmp_path) == 0
     assert (folder_of(tmp_path) / "summary.json").exists()
 
@@ -156,7 +155,7 @@ def test_a_signal_in_the_last_save_does_not_stop_a_run_that_is_done(tmp_path, mo
 def test_long_epochs_are_saved_within(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
-        train, "save_checkpoint", lambda folder, state: saved.append((state["epoch"], state["epoch_step"]))
+        trainer, "save_checkpoint", lambda folder, state: saved.append((state["epoch"], state["epoch_step"]))
     )
     assert run(tmp_path, "--epochs", "1", "--checkpoint_every_minutes", "1e-9") == 0
     assert saved == [*((1, step) for step in range(1, 12)), (2, 0)]
@@ -165,18 +164,18 @@ def test_long_epochs_are_saved_within(tmp_path, monkeypatch):
 def test_the_average_is_what_is_evaluated(tmp_path):
     run(tmp_path, "--ema", "0.9")
     folder = folder_of(tmp_path)
-    state = checkpoint.load_checkpoint(folder / "last.pt")
+    state = checkpoints.load_checkpoint(folder / "last.pt")
     assert not torch.equal(state["average"]["head.weight"], state["model"]["head.weight"])
-    rebuilt = checkpoint.rebuild_model(state)
+    rebuilt = checkpoints.rebuild_model(state)
     assert torch.equal(rebuilt.head.weight, state["average"]["head.weight"])
 
 
 def test_muon_and_drop_path_are_in_the_checkpoint(tmp_path):
     run(tmp_path, "--optimizer", "muon", "--drop_path", "0.2", "--epochs", "1")
-    state = checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")
+    state = checkpoints.load_checkpoint(folder_of(tmp_path) / "last.pt")
     assert len(state["optimizers"]) == len(state["schedulers"]) == 2
     assert state["model_config"]["drop_path"] == 0.2
-    blocks = checkpoint.rebuild_model(state).blocks
+    blocks = checkpoints.rebuild_model(state).blocks
     assert [getattr(block.drop_path, "p", 0.0) for block in blocks] == pytest.approx([0, 0.2 / 3, 0.4 / 3, 0.2])
 
 
@@ -209,7 +208,7 @@ def test_running_out_of_memory_says_what_to_do(tmp_path, monkeypatch, error):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(train.Trainer, "train_step", fail)
+    monkeypatch.setattr(trainer.Trainer, "train_step", fail)
     with pytest.raises(utils.OutOfMemoryError, match="--grad_accumulation 2") as caught:
         run(tmp_path)
     assert caught.value.exit_code == utils.EXIT_OUT_OF_MEMORY
@@ -274,7 +273,7 @@ def test_two_processes_train_as_one(reference, tmp_path):
     assert code == 0, err
     assert out.count("finished: ") == 1
     assert_close(rows_of(folder_of(tmp_path)), rows_of(reference), 1e-3)
-    state = checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")
+    state = checkpoints.load_checkpoint(folder_of(tmp_path) / "last.pt")
     assert len(state["ranks"]) == 2
     for name, weight in weights_of(reference).items():
         torch.testing.assert_close(state["model"][name], weight, atol=2e-3, rtol=1e-2)
@@ -293,9 +292,9 @@ def test_two_processes_with_a_mask_are_stopped_and_resume_exactly(tmp_path):
     """By signals that come again and again, as Slurm's do, to the process that started the others."""
     options = [*STRONG, "--mask_type", "2d_cardinal", "--expansion_step", "1", "--epochs", "8"]
     whole, parts = (folder_of(tmp_path / name, "2d_cardinal_expansion_1") for name in ("whole", "parts"))
-    code, _, err = torchrun(2, "--output_dir", str(tmp_path / "whole"), *options, by=["torchrun.py"])
+    code, _, err = torchrun(2, "--output_dir", str(tmp_path / "whole"), *options, by=["sweep/torchrun.py"])
     assert code == 0, err
-    first = start_torchrun(2, "--output_dir", str(tmp_path / "parts"), *options, by=["torchrun.py"])
+    first = start_torchrun(2, "--output_dir", str(tmp_path / "parts"), *options, by=["sweep/torchrun.py"])
     try:
         wait_for_epoch(parts, 1)
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
@@ -306,7 +305,7 @@ def test_two_processes_with_a_mask_are_stopped_and_resume_exactly(tmp_path):
         first.kill()
     assert first.returncode == utils.EXIT_AGAIN, err
     assert out.count("stopped (") == 1
-    code, out, err = torchrun(2, "--output_dir", str(tmp_path / "parts"), *options, by=["torchrun.py"])
+    code, out, err = torchrun(2, "--output_dir", str(tmp_path / "parts"), *options, by=["sweep/torchrun.py"])
     assert code == 0, err
     assert "resuming in epoch" in out
     assert rows_of(parts) == rows_of(whole)
@@ -316,8 +315,8 @@ def test_two_processes_with_a_mask_are_stopped_and_resume_exactly(tmp_path):
 def test_processes_on_the_cpu_need_no_gpu_each(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(parallel, "WORLD_SIZE", 2)
-    monkeypatch.setattr(parallel, "LOCAL_RANK", 1)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    monkeypatch.setattr(distributed, "LOCAL_RANK", 1)
     assert main.main([*DIGITS, "--device", "cpu", "--dry_run"]) == 0
     with pytest.raises(utils.UsageError, match="there are 1 GPUs"):
         main.main([*DIGITS, "--device", "cuda", "--dry_run"])
@@ -325,7 +324,7 @@ def test_processes_on_the_cpu_need_no_gpu_each(monkeypatch, tmp_path):
 
 def test_first_steps_are_not_counted_as_speed(tmp_path, monkeypatch):
     """The last batch of an epoch is smaller, and compiled once more."""
-    step, slow = train.Trainer.train_step, set()
+    step, slow = trainer.Trainer.train_step, set()
 
     def compiling(self, images, labels):
         if len(images) not in slow:
@@ -333,7 +332,7 @@ def test_first_steps_are_not_counted_as_speed(tmp_path, monkeypatch):
             time.sleep(1)
         step(self, images, labels)
 
-    monkeypatch.setattr(train.Trainer, "train_step", compiling)
+    monkeypatch.setattr(trainer.Trainer, "train_step", compiling)
     assert run(tmp_path) == 0
     assert len(slow) == 2
     first, second = utils.read_json_lines(folder_of(tmp_path) / "metrics.jsonl")
@@ -344,7 +343,7 @@ def test_first_steps_are_not_counted_as_speed(tmp_path, monkeypatch):
 
 @pytest.mark.cuda
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
-    step, count = train.Trainer.train_step, []
+    step, count = trainer.Trainer.train_step, []
 
     def watched(self, *args):
         count.append(1)
@@ -354,7 +353,7 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(train.Trainer, "train_step", watched)
+    monkeypatch.setattr(trainer.Trainer, "train_step", watched)
     assert run(tmp_path, *STRONG, "--device", "cuda", "--ema", "0.9", "--compile", "off") == 0
     assert len(count) == 24
 
@@ -372,7 +371,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     assert whole.returncode == 1
     assert err.count("has lost the other processes of this run") == 1, err
     assert not (folder_of(tmp_path) / "summary.json").exists()
-    assert checkpoint.load_checkpoint(folder_of(tmp_path) / "last.pt")["epoch"] > 1
+    assert checkpoints.load_checkpoint(folder_of(tmp_path) / "last.pt")["epoch"] > 1
     code, out, err = torchrun(2, *options)
     assert code == 0, err
     assert "resuming in epoch" in out

@@ -12,7 +12,8 @@ from parsers import parser_of
 
 import utils
 
-SCRIPTS = ("main", "run_experiments", "eval", "plot_result", "benchmark", "masks", "data", "training_benchmark")
+SCRIPTS = ("main", "run_experiments", "eval", "plot_result", "benchmark", "pipeline", "training", "masks")
+LEVELS = ("pipeline", "training")  # of benchmark.py, with flags of their own
 # Flags that would start long work, or write where they please; their values are tested one by one elsewhere.
 HARMLESS = {
     "main": ["--dry_run"],
@@ -21,8 +22,8 @@ HARMLESS = {
     "plot_result": ["--results_path", "{folder}/none"],
     "benchmark": ["--plot", "{folder}/none.json"],
     "masks": ["--grid", "3x4"],
-    "data": ["--workers", "-1"],
-    "training_benchmark": ["--rounds", "0"],
+    "pipeline": ["--level", "pipeline", "--workers", "-1"],
+    "training": ["--level", "training", "--rounds", "0"],
 }
 NASTY = [
     *(

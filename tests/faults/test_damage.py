@@ -10,12 +10,12 @@ import pytest
 import torch
 import victims
 
-import checkpoint
 import eval as evaluation
 import main
-import plan
 import plot_result
 import utils
+from sweep import plan
+from training import checkpoints
 
 
 def damage(content: bytes, draws) -> bytes:
@@ -57,14 +57,14 @@ def call(of_script, *arguments):
 
 def test_a_damaged_checkpoint_is_refused_or_whole(uninterrupted, tmp_path, is_long, count):
     path = victims.folder_of(uninterrupted) / utils.CHECKPOINT
-    content, expected = path.read_bytes(), checkpoint.load_checkpoint(path)
+    content, expected = path.read_bytes(), checkpoints.load_checkpoint(path)
     draws, num_refused = np.random.default_rng(0), 0
     for _ in range(1000 if is_long else 60):
         damaged = tmp_path / utils.CHECKPOINT
         damaged.write_bytes(damage(content, draws))
         count("damaged files tried")
         try:
-            state = checkpoint.load_checkpoint(damaged)
+            state = checkpoints.load_checkpoint(damaged)
         except utils.UserError:
             num_refused += 1
             continue

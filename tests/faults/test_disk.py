@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import victims
 
-import checkpoint
 import utils
+from training import checkpoints
 
 
 def errors_of(output):
@@ -75,7 +75,7 @@ def test_a_disk_that_fills_up_during_training(uninterrupted, tmp_path, count):
         assert victims.finish(output) == 1
         (error,) = errors_of(output)
         assert "no space left on the disk" in error
-        state = checkpoint.load_checkpoint(victims.folder_of(output) / utils.CHECKPOINT)  # still good
+        state = checkpoints.load_checkpoint(victims.folder_of(output) / utils.CHECKPOINT)  # still good
         assert state["epoch"] == 1
         assert not (victims.folder_of(output) / utils.SUMMARY).exists()
         count("full disks survived")

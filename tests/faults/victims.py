@@ -11,8 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-import checkpoint
 import utils
+from training import checkpoints
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["main", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"])
@@ -63,7 +63,7 @@ def result_of(output: Path) -> tuple[list[dict], dict]:
     """The metrics without what a clock measured, and the final state but for clocks."""
     rows = utils.read_json_lines(folder_of(output) / utils.METRICS)
     rows = [{key: value for key, value in row.items() if not any(word in key for word in TIMES)} for row in rows]
-    state = checkpoint.load_checkpoint(folder_of(output) / utils.CHECKPOINT)
+    state = checkpoints.load_checkpoint(folder_of(output) / utils.CHECKPOINT)
     return rows, {name: state[name] for name in STATE}
 
 
@@ -110,7 +110,7 @@ def _limit_file_size(num_bytes: int) -> None:
 def _plant(place: str, count: int) -> None:
     """Make this process kill itself when it is at a place for the count-th time."""
     import main
-    import train
+    from training import trainer
 
     left = [count]
 
@@ -130,9 +130,9 @@ def _plant(place: str, count: int) -> None:
         setattr(owner, name, wrapped)
 
     if place == "in a step":
-        before(train.Trainer, "loss_of")
+        before(trainer.Trainer, "loss_of")
     elif place == "in the write of a checkpoint":
-        original = checkpoint.torch.save
+        original = checkpoints.torch.save
 
         def half(state, path):
             original(state, path)
@@ -140,11 +140,11 @@ def _plant(place: str, count: int) -> None:
             die_when_due()
             original(state, path)
 
-        checkpoint.torch.save = half
+        checkpoints.torch.save = half
     elif place == "between the write of a checkpoint and its name":
-        before(checkpoint, "keep_as")
+        before(checkpoints, "keep_as")
     elif place == "between a checkpoint and its metrics line":
-        before(train.Trainer, "write_metrics")
+        before(trainer.Trainer, "write_metrics")
     elif place == "in the write of the metrics":
         before(utils.os, "replace", lambda source, target: Path(target).name == utils.METRICS)
     elif place == "before summary.json":

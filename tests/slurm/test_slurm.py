@@ -48,7 +48,8 @@ def start_sweep(output, *arguments, script=STAND_IN):
         [
             "import pathlib, sys",
             f"sys.path.insert(0, {str(utils.REPOSITORY)!r})",
-            "import run_experiments, slurm, utils",
+            "import run_experiments, utils",
+            "from sweep import slurm",
             "slurm.SECONDS_BETWEEN_LOOKS, slurm.SECONDS_UNTIL_LOST = 0.3, 3.0",
             f"run_experiments.MAIN_SCRIPT = pathlib.Path({str(script)!r})",
             "utils.run_cli(run_experiments.main)",
@@ -149,7 +150,7 @@ def test_a_warning_before_the_task_listens_costs_nothing(tmp_path):
 def test_a_run_on_two_nodes_is_queued_again_and_resumes_exactly(tmp_path):
     printed = warned_and_queued_again(tmp_path, "--nodes", "2", "--mask_types", '["full"]')
     assert "started on a,b as" in printed or "started on [a-b] as" in printed, printed
-    two = [str(utils.REPOSITORY / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
+    two = [str(utils.REPOSITORY / "sweep" / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
     assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole", *two)
 
 

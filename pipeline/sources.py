@@ -19,10 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import identity
-import imagefiles
-import imagefolder
-import locks
+from pipeline import identity, imagefiles, imagefolder
+from runtime import locks
 from utils import UserError
 
 

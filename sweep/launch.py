@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import utils
-from plan import DONE, ELSEWHERE, FAILED, RUNNING, WAITING, Job, last_lines
-from stop import PARENT
+from runtime.stopping import PARENT
+from sweep.plan import DONE, ELSEWHERE, FAILED, RUNNING, WAITING, Job, last_lines
 
 POLL_SECONDS = 0.2
 SECONDS_BETWEEN_LOOKS = 2.0  # at runs that another process writes
@@ -45,7 +45,7 @@ class Rules:
         return self.torchrun("--standalone") if self.gpus_per_run > 1 else [sys.executable]
 
     def torchrun(self, *options: str) -> list[str]:
-        script, number = str(utils.REPOSITORY / "torchrun.py"), str(self.gpus_per_run)
+        script, number = str(Path(__file__).with_name("torchrun.py")), str(self.gpus_per_run)
         return [sys.executable, script, "--nproc_per_node", number, *options]
 
 

@@ -1,6 +1,7 @@
 """Images a second of the data pipeline alone, and of the usual one: PIL images, torchvision's transforms, a DataLoader.
 
-Both do the same to the same random images of 32x32, resize and normalize them; `python data.py --benchmark` runs it.
+Both do the same to the same random images of 32x32, resize and normalize them. Run by
+`python benchmark.py --level pipeline`.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 import data
-import device as machine
+import utils
+from runtime import hardware
 
 SIDE, BATCH_SIZE, ROUNDS = 32, 128, 7
 NUM_IMAGES = {32: 12_800, 224: 2_560}  # of ours, by the size that they are resized to
@@ -25,6 +28,11 @@ AUGMENTATIONS = {
     "crop, flip, RandAugment, mix": data.Augmentation(policy="rand", mix=0.5),
 }
 PIL = "PIL and DataLoader: "
+
+
+def add_arguments(parser: utils.ArgumentParser) -> None:
+    workers = utils.number_type(int, minimum=0)
+    parser.add_argument("--workers", type=workers, default=2, help="processes of the DataLoader")
 
 
 class PilImages(Dataset):
@@ -89,15 +97,15 @@ def dataset_of(pixels: torch.Tensor, img_size: int, device: torch.device) -> dat
 
 def rate(epoch: Callable[[], Iterator], device: torch.device) -> float:
     """Images a second of one pass, each batch taken to the device."""
-    machine.synchronize(device)
+    hardware.synchronize(device)
     start, count = time.perf_counter(), 0
     for images, _ in epoch():
         count += len(images.to(device, non_blocking=True))
-    machine.synchronize(device)
+    hardware.synchronize(device)
     return count / (time.perf_counter() - start)
 
 
-def measure(img_size: int, device: torch.device, num_workers: int) -> dict[str, list[float]]:
+def measure_size(img_size: int, device: torch.device, num_workers: int) -> dict[str, list[float]]:
     """Images a second of each pipeline in each turn; the pipelines take turns in one process."""
     pixels = torch.randint(256, (NUM_IMAGES[img_size], 3, SIDE, SIDE), dtype=torch.uint8)
     dataset = dataset_of(pixels, img_size, device)
@@ -115,16 +123,18 @@ def measure(img_size: int, device: torch.device, num_workers: int) -> dict[str, 
     return rates
 
 
-def run(device: torch.device, num_workers: int, argv: list[str]) -> dict:
-    """Measure, print a table, and return it with where it comes from."""
-    report = {"provenance": machine.provenance(argv, device), "batch_size": BATCH_SIZE, "workers": num_workers}
+def measure(args, argv: list[str], output: Path) -> None:
+    """Time all pipelines at each size; the report so far is written to `output` before its table is printed."""
+    hardware.keep_freed_memory()
+    device = hardware.pick_device(args.device)
+    report = {"provenance": hardware.provenance(argv, device), "batch_size": BATCH_SIZE, "workers": args.workers}
     for img_size in NUM_IMAGES:
-        rates = measure(img_size, device, num_workers)
+        rates = measure_size(img_size, device, args.workers)
         report[f"images_per_second_at_{img_size}"] = rates
-        print(f"{SIDE}x{SIDE} -> {img_size}x{img_size}, batches of {BATCH_SIZE}, on {machine.device_name(device)}")
+        utils.write_json(output, report)
+        print(f"{SIDE}x{SIDE} -> {img_size}x{img_size}, batches of {BATCH_SIZE}, on {hardware.device_name(device)}")
         for name, values in rates.items():
             low, median, high = statistics.quantiles(values, n=4)
             peer = rates[name if name.startswith(PIL) else PIL + name]
             ratio = statistics.median(ours / theirs for ours, theirs in zip(values, peer, strict=True))
             print(f"  {name:<50}{median:>10,.0f} images/s ({low:,.0f} to {high:,.0f}){ratio:>7.1f} x PIL", flush=True)
-    return report

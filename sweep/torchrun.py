@@ -1,6 +1,6 @@
 """torchrun, but that it exits as the script that it ran, and gives it time to save: a sweep acts on its exit codes.
 
-python torchrun.py --standalone --nproc_per_node 4 main.py ...
+python sweep/torchrun.py --standalone --nproc_per_node 4 main.py ...
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: it is started by its path
 
 from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-import launch
 import utils
+from sweep import launch
 
 TELLING = (utils.EXIT_OUT_OF_MEMORY, utils.EXIT_BUSY, utils.EXIT_AGAIN)  # the others fail because this one does
 

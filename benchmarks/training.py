@@ -1,13 +1,13 @@
 """Training speed, end to end: this repository's loop, its bare model on random data, and the loop as often written.
 
-    python training_benchmark.py
+    python benchmark.py --level training
 
 The often written one: timm's ViT of the same size, PIL images, torchvision's transforms, a DataLoader, fp32. All take
 turns in one process, an epoch of a few steps each, and a ratio is taken within each turn: of the bare model (what is
 missing to 1 is the time that the model waits for data and bookkeeping), of the often written loop, and of the rate of
 a large matrix product.
 
-    python training_benchmark.py --model vit_base --img_size 224 --patch_size 16 --batch_size 256 --steps 10
+    python benchmark.py --level training --model vit_base --img_size 224 --patch_size 16 --batch_size 256 --steps 10
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import device as machine
 import models
-import pipeline_benchmark as pipeline
 import utils
-from settings import COMPILE, RECIPES, resolve_settings
-from settings import parse_args as parse_run
-from stop import StopRequest
-from train import Trainer
+from benchmarks import pipeline
+from runtime import hardware
+from runtime.stopping import StopRequest
+from training.settings import COMPILE, RECIPES, resolve_settings
+from training.settings import parse_args as parse_run
+from training.trainer import Trainer
 
 MATRIX_SIZE = {"cuda": 8192}  # of the matrix product, by device
 SMALL_MATRIX = 2048  # elsewhere
@@ -38,25 +38,18 @@ PRECISIONS = ("fp32", "bf16")
 OURS, BARE, USUAL = "this repository", "bare model", "timm, PIL, DataLoader, fp32"
 
 
-def parse_args(argv=None):
-    parser = utils.ArgumentParser(
-        description="Training speed, end to end, beside the bare model and the loop as often written."
-    )
+def add_arguments(parser: utils.ArgumentParser) -> None:
     positive = utils.number_type(int, minimum=1)
     parser.add_argument("--model", choices=models.PRESETS, default="vit_tiny", help="size preset")
     size_help = f"to which images of {pipeline.SIDE}x{pipeline.SIDE} are resized"
     parser.add_argument("--img_size", type=positive, default=pipeline.SIDE, metavar="PX", help=size_help)
     parser.add_argument("--patch_size", type=positive, default=4, metavar="PX", help="side of a patch")
-    parser.add_argument("--batch_size", type=positive, default=128, metavar="N", help="images a step")
+    parser.add_argument("--batch_size", type=positive, default=128, metavar="N", help="images per step")
     modes, compile_help = [mode for mode in COMPILE if mode != "auto"], "torch.compile our model and the bare one alike"
     parser.add_argument("--compile", choices=modes, default="off", help=compile_help)
-    parser.add_argument("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
     parser.add_argument("--steps", type=positive, default=4, help="of each epoch")
-    parser.add_argument("--rounds", type=utils.number_type(int, minimum=3), default=7, help="timed turns")
+    parser.add_argument("--rounds", type=utils.number_type(int, minimum=3), default=7, help="timed rounds")
     parser.add_argument("--workers", type=utils.number_type(int, minimum=0), default=2, help="of the DataLoader")
-    default = Path("experiments") / "benchmark" / "training.json"
-    parser.add_argument("--output", type=Path, default=default, metavar="FILE", help="JSON to write")
-    return parser.parse_args(argv)
 
 
 def our_loop(args, pixels: torch.Tensor, precision: str, options: list[str], device: torch.device) -> Callable:
@@ -84,7 +77,7 @@ def bare_loop(model: torch.nn.Module, batches, precision: str, device: torch.dev
 
     def epoch() -> None:
         for images, labels in batches:
-            with machine.autocast(device, precision):
+            with hardware.autocast(device, precision):
                 loss = F.cross_entropy(model(images.to(device)), labels.to(device))
             loss.backward()
             optimizer.step()
@@ -126,25 +119,22 @@ def build_loops(args, device: torch.device) -> dict[str, Callable]:
     return loops
 
 
-def main(argv=None) -> int:
-    args = parse_args(argv)
+def measure(args, argv: list[str], output: Path) -> None:
+    """Time all loops, write the report to `output`, and print it. Raises UserError without timm."""
     if importlib.util.find_spec("timm") is None:
         raise utils.UserError("the often written loop needs timm; pip install -r requirements-dev.txt")
-    machine.keep_freed_memory()
-    device = machine.pick_device(args.device)
+    hardware.keep_freed_memory()
+    device = hardware.pick_device(args.device)
     loops = build_loops(args, device)
     products = {precision: matrix_product(precision, device) for precision in PRECISIONS}
     seconds = time_in_turns(loops | {product: function for product, (function, _) in products.items()}, args, device)
     matmul = {product: [flops / value for value in seconds[product]] for product, (_, flops) in products.items()}
-    report = {"provenance": machine.provenance(sys.argv[1:] if argv is None else argv, device)}
+    report = {"provenance": hardware.provenance(argv, device)}
     report["matmul_flops_per_second"] = matmul
     report["rows"] = [make_row(name, seconds, matmul, args) for name in loops]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    utils.write_json(args.output, report)
+    utils.write_json(output, report)
     for row in report["rows"]:
         print_row(row)
-    print(f"wrote {args.output}")
-    return 0
 
 
 def time_in_turns(functions: dict[str, Callable], args, device: torch.device) -> dict[str, list[float]]:
@@ -152,7 +142,7 @@ def time_in_turns(functions: dict[str, Callable], args, device: torch.device) ->
     seconds = {name: [] for name in functions}
     for turn in tqdm(range(args.rounds + 1), "turns", leave=False, disable=not sys.stderr.isatty()):
         for name, function in functions.items():
-            found = machine.seconds_of(function, device)
+            found = hardware.seconds_of(function, device)
             if turn > 0:  # the first one warms up
                 seconds[name].append(found)
     return seconds
@@ -183,7 +173,3 @@ def print_row(row: dict) -> None:
 def ratio(seconds: list[float], peer: list[float]) -> float:
     """Median over the turns of how many times as fast as the peer."""
     return statistics.median(theirs / ours for ours, theirs in zip(seconds, peer, strict=True))
-
-
-if __name__ == "__main__":
-    utils.run_cli(main)

@@ -22,11 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import launch
-import locks
 import utils
-from plan import DONE, FAILED, RUNNING, WAITING, Job, PlannedRun
-from stop import PARENT
+from runtime import locks
+from runtime.stopping import PARENT
+from sweep import launch
+from sweep.plan import DONE, FAILED, RUNNING, WAITING, Job, PlannedRun
 from utils import number_type
 
 SECONDS_BETWEEN_LOOKS = 5.0

@@ -21,14 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import device as machine
 import models
-import optim
-import parallel
 import utils
-from checkpoint import rng_state, save_checkpoint, set_rng_state
-from eval import evaluate
-from stop import StopRequest
+from runtime import distributed, hardware
+from runtime.stopping import StopRequest
+from training import optimizers
+from training.checkpoints import rng_state, save_checkpoint, set_rng_state
+from training.evaluation import evaluate
 from utils import UserError
 
 REMEDIES = "what was saved before stays good. A lower --lr, a longer --warmup_fraction or --precision fp32 may help"
@@ -40,7 +39,7 @@ class Stopped(Exception):
 
 def images_a_forward(settings: dict) -> int:
     """Images that a process takes through the model at once."""
-    return max(1, settings["batch_size"] // parallel.WORLD_SIZE // settings["grad_accumulation"])
+    return max(1, settings["batch_size"] // distributed.WORLD_SIZE // settings["grad_accumulation"])
 
 
 class Trainer:
@@ -64,16 +63,16 @@ class Trainer:
         s = self.settings
         self.num_images, self.batch_size = len(dataset.train), s["batch_size"]
         self.steps_per_epoch = data.num_steps(self.num_images, self.batch_size)
-        self.optimizers = optim.build_optimizers(model, s)
-        self.schedulers = optim.build_schedulers(self.optimizers, s, s["epochs"] * self.steps_per_epoch)
-        self.average = optim.WeightAverage(model, s["ema"]) if s["ema"] else None
+        self.optimizers = optimizers.build_optimizers(model, s)
+        self.schedulers = optimizers.build_schedulers(self.optimizers, s, s["epochs"] * self.steps_per_epoch)
+        self.average = optimizers.WeightAverage(model, s["ema"]) if s["ema"] else None
         model.checkpoint_activations = s["checkpoint_activations"]
         compiled = model if s["compile"] == "off" else torch.compile(model, mode=s["compile"], dynamic=False)
-        self.forward = parallel.wrap(compiled, device)
+        self.forward = distributed.wrap(compiled, device)
         self.history: list[dict] = []
         self.start_epoch(1)
         self.sizes_seen, self.saved_at = set(), time.monotonic()
-        torch.manual_seed((s["seed"] + parallel.RANK) % 2**63)
+        torch.manual_seed((s["seed"] + distributed.RANK) % 2**63)
 
     def start_epoch(self, epoch: int) -> None:
         self.epoch, self.epoch_step = epoch, 0
@@ -90,8 +89,8 @@ class Trainer:
         if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
             raise UserError(f"the weights are not finite after step {self.step} (epoch {self.epoch}); {REMEDIES}")
         of_rank = {"rng": rng_state(self.device), "losses": self.losses.cpu(), "num_correct": self.num_correct.cpu()}
-        of_ranks = parallel.from_all(of_rank)
-        if parallel.IS_FIRST:
+        of_ranks = distributed.from_all(of_rank)
+        if distributed.IS_FIRST:
             state = {
                 "model": self.model.state_dict(),
                 "average": self.average and self.average.model.state_dict(),
@@ -116,12 +115,12 @@ class Trainer:
         for name in self.PROGRESS:
             setattr(self, name, state[name])
         ranks = state["ranks"]
-        if len(ranks) == parallel.WORLD_SIZE:
-            mine = ranks[parallel.RANK]
+        if len(ranks) == distributed.WORLD_SIZE:
+            mine = ranks[distributed.RANK]
             set_rng_state(mine["rng"], self.device)
             losses, num_correct = mine["losses"], mine["num_correct"]
         else:  # other processes: what all have summed up goes to the first
-            share = 1 if parallel.IS_FIRST else 0
+            share = 1 if distributed.IS_FIRST else 0
             losses, num_correct = (share * sum(rank[name] for rank in ranks) for name in ("losses", "num_correct"))
         self.losses, self.num_correct = losses.to(self.device), num_correct.to(self.device)
 
@@ -136,7 +135,7 @@ class Trainer:
     def train(self) -> list[dict]:
         """Train to the last epoch -> the rows of metrics.jsonl. Raises Stopped if asked to stop; all is saved then."""
         self.write_metrics()  # the checkpoint is the truth, the log follows it
-        machine.reset_peak_memory(self.device)  # of choosing a backend
+        hardware.reset_peak_memory(self.device)  # of choosing a backend
         while self.epoch <= self.settings["epochs"]:
             self.train_epoch()
             row = self.finish_epoch()
@@ -144,7 +143,7 @@ class Trainer:
             self.start_epoch(self.epoch + 1)
             self.save()
             self.write_metrics()
-            if parallel.IS_FIRST:
+            if distributed.IS_FIRST:
                 print(format_epoch(row, self.settings["epochs"]), flush=True)
             if self.epoch <= self.settings["epochs"]:
                 self.stop_if_asked()
@@ -152,11 +151,11 @@ class Trainer:
 
     def stop_if_asked(self) -> None:
         """Raise Stopped, on all processes, if one was asked to stop; all that is done must be saved."""
-        if parallel.any_rank(self.stop.reason is not None):
+        if distributed.any_rank(self.stop.reason is not None):
             raise Stopped
 
     def write_metrics(self) -> None:
-        if parallel.IS_FIRST:
+        if distributed.IS_FIRST:
             utils.write_json_lines(self.folder / utils.METRICS, self.history)
 
     def train_epoch(self) -> None:
@@ -168,7 +167,7 @@ class Trainer:
             augmentation = replace(augmentation, mix=0.0)
         batches = data.train_batches(
             *(self.dataset, self.batch_size, s["seed"], self.epoch, augmentation, self.epoch_step),
-            *(parallel.RANK, parallel.WORLD_SIZE),
+            *(distributed.RANK, distributed.WORLD_SIZE),
         )
         self.model.train()
         self.clock = time.perf_counter()
@@ -188,7 +187,7 @@ class Trainer:
                 if self.epoch_step == self.steps_per_epoch:
                     break
                 due = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
-                if parallel.any_rank(due or self.stop.reason is not None):
+                if distributed.any_rank(due or self.stop.reason is not None):
                     self.timed_seconds += self.read_clock()
                     self.save()
                     self.stop_if_asked()
@@ -197,7 +196,7 @@ class Trainer:
 
     def read_clock(self) -> float:
         """Seconds since the last reading, when the device has done all that it was given."""
-        machine.synchronize(self.device)
+        hardware.synchronize(self.device)
         last, self.clock = self.clock, time.perf_counter()
         return self.clock - last
 
@@ -208,16 +207,16 @@ class Trainer:
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """One step on this process's images [b, C, h, w] of a batch; labels int64 [b] or float [b, classes]."""
         size = self.size_of_batch(self.epoch_step)
-        first, stop = data.rank_part(size, parallel.RANK, parallel.WORLD_SIZE)
+        first, stop = data.rank_part(size, distributed.RANK, distributed.WORLD_SIZE)
         weight = 1 / size if stop > first else 0.0  # of each image; none if this one belongs to another process
         num_parts = min(self.settings["grad_accumulation"], len(images))
         parts = list(zip(images.tensor_split(num_parts), labels.tensor_split(num_parts), strict=True))
         for number, (x, y) in enumerate(parts, start=1):
-            last = contextlib.nullcontext() if number == num_parts else parallel.without_sync(self.forward)
+            last = contextlib.nullcontext() if number == num_parts else distributed.without_sync(self.forward)
             with last:
                 loss, hits = self.loss_of(x, y)
                 loss = weight * loss
-                (parallel.WORLD_SIZE * loss).backward()  # the processes' gradients are averaged
+                (distributed.WORLD_SIZE * loss).backward()  # the processes' gradients are averaged
             self.losses[self.epoch_step] += loss.detach()
             self.num_correct += hits if weight else 0
         if self.settings["grad_clip"]:
@@ -233,7 +232,7 @@ class Trainer:
         """Summed cross-entropy of the images, nats, and how many are classified right."""
         if self.settings["compile"] == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
-        with machine.autocast(self.device, self.settings["precision"]):
+        with hardware.autocast(self.device, self.settings["precision"]):
             logits = self.forward(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.settings["label_smoothing"], reduction="sum")
         true = labels if labels.ndim == 1 else labels.argmax(1)  # of a mixed image the class it has more of
@@ -245,7 +244,7 @@ class Trainer:
     def finish_epoch(self) -> dict:
         """Evaluate -> the epoch's row of metrics.jsonl."""
         losses, num_correct = self.losses.clone(), self.num_correct.clone()
-        parallel.sum_over_ranks(losses, num_correct)
+        distributed.sum_over_ranks(losses, num_correct)
         losses = losses.cpu().double()
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])
@@ -269,7 +268,7 @@ class Trainer:
             "eval_loss": result["loss"],
             "eval_accuracy": result["top1_accuracy"],
             "eval_images_per_second": result["images_per_second"],
-            "peak_memory_bytes": machine.peak_memory_bytes(self.device),
+            "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
         }
 
     def evaluate(self) -> dict:
@@ -285,9 +284,9 @@ class Trainer:
 
     def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of this process. Asked to stop before one, all is saved, and the run goes on with the whole evaluation."""
-        batches = data.eval_batches(self.dataset, self.dataset.test, size, parallel.RANK, parallel.WORLD_SIZE)
-        for _ in range(data.num_steps(len(self.dataset.test), size * parallel.WORLD_SIZE)):
-            if parallel.any_rank(self.stop.reason is not None):
+        batches = data.eval_batches(self.dataset, self.dataset.test, size, distributed.RANK, distributed.WORLD_SIZE)
+        for _ in range(data.num_steps(len(self.dataset.test), size * distributed.WORLD_SIZE)):
+            if distributed.any_rank(self.stop.reason is not None):
                 self.save()
                 raise Stopped
             yield from islice(batches, 1)  # none at last, if only other processes have one more
@@ -299,11 +298,11 @@ class Trainer:
         tokens that the mask allows; what activation checkpointing computes twice counts once (Chowdhery et al. 2022,
         PaLM, appendix B).
         """
-        peak = machine.peak_flops(self.device, self.settings["precision"])
+        peak = hardware.peak_flops(self.device, self.settings["precision"])
         if peak is None:
             return None
         flops = 3 * self.config["attention"]["forward_flops_per_image"] * images_per_second
-        return 100 * flops / (peak * parallel.WORLD_SIZE)
+        return 100 * flops / (peak * distributed.WORLD_SIZE)
 
 
 class Progress:
@@ -311,7 +310,7 @@ class Progress:
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.log_every = trainer, trainer.settings["log_every"]
-        self.quiet = not parallel.IS_FIRST
+        self.quiet = not distributed.IS_FIRST
         done = trainer.epoch_step * trainer.batch_size
         self.title = f"epoch {trainer.epoch}/{trainer.settings['epochs']}"
         off = self.quiet or not sys.stdout.isatty()
@@ -329,7 +328,7 @@ class Progress:
         self.bar.update(t.size_of_batch(step - 1))
         if not self.bar.disable and time.perf_counter() - self.last_look > 1:  # a look waits for the device
             self.last_look = time.perf_counter()
-            accuracy = 100 * t.num_correct.item() / (step * t.batch_size / parallel.WORLD_SIZE)
+            accuracy = 100 * t.num_correct.item() / (step * t.batch_size / distributed.WORLD_SIZE)
             self.bar.set_postfix(loss=f"{self.mean_loss(1):.3f}", accuracy=f"{accuracy:.1f}%")
         if self.log_every and step % self.log_every == 0 and not self.quiet:
             self.bar.write(f"{self.title}, step {step}/{t.steps_per_epoch}: loss {self.mean_loss(self.log_every):.4f}")
@@ -337,7 +336,7 @@ class Progress:
     def mean_loss(self, num_steps: int) -> float:
         """Of the last steps, as this process has seen it."""
         step = self.trainer.epoch_step
-        return parallel.WORLD_SIZE * self.trainer.losses[max(0, step - num_steps) : step].mean().item()
+        return distributed.WORLD_SIZE * self.trainer.losses[max(0, step - num_steps) : step].mean().item()
 
 
 def format_epoch(row: dict, num_epochs: int) -> str:

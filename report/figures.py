@@ -1,4 +1,4 @@
-"""What every picture shares (style, panels, saving), and the pictures of attention masks.
+"""What every picture shares: style, panels, legends, saving.
 
 Colors are those of Okabe and Ito (Color Universal Design, 2008), which the color-blind can tell apart; markers and line
 styles say the same again for print in gray. matplotlib is imported with the first picture, and without pyplot: no
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import sys
 import threading
@@ -22,18 +21,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import masks
-import text
 import utils
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
 DPI = 160
-MAX_CELLS = 480  # a mask with more rows is reduced by blocks to at most this many, about a pixel each
-MAX_RULED_GRID = 40  # patches a side up to which the patches of a grid are drawn apart
 
 FULL = {"color": "#000000", "marker": "*", "linestyle": "-"}
 # Of each mask type the (color, marker, line style) at its number, around and around; the lengths are chosen so that
@@ -43,7 +38,6 @@ MARKERS = ("o", "s", "^", "D", "v", "<", ">")
 LINE_STYLES = ("--", "-.", (0, (1, 1.2)), "-", (0, (5, 1, 1, 1, 1, 1)))
 VARIANT_LINE_STYLES = ("-", "--", (0, (1, 1.2)), "-.")  # of the steps of one mask type, drawn together
 
-ATTENDED, NOT_ATTENDED, QUERY = "#0072B2", "#ECECEC", "#000000"
 
 LEGEND = {"fontsize": 8, "title_fontsize": 8, "frameon": False, "handlelength": 3.2}
 MARGIN = 0.2  # inches beside a legend
@@ -78,24 +72,24 @@ def style_of(mask_type: str, variant: int = 0, num_variants: int = 1) -> dict:
 
 def _number_of(mask_type: str) -> int:
     dimensions, _, pattern = mask_type.partition("_")
-    patterns = list(masks.PATTERNS)
     # The runs of a pattern that this checkout does not have are drawn too; a checksum of its name never changes.
+    patterns = list(masks.PATTERNS)
     index = patterns.index(pattern) if pattern in patterns else len(patterns) + zlib.crc32(pattern.encode()) % 50
     return 2 * index + (dimensions == "2d")
 
 
 def blend(color: str, other: str, amount: float) -> str:
     """`#RRGGBB` colors mixed: 0 = `color`, 1 = `other`."""
-    mixed = (1 - amount) * _rgb(color) + amount * _rgb(other)
+    mixed = (1 - amount) * rgb(color) + amount * rgb(other)
     return "#" + "".join(f"{round(255 * channel):02X}" for channel in mixed)
 
 
 def text_color_on(color: str) -> str:
     """Black or white, whichever is easier to read on `color`."""
-    return "#000000" if _rgb(color) @ (0.299, 0.587, 0.114) > 0.5 else "#FFFFFF"
+    return "#000000" if rgb(color) @ (0.299, 0.587, 0.114) > 0.5 else "#FFFFFF"
 
 
-def _rgb(color: str) -> np.ndarray:
+def rgb(color: str) -> np.ndarray:
     return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
 
 
@@ -248,91 +242,3 @@ def raise_failed(failed: dict[str, Exception]) -> None:
     if failed:
         reasons = "; ".join(f"{name} ({utils.first_line(error)})" for name, error in failed.items())
         raise utils.UserError(f"pictures that could not be drawn: {reasons}") from next(iter(failed.values()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-
-
-@drawing()
-def draw_attention_mask(mask: torch.Tensor | None, height: int, width: int, title: str) -> Figure:
-    """Left the mask (bool [N, N], N = height * width; None = full attention), right three of its rows on the grid."""
-    N = height * width
-    if mask is not None and tuple(mask.shape) != (N, N):
-        raise ValueError(f"the mask of a {height}x{width} grid has shape ({N}, {N}), got {tuple(mask.shape)}")
-    allowed = np.ones((1, 1), dtype=bool) if mask is None else mask.cpu().numpy()
-    block = math.ceil(N / MAX_CELLS)
-
-    figure = new_figure(7.6, 5.6)
-    figure.suptitle(text.label(title, WIDTHS["title"]), fontsize=11)
-    grid = figure.add_gridspec(3, 2, width_ratios=(3.4, 1))
-    axes = figure.add_subplot(grid[:, 0])
-    axes.imshow(_colors(reduce_by_blocks(allowed, block)), extent=(-0.5, N - 0.5, N - 0.5, -0.5))
-    axes.set_title(f"mask over all {N:,} patches" + (f", {block} × {block} to a dot" if block > 1 else ""), fontsize=9)
-    axes.set_xlabel("key patch (attended to)", fontsize=9)
-    axes.set_ylabel("query patch (attends)", fontsize=9)
-    axes.tick_params(labelsize=8)
-    for position, (name, (row, column)) in enumerate(example_patches(height, width).items()):
-        axes = figure.add_subplot(grid[position, 1])
-        num_neighbors = draw_neighborhood(axes, mask, height, width, row, column)
-        axes.set_title(f"{name}: row {row * width + column:,}\n{_count(num_neighbors)}", fontsize=8.5)
-    return figure
-
-
-@drawing()
-def draw_mask_types(masks_by_type: dict[str, torch.Tensor | None], height: int, width: int) -> Figure:
-    """A column a mask type, a row each for a patch in the center, on the edge and in the corner."""
-    patches = example_patches(height, width)
-    figure = new_figure(1.75 * len(masks_by_type) + 0.4, (1.75 * min(2.0, height / width) + 0.3) * len(patches) + 0.3)
-    panels = figure.subplots(len(patches), len(masks_by_type), squeeze=False)
-    for j, (mask_type, mask) in enumerate(masks_by_type.items()):
-        for i, (name, (row, column)) in enumerate(patches.items()):
-            color = blend(style_of(mask_type)["color"], "#FFFFFF", 0.4 if mask_type == "full" else 0.0)
-            num_neighbors = draw_neighborhood(panels[i, j], mask, height, width, row, column, color)
-            panels[i, j].set_xlabel(_count(num_neighbors), fontsize=8)
-            if j == 0:
-                panels[i, j].set_ylabel(name, fontsize=10)
-        panels[0, j].set_title(text.label(mask_type, WIDTHS["panel"]), fontsize=10)
-    return figure
-
-
-def draw_neighborhood(
-    axes: Axes, mask: torch.Tensor | None, height: int, width: int, row: int, column: int, color: str = ATTENDED
-) -> int:
-    """Draw the patch grid: the query patch at (row, column) black, what it attends to in `color`; returns how many."""
-    allowed = np.ones(height * width, bool) if mask is None else mask[row * width + column].cpu().numpy()
-    cells = _colors(allowed.reshape(height, width), color)
-    cells[row, column] = _rgb(QUERY)
-    axes.imshow(cells, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
-    if max(height, width) <= MAX_RULED_GRID:
-        axes.set_xticks(np.arange(-0.5, width), minor=True)
-        axes.set_yticks(np.arange(-0.5, height), minor=True)
-        axes.grid(which="minor", color="white", linewidth=1.2 if max(height, width) <= 20 else 0.5)
-        axes.tick_params(which="minor", length=0)
-    return int(allowed.sum())
-
-
-def _count(num_neighbors: int) -> str:
-    return f"{num_neighbors:,} neighbor{'' if num_neighbors == 1 else 's'}"
-
-
-def example_patches(height: int, width: int) -> dict[str, tuple[int, int]]:
-    """(row, column) of a patch in the center, on the left edge (where a 1D window runs on to the row above) and in the
-    corner."""
-    return {"center": (height // 2, width // 2), "edge": (height // 2, 0), "corner": (0, 0)}
-
-
-def reduce_by_blocks(mask: np.ndarray, block: int) -> np.ndarray:
-    """Bool [N, N] -> [ceil(N / block), ceil(N / block)]: whether any of the block x block pairs may attend."""
-    if block == 1 or len(mask) == 1:
-        return mask
-    starts = np.arange(0, len(mask), block)
-    return np.logical_or.reduceat(np.logical_or.reduceat(mask, starts, axis=0), starts, axis=1)
-
-
-def _colors(allowed: np.ndarray, color: str = ATTENDED) -> np.ndarray:
-    """Bool [height, width] -> RGB [height, width, 3]."""
-    return np.where(allowed[..., None], _rgb(color), _rgb(NOT_ATTENDED))

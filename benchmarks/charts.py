@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import figures
+from report import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import masks
-import text
 import utils
+from report import text
 
 CONFIG_FORMATS = (1, 2)  # what is read here is the same in both
 GIB = 2**30

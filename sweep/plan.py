@@ -8,9 +8,9 @@ from pathlib import Path
 
 from filelock import Timeout
 
-import identity
-import locks
 import utils
+from pipeline import identity
+from runtime import locks
 
 GRAD_ACCUMULATION, COMPILE = "--grad_accumulation", "--compile"
 WAITING, RUNNING, ELSEWHERE, DONE, FAILED = "waiting", "running", "elsewhere", "done", "failed"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import device as machine
+from runtime import hardware
 
 NUM_ROUNDS = {"none": 0, "trivial": 1, "rand": 2}  # operations applied to each image, one after the other
 POLICIES = tuple(NUM_ROUNDS)
@@ -91,12 +91,12 @@ def _apply_round(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
     num_affine, others = sum(counts[: len(AFFINE_OPS)]), counts[len(AFFINE_OPS) :]
     affine = order[:num_affine]
     matrices = affine_matrices(ops[affine], magnitudes[affine], images.shape[-2:])  # [m, 2, 3]
-    there, back = machine.to_device(torch.stack((order, order.argsort())), images.device)
+    there, back = hardware.to_device(torch.stack((order, order.argsort())), images.device)
     images = images.index_select(0, there)  # images[there] goes byte by byte
-    magnitudes = machine.to_device(magnitudes[order], images.device)[:, None, None, None]  # [b, 1, 1, 1]
+    magnitudes = hardware.to_device(magnitudes[order], images.device)[:, None, None, None]  # [b, 1, 1, 1]
     slices, parts = magnitudes.split([num_affine, *others]), images.split([num_affine, *others])
     if num_affine:
-        parts[0].copy_(warp(parts[0], machine.to_device(matrices, images.device)))
+        parts[0].copy_(warp(parts[0], hardware.to_device(matrices, images.device)))
     for op, part, values in zip(OPS[len(AFFINE_OPS) :], parts[1:], slices[1:], strict=True):
         if op != "identity" and len(part):
             part.copy_(OP_FNS[op](part, values))
@@ -238,6 +238,6 @@ def erase(images: Tensor, boxes: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     row = torch.arange(height, device=images.device)[:, None]  # [h, 1]
     column = torch.arange(width, device=images.device)  # [w]
-    top, left, rows, columns = machine.to_device(boxes, images.device).T[..., None, None, None]  # each [b, 1, 1, 1]
+    top, left, rows, columns = hardware.to_device(boxes, images.device).T[..., None, None, None]  # each [b, 1, 1, 1]
     inside = (row >= top) & (row < top + rows) & (column >= left) & (column < left + columns)  # [b, 1, h, w]
     return torch.where(inside, 0, images)

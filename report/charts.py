@@ -11,9 +11,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import figures
-import text
-from results import Row, Spread
+from report import figures, text
+from report.results import Row, Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,15 +7,13 @@ import argparse
 import torch
 
 import attention
-import augment
-import device as machine
-import diagonal
-import identity
 import masks
 import models
-import optim
-import sources
 import utils
+from attention import diagonal
+from pipeline import augment, identity, sources
+from runtime import hardware
+from training import optimizers
 from utils import UsageError, number_type
 
 COMPILE = ("off", "auto", "default", "reduce-overhead")
@@ -107,7 +105,7 @@ def build_parser() -> utils.ArgumentParser:
     add = group.add_argument
     add("--epochs", type=positive, default=50, metavar="N", help="passes over the training images")
     add("--batch_size", type=positive, metavar="N", help="* images a step, over all GPUs")
-    add("--optimizer", choices=optim.OPTIMIZERS, default="adamw", help="muon: for the matrices of the blocks")
+    add("--optimizer", choices=optimizers.OPTIMIZERS, default="adamw", help="muon: for the matrices of the blocks")
     above_0 = number_type(float, above=0)
     add("--lr", type=above_0, help="* peak learning rate; strong: 1e-3 at batch 128 to 256, else scaled linearly")
     add("--weight_decay", type=at_least_0, help="* on weight matrices only")
@@ -119,8 +117,8 @@ def build_parser() -> utils.ArgumentParser:
 
     group = parser.add_argument_group("machine")
     add = group.add_argument
-    add("--device", choices=machine.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
-    add("--precision", choices=machine.PRECISIONS, default="auto", help="auto: bf16 on CUDA from 8.0")
+    add("--device", choices=hardware.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
+    add("--precision", choices=hardware.PRECISIONS, default="auto", help="auto: bf16 on CUDA from 8.0")
     compile_help = "torch.compile the model; auto: on CUDA, from 10 epochs on; reduce-overhead: with CUDA graphs"
     add("--compile", choices=COMPILE, nargs="?", const="default", default="auto", help=compile_help)
     add("--grad_accumulation", type=positive, default=1, metavar="N", help="micro-batches a step, to save memory")
@@ -159,8 +157,8 @@ def resolve_settings(args) -> dict:
         settings[name] = settings[name] or value
     if args.lr is None:
         settings["lr"] = strong_lr(args.batch_size)
-    settings["device"] = machine.pick_device(args.device).type
-    settings["precision"] = machine.resolve_precision(args.precision, torch.device(settings["device"]))
+    settings["device"] = hardware.pick_device(args.device).type
+    settings["precision"] = hardware.resolve_precision(args.precision, torch.device(settings["device"]))
     if args.compile == "reduce-overhead" and args.grad_accumulation > 1:
         raise UsageError(
             "--compile reduce-overhead replays the memory of a step, where gradients cannot add up; use --compile "

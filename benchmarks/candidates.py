@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attention
-import device as machine
-import diagonal
 import masks
 import models
+from attention import diagonal
+from runtime import hardware
 
 FULL, WITHOUT = "full SDPA", "no attention"
 BACKENDS = ("auto", "dense", "diagonal", "uncompiled", "flex", "local-attention", "natten")
@@ -221,7 +221,7 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
 
     def step(model: torch.nn.Module) -> Tensor:
         model.zero_grad()
-        with machine.autocast(device, args.dtype):
+        with hardware.autocast(device, args.dtype):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         return loss.detach()

@@ -24,8 +24,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-import depth
-from imagefiles import ImageFiles, list_images, names_of_classes, read_label, some_of
+from pipeline import bit_depth
+from pipeline.imagefiles import ImageFiles, list_images, names_of_classes, read_label, some_of
 from utils import UserError, first_line, warn
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Header:
     """What is known of an image without its pixels."""
 
     size: tuple[int, int]  # (width, height), as `read_image` will turn it
-    depth: depth.Depth | None  # of more than 8 bits
+    depth: bit_depth.Depth | None  # of more than 8 bits
     is_animated: bool
 
 
@@ -81,14 +81,14 @@ def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -
         known = {path: header for path, header in zip(paths, headers, strict=True) if header is not None}
         deep = {path: header.depth for path, header in known.items() if header.depth is not None}
         largest = _attempt(_largest_value, list(deep), "reading the range of values", unreadable, stream)
-        ranges = depth.find_ranges(dict(zip(deep, largest, strict=True)), deep)
+        ranges = bit_depth.find_ranges(dict(zip(deep, largest, strict=True)), deep)
 
         height, width = _stored_size({header.size for header in known.values()}, img_size)
         splits = {
             name: _read_split(split, height, width, ranges, unreadable, stream) for name, split in files.splits.items()
         }
 
-    for message in depth.remarks(ranges):
+    for message in bit_depth.remarks(ranges):
         warn(f"{root}: {message}")
     animated = [str(path.relative_to(root)) for path, header in known.items() if header.is_animated]
     if animated:
@@ -123,7 +123,7 @@ def _read_split(
     files: list[tuple[Path, int]],
     height: int,
     width: int,
-    ranges: depth.Ranges,
+    ranges: bit_depth.Ranges,
     unreadable: dict[Path, UnreadableError],
     stream: TextIO,
 ) -> Labeled:
@@ -186,20 +186,20 @@ def _reason(error: Exception) -> str:
 # One file
 
 
-def read_image(path: Path, height: int, width: int, ranges: depth.Ranges | None = None) -> Image.Image:
+def read_image(path: Path, height: int, width: int, ranges: bit_depth.Ranges | None = None) -> Image.Image:
     """The file as RGB, resized and center-cropped to height x width unless it has that size.
 
     In place and resized before the transparency is resolved: a copy of a large image is hundreds of megabytes.
     """
     with _opened(path) as image:
-        found = depth.depth_of(image)
+        found = bit_depth.depth_of(image)
         image.draft(None, (2 * max(height, width),) * 2)  # a JPEG is decoded at 1/2, 1/4, 1/8 if that is enough
         image.load()  # of an animation, the first frame
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers of no known range")
         if image.mode.startswith("I"):  # gray of 16 or 32 bits; convert() would cut it off at 255
-            image = Image.fromarray(depth.to_8_bits(np.asarray(image), found, ranges or {}))
+            image = Image.fromarray(bit_depth.to_8_bits(np.asarray(image), found, ranges or {}))
         mode = "RGBA" if image.has_transparency_data else "RGB"
         image = image if image.mode == mode else image.convert(mode)
         if image.size != (width, height):
@@ -216,12 +216,12 @@ def read_header(path: Path) -> Header:
         size = image.size[::-1] if on_its_side else image.size
         # A phone's JPEG may carry a preview as its second picture.
         is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
-        return Header(size, depth.depth_of(image), is_animated)
+        return Header(size, bit_depth.depth_of(image), is_animated)
 
 
 def _largest_value(path: Path) -> int:
     with _opened(path) as image:
-        return depth.largest_value(image)
+        return bit_depth.largest_value(image)
 
 
 @contextlib.contextmanager

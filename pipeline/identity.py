@@ -9,8 +9,8 @@ import hashlib
 import os
 from pathlib import Path
 
-import imagefiles
 import utils
+from pipeline import imagefiles
 from utils import UsageError, UserError
 
 IMAGE_FOLDER = "imagefolder"  # the --dataset; all runs of image folders once shared a folder of this name

@@ -1,0 +1,1 @@
+"""Runs on disk to rows, tables and pictures. Imports no torch."""

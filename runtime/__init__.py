@@ -1,0 +1,1 @@
+"""The machine under a run: hardware, processes, requests to stop."""
