@@ -155,8 +155,7 @@ def measure_candidates(candidates: list[Candidate], args, grid: int, device: tor
             "grid": grid,
             "num_patches": grid * grid,
             "num_sequences": candidate.num_sequences,
-            "mask_type": candidate.mask_type,
-            "expansion_step": candidate.expansion_step,
+            **vars(candidate.mask),  # mask_type, expansion_step
             "num_neighbors_mean": candidate.num_neighbors_mean,
             "backend": candidate.backend,
             "milliseconds": quartiles(1e3 * seconds[:, index]),

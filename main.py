@@ -18,9 +18,9 @@ from filelock import Timeout
 
 import attention
 import data
-import masks
 import models
 import utils
+from masks import MaskSpec
 from pipeline import identity, sources
 from report import figures, mask_pictures
 from runtime import distributed, hardware, locks
@@ -35,12 +35,16 @@ CONFIG_FORMAT = 2
 REQUIRED = {"settings": {}, "data": {}, "provenance": {}, "attention": {"backend": str, "backend_reason": str}}
 
 
+def spec_of(settings: dict) -> MaskSpec:
+    return MaskSpec(settings["mask_type"], settings["expansion_step"])
+
+
 def build_model(settings: dict, in_channels: int, num_classes: int) -> models.VisionTransformer:
     """The model with freshly drawn weights; the same seed gives the same weights whatever the mask."""
     torch.manual_seed(settings["seed"])
     with utils.usage_errors():
         side = settings["img_size"] // settings["patch_size"]
-        mask = masks.build_attention_mask(settings["mask_type"], settings["expansion_step"], max(side, 1), max(side, 1))
+        mask = spec_of(settings).build(max(side, 1), max(side, 1))
         return models.VisionTransformer(
             img_size=settings["img_size"],
             patch_size=settings["patch_size"],
@@ -75,7 +79,7 @@ def describe_model(model: models.VisionTransformer, settings: dict) -> dict:
     """The number of parameters, the numbers of neighbors, and what share of the arithmetic the attention has."""
     num_patches, mask, flops = model.num_patches, model.plan.mask, models.count_forward_flops(model)
     mean = num_patches if mask is None else mask.sum(1, dtype=torch.float64).mean().item()
-    nominal = masks.nominal_num_neighbors(settings["mask_type"], settings["expansion_step"], num_patches)
+    nominal = spec_of(settings).num_neighbors(num_patches)
     return {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "attention": {
@@ -354,10 +358,10 @@ def make_config(
 
 def draw_mask(model: models.VisionTransformer, settings: dict, folder: Path) -> None:
     """Write the picture of the mask, or one warning: a training does not depend on it."""
-    step, path = settings["expansion_step"], folder / utils.MASK_PICTURE
-    title = settings["mask_type"] if step is None else f"{settings['mask_type']}, expansion step {step}"
+    path = folder / utils.MASK_PICTURE
     try:
-        figures.save(mask_pictures.draw_attention_mask(model.plan.mask, *model.grid, title), path)
+        picture = mask_pictures.draw_attention_mask(model.plan.mask, *model.grid, spec_of(settings).label)
+        figures.save(picture, path)
     except Exception as error:  # whatever matplotlib raises
         utils.warn(f"training goes on without {path}, which could not be drawn: {utils.first_line(error)}")
 

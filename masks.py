@@ -4,9 +4,10 @@ A mask is a `torch.bool` tensor of shape [N, N] over the N = height * width patc
 patch i (row) may attend to key patch j (column). The diagonal is always True. Neighborhoods are truncated at the
 border: a border patch has fewer neighbors, nothing wraps around in 2D. Masks know no class token, no model, no device.
 
-Each 2D pattern is one line, a condition on the offset (dy, dx) from the query patch to the key patch; a pattern added
-to `PATTERNS` is at once a `--mask_type` of every script, together with its 1D twin: a window on the flattened sequence
-with the same nominal number of neighbors, so that shapes are compared at equal budget.
+A `MaskSpec` names a pattern; `MaskSpec("2d_cardinal", 2).build(14, 14)` makes its mask. Each 2D pattern is one line, a
+condition on the positions of two patches, most often on the offset (dy, dx) between them. A pattern added to `PATTERNS`
+is at once a `--mask_type` of every script, together with its 1D twin: a window on the flattened sequence with the same
+nominal number of neighbors, so that shapes are compared at equal budget.
 
     python masks.py --mask_type 2d_cardinal --expansion_step 2 --grid 7x10
 """
@@ -18,7 +19,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np  # numpy makes the masks, so that the launcher can list the mask types without loading torch
 
@@ -28,27 +29,117 @@ if TYPE_CHECKING:
     import torch
 
 
+class Positions(NamedTuple):
+    """Rows and columns of patches: integer arrays that broadcast against those of other patches."""
+
+    y: np.ndarray
+    x: np.ndarray
+
+
 @dataclass(frozen=True)
 class Pattern:
-    """A 2D neighborhood: which offsets it allows, and how many patches that makes away from the border."""
+    """A 2D neighborhood: who may attend to whom, and how many patches that makes away from the border."""
 
-    allows: Callable  # (dy, dx, step) -> bool; dy, dx: integer arrays that broadcast against each other
+    allows: Callable[[Positions, Positions, int], np.ndarray]  # (query, key, step) -> bool
     num_neighbors: Callable[[int], int]  # step -> nominal number of neighbors, the patch itself included
+    has_1d_twin: bool = True
+
+
+def by_offset(allows: Callable[[np.ndarray, np.ndarray, int], np.ndarray]) -> Callable:
+    """The same condition everywhere: (dy, dx, step) -> bool of the offset from the query to the key patch."""
+    return lambda query, key, step: allows(key.y - query.y, key.x - query.x, step)
 
 
 PATTERNS = {
     "cardinal": Pattern(
-        allows=lambda dy, dx, s: ((dy == 0) & (abs(dx) <= s)) | ((dx == 0) & (abs(dy) <= s)),
+        allows=by_offset(lambda dy, dx, s: ((dy == 0) & (abs(dx) <= s)) | ((dx == 0) & (abs(dy) <= s))),
         num_neighbors=lambda s: 1 + 4 * s,
     ),
     "all_neighbors": Pattern(
-        allows=lambda dy, dx, s: (abs(dy) <= s) & (abs(dx) <= s),
+        allows=by_offset(lambda dy, dx, s: (abs(dy) <= s) & (abs(dx) <= s)),
         num_neighbors=lambda s: (2 * s + 1) ** 2,
     ),
 }
 
 MAX_PATCHES = 65_536  # 256 x 256: a mask of 4 GiB
-MASK_TYPES = ("full", *(f"{prefix}_{name}" for prefix in ("1d", "2d") for name in PATTERNS))
+MASK_TYPES = (
+    "full",
+    *(f"1d_{name}" for name, pattern in PATTERNS.items() if pattern.has_1d_twin),
+    *(f"2d_{name}" for name in PATTERNS),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A pattern by its name
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Which pattern, and how far it reaches: what `--mask_type` and `--expansion_step` say together.
+
+    Any name can be spelled, also that of a pattern which only another checkout has; `build` and `num_neighbors` raise
+    ValueError for one that is not in MASK_TYPES.
+    """
+
+    mask_type: str = "full"
+    expansion_step: int | None = None  # reach, in patches; None for full
+
+    def __post_init__(self):
+        if self.mask_type == "full":
+            object.__setattr__(self, "expansion_step", None)
+
+    @property
+    def label(self) -> str:
+        """As tables and pictures name it: `2d_cardinal, step 2`."""
+        return self.mask_type if self.expansion_step is None else f"{self.mask_type}, step {self.expansion_step}"
+
+    @property
+    def run_name(self) -> str:
+        """As folders of runs name it: `2d_cardinal_expansion_2`."""
+        return self.mask_type if self.mask_type == "full" else f"{self.mask_type}_expansion_{self.expansion_step}"
+
+    def num_neighbors(self, num_patches: int) -> int:
+        """Nominal: of a patch away from every border, itself included; all `num_patches` for full."""
+        pattern = self._pattern()
+        if pattern is None:
+            return num_patches
+        return pattern.num_neighbors(_check_integer("expansion_step", self.expansion_step, minimum=0))
+
+    def build(self, num_patches_height: int, num_patches_width: int) -> torch.Tensor | None:
+        """The mask, bool [N, N], or None for full, which attends without any mask.
+
+        Raises ValueError for more than MAX_PATCHES patches, whose mask would not fit into memory.
+        """
+        pattern = self._pattern()
+        if num_patches_height * num_patches_width > MAX_PATCHES:
+            raise ValueError(
+                f"the grid has {num_patches_height}x{num_patches_width} patches, at most {MAX_PATCHES:,} in all are "
+                "possible; use smaller images or larger patches"
+            )
+        if pattern is None:
+            return None
+        if self.mask_type.startswith("2d"):
+            return _generate_2d_mask(pattern, self.expansion_step, num_patches_height, num_patches_width)
+        height = _check_integer("num_patches_height", num_patches_height, minimum=1)
+        width = _check_integer("num_patches_width", num_patches_width, minimum=1)
+        return generate_1d_attention_mask(self.num_neighbors(height * width), height * width)
+
+    def _pattern(self) -> Pattern | None:
+        """None for full. Raises ValueError for an unknown name."""
+        if self.mask_type not in MASK_TYPES:
+            raise ValueError(f"unknown mask type {self.mask_type!r}; expected one of {', '.join(MASK_TYPES)}")
+        return None if self.mask_type == "full" else PATTERNS[self.mask_type[len("1d_") :]]
+
+
+def build_attention_mask(
+    mask_type: str, expansion_step: int | None, num_patches_height: int, num_patches_width: int
+) -> torch.Tensor | None:
+    """The mask of a `--mask_type`: bool [N, N], or None for `full`. See `MaskSpec.build`."""
+    return MaskSpec(mask_type, expansion_step).build(num_patches_height, num_patches_width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
 
 
 def generate_1d_attention_mask(num_neighbors: int, N: int) -> torch.Tensor:
@@ -89,51 +180,15 @@ def compute_num_neighbors_all_neighbors(expansion_step: int) -> int:
     return PATTERNS["all_neighbors"].num_neighbors(_check_integer("expansion_step", expansion_step, minimum=0))
 
 
-def build_attention_mask(
-    mask_type: str, expansion_step: int, num_patches_height: int, num_patches_width: int
-) -> torch.Tensor | None:
-    """The mask of a `--mask_type`: bool [N, N], or None for `full`, which attends without any mask.
-
-    Raises ValueError for more than MAX_PATCHES patches, whose mask would not fit into memory.
-    """
-    pattern = _pattern_of(mask_type)
-    if num_patches_height * num_patches_width > MAX_PATCHES:
-        raise ValueError(
-            f"the grid has {num_patches_height}x{num_patches_width} patches, at most {MAX_PATCHES:,} in all are "
-            "possible; use smaller images or larger patches"
-        )
-    if pattern is None:
-        return None
-    if mask_type.startswith("2d"):
-        return _generate_2d_mask(pattern, expansion_step, num_patches_height, num_patches_width)
-    height = _check_integer("num_patches_height", num_patches_height, minimum=1)
-    width = _check_integer("num_patches_width", num_patches_width, minimum=1)
-    return generate_1d_attention_mask(nominal_num_neighbors(mask_type, expansion_step, height * width), height * width)
-
-
-def nominal_num_neighbors(mask_type: str, expansion_step: int, num_patches: int) -> int:
-    """Neighbors of a patch away from every border, itself included; all `num_patches` for `full`."""
-    pattern = _pattern_of(mask_type)
-    if pattern is None:
-        return num_patches
-    return pattern.num_neighbors(_check_integer("expansion_step", expansion_step, minimum=0))
-
-
-def _pattern_of(mask_type: str) -> Pattern | None:
-    if mask_type not in MASK_TYPES:
-        raise ValueError(f"unknown mask type {mask_type!r}; expected one of {', '.join(MASK_TYPES)}")
-    return None if mask_type == "full" else PATTERNS[mask_type[len("1d_") :]]
-
-
 def _generate_2d_mask(pattern: Pattern, expansion_step: int, height: int, width: int) -> torch.Tensor:
     step = _check_integer("expansion_step", expansion_step, minimum=0)
     height = _check_integer("num_patches_height", height, minimum=1)
     width = _check_integer("num_patches_width", width, minimum=1)
     y, x = np.arange(height, dtype=np.int32), np.arange(width, dtype=np.int32)
-    dy = (y[None, :] - y[:, None])[:, None, :, None]  # [H, 1, H, 1]: key row minus query row
-    dx = (x[None, :] - x[:, None])[None, :, None, :]  # [1, W, 1, W]: key column minus query column
+    query = Positions(y[:, None, None, None], x[:, None, None])  # [H, 1, 1, 1], [W, 1, 1]
+    key = Positions(y[:, None], x)  # [H, 1], [W]
     # Only the last step of the condition broadcasts to [H, W, H, W], and that one is boolean: a byte a pair of patches.
-    allowed = np.broadcast_to(pattern.allows(dy, dx, step), (height, width, height, width))
+    allowed = np.broadcast_to(pattern.allows(query, key, step), (height, width, height, width))
     return _to_tensor(allowed.reshape(height * width, height * width))
 
 
@@ -199,7 +254,8 @@ def main(argv=None) -> int:
 def describe(args) -> str:
     """The mask's numbers of neighbors, and the neighborhood of one patch as characters."""
     height, width = args.grid
-    mask = build_attention_mask(args.mask_type, args.expansion_step, height, width)
+    spec = MaskSpec(args.mask_type, args.expansion_step)
+    mask = spec.build(height, width)
     if mask is None:
         mask = generate_2d_attention_mask_all_neighbors(max(height, width), height, width)
     row, column = args.patch or (height // 2, width // 2)
@@ -207,7 +263,7 @@ def describe(args) -> str:
         raise ValueError(
             f"--patch {row}x{column} lies outside the {height}x{width} grid (rows and columns count from 0)"
         )
-    nominal = nominal_num_neighbors(args.mask_type, args.expansion_step, height * width)
+    nominal = spec.num_neighbors(height * width)
     return (
         f"{args.mask_type}, expansion step {args.expansion_step}, grid {height}x{width}: {nominal} neighbors nominal, "
         f"{mask.sum(1, dtype=float).mean():.1f} on average, "

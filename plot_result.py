@@ -170,7 +170,7 @@ def reading_notes(rows: list[Row]) -> list[str]:
             "strict version."
         )
     share = next((row.runs[0].config["attention"].get("attention_share_of_flops") for row in rows), None)
-    if rows[0].mask_type == "full" and share is not None and 0 <= share < 1:
+    if rows[0].mask.mask_type == "full" and share is not None and 0 <= share < 1:
         notes.append(
             f"Attention is {100 * share:.1f}% of the arithmetic of the model with full attention: no local pattern can "
             f"make it more than {1 / (1 - share):.2f} times as fast by saving arithmetic."

@@ -290,10 +290,6 @@ def read_json_lines(path: Path) -> list[dict]:
 # Run folders
 
 
-def default_run_name(mask_type: str, expansion_step: int | None) -> str:
-    return mask_type if mask_type == "full" else f"{mask_type}_expansion_{expansion_step}"
-
-
 def check_folder_name(flag: str, name: str) -> None:
     if Path(name).name != name or name in ("", ".."):
         raise UsageError(f"{flag} must be a plain folder name, got {name!r}")

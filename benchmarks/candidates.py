@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attention
-import masks
 import models
 from attention import diagonal
+from masks import MaskSpec
 from runtime import hardware
 
 FULL, WITHOUT = "full SDPA", "no attention"
@@ -34,8 +34,7 @@ class Candidate:
     """Something to be timed: `run()` is one forward and backward."""
 
     backend: str
-    mask_type: str
-    expansion_step: int | None
+    mask: MaskSpec
     num_neighbors_mean: float
     num_sequences: int  # heads times images, or images: what time and memory are divided by to compare grids
     ceiling: float  # the most that the arithmetic allows: FLOPs of full attention over those of the mask
@@ -46,8 +45,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        pattern = self.mask_type if self.expansion_step is None else f"{self.mask_type}, step {self.expansion_step}"
-        return f"{pattern}: {self.backend}"
+        return f"{self.mask.label}: {self.backend}"
 
 
 def usable_backends(asked: list[str], level: str, device: torch.device) -> tuple[list[str], dict[str, str]]:
@@ -80,36 +78,36 @@ def attention_candidates(args, grid: int, backends: list[str], device: torch.dev
     qkv = torch.randn(shape, generator=generator).to(device, DTYPES[args.dtype]).requires_grad_()
     grad = torch.randn(*shape[:2], *shape[3:], generator=generator).to(device, DTYPES[args.dtype])
 
-    def candidate(backend: str, mask_type: str, step: int | None, mask: Tensor | None, attend: Callable) -> Candidate:
+    def candidate(backend: str, spec: MaskSpec, mask: Tensor | None, attend: Callable) -> Candidate:
+        pairs = [attention.count_pairs(allowed, num_patches, num_global) for allowed in (None, mask)]
         return Candidate(
-            backend,
-            mask_type,
-            step,
-            num_patches if mask is None else int(mask.sum()) / num_patches,
-            batch_size * num_heads,
-            attention.count_pairs(None, num_patches, num_global) / attention.count_pairs(mask, num_patches, num_global),
+            backend=backend,
+            mask=spec,
+            num_neighbors_mean=num_patches if mask is None else int(mask.sum()) / num_patches,
+            num_sequences=batch_size * num_heads,
+            ceiling=pairs[0] / pairs[1],
             run=lambda: torch.autograd.grad(attend(qkv), qkv, grad),
             check=None if backend in INEXACT else lambda: largest_error(attend, qkv, mask, num_global),
         )
 
     full = attention.compile_mask(None, num_global)
-    candidates = [candidate(FULL, "full", None, None, lambda x: attention.attend_packed(x, full))]
-    for mask_type, step in patterns_of(args):
-        mask = masks.build_attention_mask(mask_type, step, grid, grid)
+    candidates = [candidate(FULL, MaskSpec(), None, lambda x: attention.attend_packed(x, full))]
+    for spec in masks_of(args):
+        mask = spec.build(grid, grid)
         for backend in backends:
-            attend = make_attend(backend, mask_type, mask, num_global, qkv)
+            attend = make_attend(backend, spec, mask, num_global, qkv)
             if attend is not None:
-                candidates.append(candidate(backend, mask_type, step, mask, attend))
+                candidates.append(candidate(backend, spec, mask, attend))
     return candidates
 
 
-def make_attend(backend: str, mask_type: str, mask: Tensor, num_global: int, qkv: Tensor) -> Callable | None:
+def make_attend(backend: str, spec: MaskSpec, mask: Tensor, num_global: int, qkv: Tensor) -> Callable | None:
     """qkv [B, T, 3, H, D] -> [B, T, H, D] by one backend; None if it does not know this pattern."""
     if backend == "local-attention":
-        knows = mask_type.startswith("1d") and not num_global and mask.sum() > len(mask)  # no window of one
+        knows = spec.mask_type.startswith("1d") and not num_global and mask.sum() > len(mask)  # no window of one
         return local_attention_peer(mask) if knows else None
     if backend == "natten":
-        return natten_peer(mask) if mask_type == "2d_all_neighbors" and not num_global else None
+        return natten_peer(mask) if spec.mask_type == "2d_all_neighbors" and not num_global else None
     plan = attention.compile_mask(mask, num_global, "diagonal" if backend == "uncompiled" else backend).to(qkv.device)
     if backend == "auto":
         choose(plan, qkv.shape[0], *qkv.shape[3:], qkv.dtype, qkv.device)
@@ -229,22 +227,27 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
     full = build(None, "dense")
     full_flops = models.count_forward_flops(full)
 
-    def candidate(backend, mask_type, expansion_step, num_neighbors_mean, model, reference=None, ceiling=1.0):
-        check = None if reference is None else lambda: model_error(step, model, reference)
+    def candidate(backend, mask, num_neighbors_mean, model, reference=None, ceiling=1.0):
         return Candidate(
-            backend, mask_type, expansion_step, num_neighbors_mean, batch_size, ceiling, lambda: step(model), check
+            backend=backend,
+            mask=mask,
+            num_neighbors_mean=num_neighbors_mean,
+            num_sequences=batch_size,
+            ceiling=ceiling,
+            run=lambda: step(model),
+            check=None if reference is None else lambda: model_error(step, model, reference),
         )
 
     bare = without_attention(build(None, "dense"))
     bare_ceiling = full_flops["total"] / (full_flops["total"] - full_flops["attention"])
     candidates = [
-        candidate(FULL, "full", None, grid * grid, full),
-        candidate(WITHOUT, "full", None, 0, bare, ceiling=bare_ceiling),
+        candidate(FULL, MaskSpec(), grid * grid, full),
+        candidate(WITHOUT, MaskSpec(), 0, bare, ceiling=bare_ceiling),
     ]
     if "timm" in backends:
-        candidates.append(candidate("timm", "full", None, grid * grid, timm_twin(full).to(device), full))
-    for mask_type, expansion_step in patterns_of(args):
-        mask = masks.build_attention_mask(mask_type, expansion_step, grid, grid)
+        candidates.append(candidate("timm", MaskSpec(), grid * grid, timm_twin(full).to(device), full))
+    for spec in masks_of(args):
+        mask = spec.build(grid, grid)
         mean, reference = int(mask.sum()) / len(mask), build(mask, "dense")
         ceiling = full_flops["total"] / models.count_forward_flops(reference)["total"]
         for backend in (name for name in backends if name in attention.BACKENDS):
@@ -253,7 +256,7 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
                 heads = model.config["num_heads"]
                 choose(model.plan, batch_size, heads, model.config["embed_dim"] // heads, DTYPES[args.dtype], device)
             if backend in ("auto", model.plan.backend):
-                candidates.append(candidate(backend, mask_type, expansion_step, mean, model, reference, ceiling))
+                candidates.append(candidate(backend, spec, mean, model, reference, ceiling))
     return candidates
 
 
@@ -272,8 +275,11 @@ class ValuesAlone(models.Attention):
 
 def without_attention(model: models.VisionTransformer) -> models.VisionTransformer:
     """The same model with attention left out: no pattern, and no backend, can make the model faster than this."""
+    size = (model.config["embed_dim"], model.config["num_heads"], model.config["dropout"])
     for block in model.blocks:
-        block.attn.__class__ = ValuesAlone
+        values_alone = ValuesAlone(*size)
+        values_alone.load_state_dict(block.attn.state_dict())
+        block.attn = values_alone.to(block.norm1.weight.device)
     return model
 
 
@@ -287,8 +293,8 @@ def timm_twin(model: models.VisionTransformer) -> torch.nn.Module:
     return twin
 
 
-def patterns_of(args) -> list[tuple[str, int]]:
-    return [(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps]
+def masks_of(args) -> list[MaskSpec]:
+    return [MaskSpec(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps]
 
 
 def shape_of(args, grid: int) -> tuple[int, int]:

@@ -39,7 +39,7 @@ FINAL_ACCURACY = "test accuracy after the final epoch (%)"
 def by_mask_type(rows: list[Row]) -> dict[str, list[Row]]:
     groups = {}
     for row in rows:
-        groups.setdefault(row.mask_type, []).append(row)
+        groups.setdefault(row.mask.mask_type, []).append(row)
     return groups
 
 
@@ -224,7 +224,7 @@ def _draw_comparison(rows: list[Row], x_of: Callable[[Row], Spread]) -> tuple[Fi
             style["linestyle"] = ""
             for row in most_accurate(members, MAX_FULL):
                 axes.axhline(row.accuracy.mean, color=REFERENCE, linestyle="--", linewidth=1, zorder=1)
-        elif len({row.expansion_step for row in members}) < len(members):
+        elif len({row.mask.expansion_step for row in members}) < len(members):
             style["linestyle"] = ""  # several runs of one step: a line through all would mean nothing
         x, y = [x_of(row) for row in members], [row.accuracy for row in members]
         x_means, y_means = [value.mean for value in x], [value.mean for value in y]
@@ -250,7 +250,7 @@ def _draw_comparison(rows: list[Row], x_of: Callable[[Row], Spread]) -> tuple[Fi
 def _number_point(axes: Axes, row: Row, point: list[float], style: dict, zorder: float) -> None:
     """The expansion step in the marker."""
     axes.annotate(
-        str(row.expansion_step),
+        str(row.mask.expansion_step),
         point,
         xytext=MIDDLE_OF_MARKER.get(style["marker"], (0, 0)),
         textcoords="offset points",
@@ -277,7 +277,7 @@ def _finish_comparison(figure: Figure, axes: Axes, rows: list[Row], x_of: Callab
     notes = []
     if num_shown < len(named):
         notes.append(f"{num_shown} of {len(named)} runs named: of the most accurate as many as there is room for")
-    num_full = sum(row.mask_type == "full" for row in rows)
+    num_full = sum(row.mask.mask_type == "full" for row in rows)
     if num_full > MAX_FULL:
         notes.append(f"dashed lines: the {MAX_FULL} most accurate of {num_full} runs of full")
     if len(rows) > MAX_MARKED:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import masks
 import utils
+from masks import MASK_TYPES, MaskSpec
 from report import text
 
 CONFIG_FORMATS = (1, 2)  # what is read here is the same in both
@@ -95,8 +95,7 @@ class Row:
     """The runs of one attention pattern."""
 
     run_name: str
-    mask_type: str
-    expansion_step: int | None  # None for full
+    mask: MaskSpec
     num_neighbors_nominal: int  # of a patch far from every border, itself included
     num_neighbors_mean: float  # over all patches of the grid
     num_parameters: int | None
@@ -104,19 +103,19 @@ class Row:
 
     @property
     def is_named_by_default(self) -> bool:
-        return self.run_name == utils.default_run_name(self.mask_type, self.expansion_step)
+        return self.run_name == self.mask.run_name
 
     @property
     def label(self) -> str:
-        mask = self.mask_type if self.expansion_step is None else f"{self.mask_type}, step {self.expansion_step}"
-        return mask if self.is_named_by_default else f"{self.run_name} ({mask})"
+        return self.mask.label if self.is_named_by_default else f"{self.run_name} ({self.mask.label})"
 
     @property
     def short_label(self) -> str:
         """The label among rows of the same mask type."""
         if not self.is_named_by_default:
             return self.run_name
-        return self.mask_type if self.expansion_step is None else f"step {self.expansion_step}"
+        step = self.mask.expansion_step
+        return self.mask.label if step is None else f"step {step}"
 
     @property
     def done(self) -> list[Run]:
@@ -205,17 +204,16 @@ def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
     groups = {}
     for run in runs:
         settings = run.settings
-        key = (settings["run_name"], settings["mask_type"], settings["expansion_step"])
+        key = (settings["run_name"], MaskSpec(settings["mask_type"], settings["expansion_step"]))
         groups.setdefault(key, []).append(run)
     rows = []
-    for (run_name, mask_type, expansion_step), members in groups.items():
+    for (run_name, mask), members in groups.items():
         members.sort(key=lambda run: run.settings["seed"])
         config = members[0].config
         rows.append(
             Row(
                 run_name=run_name,
-                mask_type=mask_type,
-                expansion_step=expansion_step,
+                mask=mask,
                 num_neighbors_nominal=config["attention"]["num_neighbors_nominal"],
                 num_neighbors_mean=config["attention"]["num_neighbors_mean"],
                 num_parameters=_number(config, "num_parameters"),
@@ -226,9 +224,9 @@ def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
 
 
 def _natural_order(row: Row) -> tuple:
-    known = row.mask_type in masks.MASK_TYPES
-    position = masks.MASK_TYPES.index(row.mask_type) if known else len(masks.MASK_TYPES)
-    return position, row.mask_type, row.expansion_step or 0, not row.is_named_by_default, row.run_name
+    mask = row.mask
+    position = MASK_TYPES.index(mask.mask_type) if mask.mask_type in MASK_TYPES else len(MASK_TYPES)
+    return position, mask.mask_type, mask.expansion_step or 0, not row.is_named_by_default, row.run_name
 
 
 def group_by_data(runs: Iterable[Run]) -> list[list[Run]]:

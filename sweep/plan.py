@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import Timeout
 
 import utils
+from masks import MaskSpec
 from pipeline import identity
 from runtime import locks
 
@@ -18,8 +19,7 @@ WAITING, RUNNING, ELSEWHERE, DONE, FAILED = "waiting", "running", "elsewhere", "
 
 @dataclass(frozen=True)
 class PlannedRun:
-    mask_type: str
-    expansion_step: int | None  # None for full
+    mask: MaskSpec
     seed: int
     folder: Path
     arguments: tuple[str, ...]  # of main.py
@@ -117,23 +117,18 @@ def make_plan(args, device: str) -> list[PlannedRun]:
         data = identity.describe(args.dataset, data_dir)
     except utils.UserError as error:
         raise utils.UsageError(str(error)) from error
-    patterns = [
-        (mask_type, step)
-        for mask_type in args.mask_types
-        for step in ([None] if mask_type == "full" else args.expansion_steps)
-    ]
+    masks = dict.fromkeys(MaskSpec(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps)
     on_device = [] if "--device" in args.main_options else ["--device", device]
     plan = []
     for seed in args.seeds:
-        for mask_type, step in patterns:
-            swept = {"mask_type": mask_type, "expansion_step": step, "seed": seed, "dataset": args.dataset}
+        for mask in masks:  # full but once, as it has no step
+            swept = {**vars(mask), "seed": seed, "dataset": args.dataset}
             swept |= {"output_dir": args.output_dir, "dataset_name": args.dataset_name}
             given = [(key, str(value)) for key, value in swept.items() if value is not None]
             arguments = [word for key, value in given for word in as_words(key, value)]
-            name = utils.default_run_name(mask_type, step)
             where = (args.output_dir, args.dataset, data_dir, args.dataset_name)
-            folder = identity.find_run_folder(*where, name, seed, data)
-            run = PlannedRun(mask_type, step, seed, folder, (*arguments, *on_device, *args.main_options), data)
+            folder = identity.find_run_folder(*where, mask.run_name, seed, data)
+            run = PlannedRun(mask, seed, folder, (*arguments, *on_device, *args.main_options), data)
             identity.refuse_other_data(folder, run.differs_in_data())
             plan.append(run)
     return plan

@@ -26,7 +26,7 @@ def write_run(
         "mask_type": mask_type,
         "expansion_step": expansion_step,
         "dataset": "digits",
-        "run_name": run_name or utils.default_run_name(mask_type, expansion_step),
+        "run_name": run_name or masks.MaskSpec(mask_type, expansion_step).run_name,
         "seed": seed,
         "model": "vit_micro",
         "img_size": 16,
@@ -42,7 +42,7 @@ def write_run(
         "attention": {
             "grid": [4, 4],
             "num_patches": 16,
-            "num_neighbors_nominal": masks.nominal_num_neighbors(mask_type, expansion_step, 16) if known else 3,
+            "num_neighbors_nominal": masks.MaskSpec(mask_type, expansion_step).num_neighbors(16) if known else 3,
             "num_neighbors_mean": MEAN_NEIGHBORS[expansion_step],
             "attention_share_of_flops": 0.2,
         },

@@ -87,7 +87,7 @@ def test_auto_is_measured_as_it_chooses(level, monkeypatch):
     args = benchmark.parse_args([*LIGHT, "--level", level, "--model", "vit_micro"])
     build = candidates.attention_candidates if level == "attention" else candidates.model_candidates
     made = build(args, 3, ["auto"], CPU)
-    assert [c.backend for c in made if c.mask_type != "full"] == ["auto"] * 2
+    assert [c.backend for c in made if c.mask.mask_type != "full"] == ["auto"] * 2
     assert made[-1].check() < 1e-4
 
 

@@ -11,6 +11,7 @@ import pytest
 from processes import alive, wait_for
 
 import utils
+from masks import MaskSpec
 from sweep import launch, slurm, torchrun
 from sweep.plan import PlannedRun
 
@@ -101,7 +102,7 @@ def test_torchrun_without_a_meeting_place_says_so():
 
 
 def test_a_job_that_has_saved_nothing_in_its_time_is_not_queued_again(tmp_path):
-    run = PlannedRun("full", None, 0, tmp_path, ())
+    run = PlannedRun(MaskSpec(), 0, tmp_path, ())
     task = slurm.Task(run, slurm.RulesOnNodes(tmp_path), tmp_path, on_gpu=False, minutes=60)
     now = time.time()
     assert task.has_wasted_its_time(now - 57 * 60)

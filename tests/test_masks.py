@@ -79,7 +79,7 @@ def test_nominal_neighbors_are_those_of_a_patch_far_from_the_border(step):
         nominal = getattr(masks, f"compute_num_neighbors_{name}")(step)
         for prefix in ("1d", "2d"):
             mask = masks.build_attention_mask(f"{prefix}_{name}", step, 21, 21)
-            assert mask[center].sum() == nominal == masks.nominal_num_neighbors(f"{prefix}_{name}", step, 441)
+            assert mask[center].sum() == nominal == masks.MaskSpec(f"{prefix}_{name}", step).num_neighbors(441)
     assert masks.compute_num_neighbors_cardinal(step) == 1 + 4 * step
     assert masks.compute_num_neighbors_all_neighbors(step) == (2 * step + 1) ** 2
 
@@ -100,7 +100,7 @@ def test_1d_window_runs_on_over_the_row_end():
 
 def test_full_has_no_mask():
     assert masks.build_attention_mask("full", None, 3, 4) is None
-    assert masks.nominal_num_neighbors("full", None, 12) == 12
+    assert masks.MaskSpec("full").num_neighbors(12) == 12
 
 
 @pytest.mark.parametrize("value", [2, 0, -3, 2.5, "5", None, True])
@@ -138,7 +138,9 @@ def test_unknown_type_names_those_there_are():
 
 def test_a_pattern_of_ones_own_comes_with_its_1d_twin(monkeypatch):
     dilated = masks.Pattern(
-        allows=lambda dy, dx, s: (abs(dy) <= 2 * s) & (abs(dx) <= 2 * s) & (dy % 2 == 0) & (dx % 2 == 0),
+        allows=masks.by_offset(
+            lambda dy, dx, s: (abs(dy) <= 2 * s) & (abs(dx) <= 2 * s) & (dy % 2 == 0) & (dx % 2 == 0)
+        ),
         num_neighbors=lambda s: (2 * s + 1) ** 2,
     )
     monkeypatch.setitem(masks.PATTERNS, "dilated", dilated)
@@ -146,6 +148,33 @@ def test_a_pattern_of_ones_own_comes_with_its_1d_twin(monkeypatch):
     mask = masks.build_attention_mask("2d_dilated", 1, 5, 5)
     assert mask[12].nonzero().flatten().tolist() == [0, 2, 4, 10, 12, 14, 20, 22, 24]
     assert masks.build_attention_mask("1d_dilated", 1, 5, 5)[12].sum() == 9
+
+
+def test_a_pattern_may_depend_on_where_a_patch_lies(monkeypatch):
+    """Blocks of 2 x 2 patches, which attend within themselves; on a grid that is no square."""
+    blocks = masks.Pattern(
+        allows=lambda query, key, s: (query.y // 2 == key.y // 2) & (query.x // 2 == key.x // 2),
+        num_neighbors=lambda s: 4,
+        has_1d_twin=False,
+    )
+    monkeypatch.setitem(masks.PATTERNS, "blocks", blocks)
+    monkeypatch.setattr(masks, "MASK_TYPES", (*masks.MASK_TYPES, "2d_blocks"))
+    mask = masks.MaskSpec("2d_blocks", 1).build(3, 4)
+    for i in range(12):
+        expected = [j for j in range(12) if (j // 4 // 2, j % 4 // 2) == (i // 4 // 2, i % 4 // 2)]
+        assert mask[i].nonzero().flatten().tolist() == expected
+
+
+def test_a_spec_has_one_name_for_each_use():
+    spec = masks.MaskSpec("2d_cardinal", 2)
+    assert (spec.label, spec.run_name) == ("2d_cardinal, step 2", "2d_cardinal_expansion_2")
+    assert torch.equal(spec.build(3, 5), masks.generate_2d_attention_mask_cardinal(2, 3, 5))
+    assert masks.MaskSpec("full", 3) == masks.MaskSpec() == masks.MaskSpec("full")
+    assert (masks.MaskSpec().label, masks.MaskSpec().run_name) == ("full", "full")
+    foreign = masks.MaskSpec("2d_of_another_checkout", 1)  # may be in old logs
+    assert foreign.label == "2d_of_another_checkout, step 1"
+    with pytest.raises(ValueError, match="unknown mask type"):
+        foreign.build(3, 3)
 
 
 def test_large_grids_take_seconds():

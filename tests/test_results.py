@@ -154,7 +154,7 @@ def test_rows_are_in_natural_order(tmp_path):
     write_run(tmp_path, "full", None, run_name="a_full_of_my_own")
     write_run(tmp_path, "2d_spiral", 1)  # of another checkout
     rows = results.group_by_pattern(results.load_runs(tmp_path))
-    assert [(row.mask_type, row.expansion_step) for row in rows] == [
+    assert [(row.mask.mask_type, row.mask.expansion_step) for row in rows] == [
         patterns[0],
         patterns[0],
         *patterns[1:],

@@ -18,6 +18,7 @@ import attention
 import main
 import utils
 from attention import choice
+from masks import MaskSpec
 from runtime import distributed, hardware, locks
 from sweep import launch, plan
 
@@ -195,7 +196,7 @@ def test_the_order_of_gpus_is_set_only_where_their_numbers_are_ours(tmp_path, mo
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     monkeypatch.setattr(launch, "answers", lambda gpu: True)
     monkeypatch.setattr(launch.subprocess, "Popen", lambda command, env, **kwargs: started.append(env))
-    job = plan.Job(plan.PlannedRun("full", None, 0, tmp_path, ()))
+    job = plan.Job(plan.PlannedRun(MaskSpec(), 0, tmp_path, ()))
     pool = launch.Pool([job], ["0"], launch.Rules(tmp_path / "main.py"), lambda: None, lambda: None)
     pool._start(job, "0")
     assert started[0].get("CUDA_DEVICE_ORDER") == (None if visible else "PCI_BUS_ID")
@@ -203,7 +204,7 @@ def test_the_order_of_gpus_is_set_only_where_their_numbers_are_ours(tmp_path, mo
 
 def test_running_out_of_memory_with_cuda_graphs_goes_on_without_them(tmp_path):
     asked = ("--epochs", "3", "--compile", "reduce-overhead")
-    job = plan.Job(plan.PlannedRun("full", None, 0, tmp_path, asked))
+    job = plan.Job(plan.PlannedRun(MaskSpec(), 0, tmp_path, asked))
     assert job.arguments() == list(asked)
     job.micro_batches = 2
     assert job.arguments() == [*asked, "--grad_accumulation", "2", "--compile", "default"]

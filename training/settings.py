@@ -11,6 +11,7 @@ import masks
 import models
 import utils
 from attention import diagonal
+from masks import MaskSpec
 from pipeline import augment, identity, sources
 from runtime import hardware
 from training import optimizers
@@ -171,7 +172,7 @@ def resolve_settings(args) -> dict:
             f"{args.batch_size} has images"
         )
     settings["run_name"] = (
-        utils.default_run_name(args.mask_type, settings["expansion_step"]) if args.run_name is None else args.run_name
+        MaskSpec(args.mask_type, args.expansion_step).run_name if args.run_name is None else args.run_name
     )
     if args.skip_unreadable and args.dataset != identity.IMAGE_FOLDER:
         raise UsageError(f"--skip_unreadable is for --dataset {identity.IMAGE_FOLDER}, got --dataset {args.dataset}")

@@ -14,6 +14,7 @@ import eval as evaluation
 import main
 import plot_result
 import utils
+from masks import MaskSpec
 from sweep import plan
 from training import checkpoints
 
@@ -117,7 +118,7 @@ def test_odd_values_in_a_finished_run_are_read_or_named(uninterrupted, tmp_path,
     shutil.copytree(victims.folder_of(uninterrupted), victims.folder_of(tmp_path))
     path = victims.folder_of(tmp_path) / name
     content = path.read_bytes()
-    run = plan.PlannedRun("2d_cardinal", 1, 0, path.parent, tuple(victims.RUN))
+    run = plan.PlannedRun(MaskSpec("2d_cardinal", 1), 0, path.parent, tuple(victims.RUN))
     arguments = [*victims.RUN, "--output_dir", str(tmp_path)]
     for _ in range(400 if is_long else 25):
         path.write_bytes(with_odd_value(content, draws))
