@@ -48,7 +48,7 @@ def main(argv=None) -> int:
     precision = hardware.resolve_precision(args.precision or settings["precision"], device)
     model = rebuild_model(state, args.backend).to(device)
     with utils.usage_errors():
-        model.plan.check_device(device)
+        model.compiled_mask.check_device(device)
     data_dir = args.data_dir or settings["data_dir"]
     options = {"skip_unreadable": True} if settings.get("skip_unreadable") else {}
     dataset = data.load_dataset(settings["dataset"], data_dir, config["img_size"], device, **options)

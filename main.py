@@ -20,6 +20,7 @@ import attention
 import data
 import models
 import utils
+from attention import Choice
 from masks import MaskSpec
 from pipeline import identity, sources
 from report import figures, mask_pictures
@@ -59,13 +60,13 @@ def build_model(settings: dict, in_channels: int, num_classes: int) -> models.Vi
         )
 
 
-def choose_backend(model: models.VisionTransformer, settings: dict, num_train: int, device: torch.device) -> None:
-    """Settle how masked attention is computed in this run; not counted as training time."""
+def choose_backend(model: models.VisionTransformer, settings: dict, num_train: int, device: torch.device) -> Choice:
+    """How masked attention is to be computed in this run; not counted as training time."""
     num_steps = settings["epochs"] * data.num_steps(num_train, settings["batch_size"])
     config, dtype = model.config, torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
     with utils.usage_errors():
-        attention.choose_backend(
-            model.plan,
+        return attention.choose_backend(
+            model.compiled_mask,
             images_a_forward(settings),
             config["num_heads"],
             config["embed_dim"] // config["num_heads"],
@@ -77,7 +78,8 @@ def choose_backend(model: models.VisionTransformer, settings: dict, num_train: i
 
 def describe_model(model: models.VisionTransformer, settings: dict) -> dict:
     """The number of parameters, the numbers of neighbors, and what share of the arithmetic the attention has."""
-    num_patches, mask, flops = model.num_patches, model.plan.mask, models.count_forward_flops(model)
+    choice = model.compiled_mask.choice
+    num_patches, mask, flops = model.num_patches, model.compiled_mask.mask, models.count_forward_flops(model)
     mean = num_patches if mask is None else mask.sum(1, dtype=torch.float64).mean().item()
     nominal = spec_of(settings).num_neighbors(num_patches)
     return {
@@ -90,9 +92,9 @@ def describe_model(model: models.VisionTransformer, settings: dict) -> dict:
             "density": mean / num_patches,
             "attention_share_of_flops": flops["attention"] / flops["total"],
             "forward_flops_per_image": flops["total"],
-            "backend": model.plan.backend,
-            "backend_reason": model.plan.reason,
-            "backend_seconds": model.plan.timings,
+            "backend": choice.backend,
+            "backend_reason": choice.reason,
+            "backend_seconds": choice.timings,
         },
     }
 
@@ -311,14 +313,13 @@ def prepare(
     found, state = distributed.from_first((read_config(folder), load_latest(folder)) if distributed.IS_FIRST else None)
     model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
     if found is None:
-        if distributed.IS_FIRST:
-            choose_backend(model, settings, len(dataset.train), device)
-        model.plan.use(*distributed.from_first((model.plan.backend, model.plan.reason)))
+        choice = choose_backend(model, settings, len(dataset.train), device) if distributed.IS_FIRST else None
+        choice = distributed.from_first(choice)
     else:  # what was chosen when the run began, so that a resume is exact
-        model.plan.use(found["attention"]["backend"], found["attention"]["backend_reason"])
-        with utils.usage_errors():
-            model.plan.check_device(device)
-    model.plan.to(device)
+        choice = Choice(found["attention"]["backend"], found["attention"]["backend_reason"])
+    with utils.usage_errors():
+        model.compiled_mask.apply_choice(choice)
+        model.compiled_mask.check_device(device)
     provenance = hardware.provenance(argv, device)
     config = make_config(found, folder, model, dataset, settings, provenance)
     if state is not None:  # config.json may have been removed
@@ -360,7 +361,7 @@ def draw_mask(model: models.VisionTransformer, settings: dict, folder: Path) -> 
     """Write the picture of the mask, or one warning: a training does not depend on it."""
     path = folder / utils.MASK_PICTURE
     try:
-        picture = mask_pictures.draw_attention_mask(model.plan.mask, *model.grid, spec_of(settings).label)
+        picture = mask_pictures.draw_attention_mask(model.compiled_mask.mask, *model.grid, spec_of(settings).label)
         figures.save(picture, path)
     except Exception as error:  # whatever matplotlib raises
         utils.warn(f"training goes on without {path}, which could not be drawn: {utils.first_line(error)}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attention
+from attention import CompiledMask
 
 PRESETS = {
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -87,7 +88,7 @@ class VisionTransformer(nn.Module):
         }
         self.checkpoint_activations = False  # of blocks: computed again in the backward instead of kept
         num_global_tokens = 1 if pool == "cls" else 0
-        self.plan = attention.compile_mask(attention_mask, num_global_tokens, backend)  # one for all blocks
+        self.compiled_mask = attention.compile_mask(attention_mask, num_global_tokens, backend)  # one for all blocks
 
         self.patch_embed = PatchEmbedding(patch_size, in_channels, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if num_global_tokens else None
@@ -125,11 +126,12 @@ class VisionTransformer(nn.Module):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, T, E]
         x = self.pos_drop(x + self.pos_embed)
+        self.compiled_mask.check(x.shape[1], x.device)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, self.plan, use_reentrant=False)
+                x = checkpoint(block, x, self.compiled_mask, use_reentrant=False)
             else:
-                x = block(x, self.plan)
+                x = block(x, self.compiled_mask)
         x = self.norm(x)
         x = x.mean(dim=1) if self.cls_token is None else x[:, 0]  # [B, E]
         return self.head(x)
@@ -147,7 +149,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [B, T, E] -> [B, T, E]; the plan says who attends to whom and how it is computed."""
+    """Multi-head self-attention, [B, T, E] -> [B, T, E]; the compiled mask says who attends to whom, and how."""
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float):
         super().__init__()
@@ -156,9 +158,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, plan: attention.Plan) -> Tensor:
+    def forward(self, x: Tensor, compiled: CompiledMask) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, H, D]
-        x = attention.attend_packed(qkv, plan)  # [B, T, H, D]
+        x = attention.attend_checked(qkv, compiled)  # [B, T, H, D]
         return self.proj_drop(self.proj(x.flatten(2)))
 
 
@@ -184,8 +186,8 @@ class Block(nn.Module):
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), dropout)
         self.drop_path = stochastic_depth(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, plan: attention.Plan) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), plan))
+    def forward(self, x: Tensor, compiled: CompiledMask) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), compiled))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -214,8 +216,9 @@ def count_forward_flops(model: VisionTransformer) -> dict[str, int]:
 
     Counted are matrix products, 2 FLOPs a multiply-add, and only the pairs of tokens that the mask allows.
     """
-    c, plan, tokens = model.config, model.plan, model.plan.num_global_tokens + model.num_patches
-    pairs = attention.count_pairs(plan.mask, model.num_patches, plan.num_global_tokens)
+    c, compiled = model.config, model.compiled_mask
+    tokens = compiled.num_global_tokens + model.num_patches
+    pairs = attention.count_pairs(compiled.mask, model.num_patches, compiled.num_global_tokens)
     attention_flops = 2 * c["depth"] * 2 * pairs * c["embed_dim"]
     block_weights = (4 + 2 * c["mlp_ratio"]) * c["embed_dim"] ** 2
     patch_weights = c["in_channels"] * c["patch_size"] ** 2 * c["embed_dim"]

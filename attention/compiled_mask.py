@@ -1,4 +1,4 @@
-"""From a boolean mask to attention that pays for it: `compile_mask(mask) -> plan`, `attend(q, k, v, plan)`.
+"""From a boolean mask to attention that pays for it: `compile_mask(mask) -> compiled`, `attend(q, k, v, compiled)`.
 
 A boolean mask alone makes attention slower: every score is computed, then thrown away. Three backends give the numbers
 of `scaled_dot_product_attention` with the dense mask:
@@ -15,6 +15,7 @@ Shapes: B batch, N patches, G global tokens (the class token), T = G + N tokens,
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +34,20 @@ CUDNN_DEVICES = ("cuda",)
 SAFE_WITH_A_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-class Plan(nn.Module):
-    """How a mask is attended with: made by `compile_mask`, changed by `use` and `choose_backend` alone.
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why."""
 
-    Its tensors are non-persistent buffers: they move with the model that owns the plan, and are never saved.
+    backend: str  # of BACKENDS, but not auto
+    reason: str
+    # backend -> seconds of a forward and backward, where measured; None = it does not work here
+    timings: dict[str, float | None] = field(default_factory=dict)
+
+
+class CompiledMask(nn.Module):
+    """A mask, and how it is attended with: made by `compile_mask`, settled by `apply`.
+
+    Its tensors are non-persistent buffers: they move with the model that owns them, and are never saved.
     """
 
     def __init__(self, mask: Tensor | None, num_global_tokens: int, requested: str):
@@ -46,37 +57,41 @@ class Plan(nn.Module):
         self.num_global_tokens = num_global_tokens
         self.requested = requested
         self.block_mask: BlockMask | None = None  # of the flex backend
-        # backend -> seconds of a forward and backward, where measured; None = it does not work here
-        self.timings: dict[str, float | None] = {}
         found = None if mask is None else diagonal.find_diagonals(mask)
         self.offsets, holds = found if found is not None else ((), None)
         self.register_buffer("holds", holds, persistent=False)  # bool [n, N]: where each diagonal holds
         self.register_buffer("token_mask", None, persistent=False)  # bool [T, T], of the dense and flex backends
-        if mask is None:
-            self.use("dense", "full attention is SDPA without a mask")
-        elif requested == "diagonal" and not self.offsets:
-            self.use("dense", self.too_many_diagonals)
-        elif requested == "auto":
-            self.use("dense", "not measured yet")
-        else:
-            self.use(requested, "asked for")
+        self.apply_choice(self._first_choice())
+
+    def _first_choice(self) -> Choice:
+        if self.mask is None:
+            return Choice("dense", "full attention is SDPA without a mask")
+        if self.requested == "diagonal" and not self.offsets:
+            return Choice("dense", self.too_many_diagonals)
+        if self.requested == "auto":
+            return Choice("dense", "not measured yet")
+        return Choice(self.requested, "asked for")
+
+    @property
+    def backend(self) -> str:
+        return self.choice.backend
 
     @property
     def too_many_diagonals(self) -> str:
         return f"the mask has more than {diagonal.MAX_DIAGONALS} non-zero diagonals, too many for the diagonal backend"
 
-    def use(self, backend: str, reason: str) -> None:
-        """Switch to a backend; an offset-less mask cannot switch to `diagonal` (ValueError)."""
-        if backend == "diagonal" and not self.offsets:
+    def apply_choice(self, choice: Choice) -> None:
+        """Switch to a backend. Raises ValueError for `diagonal` if the mask has too many diagonals."""
+        if choice.backend == "diagonal" and not self.offsets:
             raise ValueError(self.too_many_diagonals)
-        self.backend, self.reason = backend, reason
+        self.choice = choice
         device = next((buffer.device for buffer in self.buffers()), None)
-        needs_mask = self.mask is not None and backend in ("dense", "flex")
+        needs_mask = self.mask is not None and choice.backend in ("dense", "flex")
         self.token_mask = self.with_global_tokens().to(device) if needs_mask else None
         self._prepare()
 
     def _prepare(self) -> None:
-        """Make what the backend needs on the plan's device now, so that a forward only reads it.
+        """Make what the backend needs on this device now, so that a forward only reads it.
 
         A compiled forward would otherwise trace the making of the block mask.
         """
@@ -91,6 +106,15 @@ class Plan(nn.Module):
     def with_global_tokens(self) -> Tensor:
         """The mask over all tokens, bool [T, T]: a global token attends to all and is attended by all."""
         return F.pad(self.mask, (self.num_global_tokens, 0) * 2, value=True)
+
+    def check(self, num_tokens: int, device: torch.device) -> None:
+        """At the border of a model: move to where the tokens are. Raises ValueError if they do not fit the mask."""
+        self.check_device(device)
+        if self.num_tokens is not None and num_tokens != self.num_global_tokens + self.num_tokens:
+            raise ValueError(
+                f"got {num_tokens} tokens; the mask has {self.num_tokens}, after {self.num_global_tokens} global ones"
+            )
+        self.follow(device)
 
     def follow(self, device: torch.device) -> None:
         """Move to where the tokens are, if not there yet."""
@@ -109,12 +133,12 @@ def make_block_mask(allowed: Tensor) -> BlockMask:
     return create_block_mask(lambda b, h, i, j: allowed[i, j], None, None, size, size, device=allowed.device)
 
 
-def compile_mask(mask: Tensor | None, num_global_tokens: int = 0, backend: str = "auto") -> Plan:
+def compile_mask(mask: Tensor | None, num_global_tokens: int = 0, backend: str = "auto") -> CompiledMask:
     """Prepare attention for a mask: bool [N, N], True = query i may attend to key j, or None for full attention.
 
     `num_global_tokens` tokens come before the N: they attend to all and are attended by all, in one joint softmax.
-    A mask with too many diagonals for `diagonal` falls to dense, and `plan.reason` says so. Raises ValueError for an
-    unknown backend, a mask of another shape or dtype, a row without a neighbor, a negative number of global tokens.
+    A mask with too many diagonals for `diagonal` falls to dense, and its `choice.reason` says so. Raises ValueError for
+    an unknown backend, a mask of another shape or dtype, a row without a neighbor, a negative number of global tokens.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
@@ -129,7 +153,7 @@ def compile_mask(mask: Tensor | None, num_global_tokens: int = 0, backend: str =
         alone = ~mask.any(dim=1)
         if alone.any():
             raise ValueError(f"row {int(alone.nonzero()[0])} of the mask has no neighbor: nothing to attend to")
-    return Plan(mask, num_global_tokens, backend)
+    return CompiledMask(mask, num_global_tokens, backend)
 
 
 def count_pairs(mask: Tensor | None, num_patches: int, num_global_tokens: int) -> int:
@@ -138,28 +162,28 @@ def count_pairs(mask: Tensor | None, num_patches: int, num_global_tokens: int) -
     return num_all if mask is None else num_all - num_patches**2 + int(mask.sum())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, compiled: CompiledMask) -> Tensor:
     """Attention of q, k, v, each [B, H, T, D] with the global tokens first -> [B, H, T, D]."""
     packed = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)  # [B, T, 3, H, D]
-    return attend_packed(packed, plan).transpose(1, 2)
+    return attend_packed(packed, compiled).transpose(1, 2)
 
 
-def attend_packed(qkv: Tensor, plan: Plan) -> Tensor:
+def attend_packed(qkv: Tensor, compiled: CompiledMask) -> Tensor:
     """Attention of packed qkv [B, T, 3, H, D], as one linear layer makes it -> [B, T, H, D]."""
-    plan.check_device(qkv.device)
-    if plan.num_tokens is not None and qkv.shape[1] != plan.num_global_tokens + plan.num_tokens:
-        raise ValueError(
-            f"got {qkv.shape[1]} tokens; the mask has {plan.num_tokens}, after {plan.num_global_tokens} global ones"
-        )
-    plan.follow(qkv.device)
+    compiled.check(qkv.shape[1], qkv.device)
+    return attend_checked(qkv, compiled)
+
+
+def attend_checked(qkv: Tensor, compiled: CompiledMask) -> Tensor:
+    """`attend_packed` for the layers of a model that has called `compiled.check` once for all of them."""
     if torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-    if plan.backend == "diagonal":
-        return diagonal.attend(qkv, plan.holds, plan.offsets, plan.num_global_tokens)
+    if compiled.backend == "diagonal":
+        return diagonal.attend(qkv, compiled.holds, compiled.offsets, compiled.num_global_tokens)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-    if plan.backend == "flex":
-        return _attend_flex(q, k, v, plan.block_mask).transpose(1, 2)
-    return _attend_dense(q, k, v, plan.token_mask).transpose(1, 2)
+    if compiled.backend == "flex":
+        return _attend_flex(q, k, v, compiled.block_mask).transpose(1, 2)
+    return _attend_dense(q, k, v, compiled.token_mask).transpose(1, 2)
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

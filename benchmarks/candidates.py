@@ -108,19 +108,21 @@ def make_attend(backend: str, spec: MaskSpec, mask: Tensor, num_global: int, qkv
         return local_attention_peer(mask) if knows else None
     if backend == "natten":
         return natten_peer(mask) if spec.mask_type == "2d_all_neighbors" and not num_global else None
-    plan = attention.compile_mask(mask, num_global, "diagonal" if backend == "uncompiled" else backend).to(qkv.device)
+    requested = "diagonal" if backend == "uncompiled" else backend
+    compiled = attention.compile_mask(mask, num_global, requested).to(qkv.device)
     if backend == "auto":
-        choose(plan, qkv.shape[0], *qkv.shape[3:], qkv.dtype, qkv.device)
-    elif plan.backend != plan.requested:
+        choose(compiled, qkv.shape[0], *qkv.shape[3:], qkv.dtype, qkv.device)
+    elif compiled.backend != compiled.requested:
         return None
     if backend == "uncompiled":
-        return lambda qkv: UncompiledDiagonal.apply(qkv, plan.holds, plan.offsets, num_global)
-    return lambda qkv: attention.attend_packed(qkv, plan)
+        return lambda qkv: UncompiledDiagonal.apply(qkv, compiled.holds, compiled.offsets, num_global)
+    return lambda qkv: attention.attend_packed(qkv, compiled)
 
 
-def choose(plan: attention.Plan, batch_size: int, num_heads: int, head_dim: int, dtype, device) -> None:
+def choose(compiled: attention.CompiledMask, batch_size: int, num_heads: int, head_dim: int, dtype, device) -> None:
     """Let `auto` choose as for a long run."""
-    attention.choose_backend(plan, batch_size, num_heads, head_dim, dtype, device, num_calls=10**9)
+    choice = attention.choose_backend(compiled, batch_size, num_heads, head_dim, dtype, device, num_calls=10**9)
+    compiled.apply_choice(choice)
 
 
 class UncompiledDiagonal(torch.autograd.Function):
@@ -254,8 +256,15 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
             model = build(mask, backend)
             if backend == "auto":
                 heads = model.config["num_heads"]
-                choose(model.plan, batch_size, heads, model.config["embed_dim"] // heads, DTYPES[args.dtype], device)
-            if backend in ("auto", model.plan.backend):
+                choose(
+                    model.compiled_mask,
+                    batch_size,
+                    heads,
+                    model.config["embed_dim"] // heads,
+                    DTYPES[args.dtype],
+                    device,
+                )
+            if backend in ("auto", model.compiled_mask.backend):
                 candidates.append(candidate(backend, spec, mean, model, reference, ceiling))
     return candidates
 
@@ -269,7 +278,7 @@ def model_error(step: Callable, model: torch.nn.Module, reference: torch.nn.Modu
 class ValuesAlone(models.Attention):
     """All of an attention layer but the attention: the values pass as they are."""
 
-    def forward(self, x: Tensor, plan: attention.Plan) -> Tensor:
+    def forward(self, x: Tensor, compiled: attention.CompiledMask) -> Tensor:
         return self.proj_drop(self.proj(self.qkv(x).chunk(3, dim=-1)[2]))
 
 

@@ -7,7 +7,7 @@ import pytest
 import utils
 
 
-def parser_of(module):
+def parser_of(module, arguments=()):
     """The parser that parse_args builds, caught where it would parse."""
     caught = []
 
@@ -22,5 +22,5 @@ def parser_of(module):
         patch.setattr(utils.ArgumentParser, "parse_args", catch)
         patch.setattr(utils.ArgumentParser, "parse_known_args", catch)
         with pytest.raises(Caught):
-            importlib.import_module(module).parse_args([])
+            importlib.import_module(module).parse_args([*arguments])
     return caught[0]

@@ -16,7 +16,7 @@ import attention
 import main
 import masks
 import utils
-from attention import attend, attend_packed, choice, compile_mask, compiled_mask, diagonal
+from attention import Choice, attend, attend_packed, choice, compile_mask, compiled_mask, diagonal
 from models import VisionTransformer
 from runtime import hardware
 
@@ -221,7 +221,7 @@ def test_without_a_compiler_one_warning_and_the_same_numbers(tmp_path):
         "plans = [attention.compile_mask(mask, 1, backend) for backend in ('dense', 'diagonal')]\n"
         "qkv = torch.randn(2, 21, 3, 2, 8)\n"
         "for _ in range(2):\n"
-        "    torch.testing.assert_close(*[attention.attend_packed(qkv, plan) for plan in plans])\n"
+        "    torch.testing.assert_close(*[attention.attend_packed(qkv, compiled) for compiled in plans])\n"
         "print('same')"
     )
     environment = {**os.environ, "CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
@@ -261,10 +261,10 @@ def test_too_many_diagonals_fall_to_dense_and_say_why():
     mask = torch.ones(80, 80, dtype=torch.bool)
     plan = compile_mask(mask, 0, "diagonal")
     assert plan.backend == "dense"
-    assert "more than 64 non-zero diagonals" in plan.reason
+    assert "more than 64 non-zero diagonals" in plan.choice.reason
     assert_matches_oracle(plan, mask, random_qkv(80))
     with pytest.raises(ValueError, match="more than 64"):
-        plan.use("diagonal", "")
+        plan.apply_choice(Choice("diagonal", ""))
     scattered = torch.eye(200, dtype=torch.bool)
     scattered[0] = True  # few entries, many diagonals
     assert compile_mask(scattered, 0, "diagonal").backend == "dense"
@@ -296,7 +296,7 @@ def test_the_block_mask_is_made_when_the_plan_gets_to_its_device_and_not_in_a_fo
     mask = masks.build_attention_mask("2d_cardinal", 1, 4, 5)
     plan = compile_mask(mask, 1, "auto")
     assert plan.block_mask is None
-    plan.use("flex", "as another rank has chosen")
+    plan.apply_choice(Choice("flex", "as another rank has chosen"))
     before = plan.block_mask
     plan.to(torch.float32)  # as a move to another device: the block mask refers to tensors there
     assert plan.block_mask is not before
@@ -391,7 +391,7 @@ def test_backends_match_the_oracle_on_cuda(backend):
 @pytest.mark.parametrize("num_tokens", [4, 80])  # 80: too many diagonals
 def test_a_plan_follows_its_tokens_to_their_device(backend, num_tokens):
     plan = compile_mask(torch.ones(num_tokens, num_tokens, dtype=torch.bool), 0, backend)
-    plan.use(plan.backend, "chosen after the model was moved")
+    plan.apply_choice(Choice(plan.backend, "chosen after the model was moved"))
     plan.follow(torch.device("meta"))
     assert {buffer.device.type for buffer in plan.buffers()} <= {"meta"}
 
@@ -417,7 +417,7 @@ def measured(monkeypatch, tmp_path):
 
 
 def choose(plan, num_calls=1000):
-    attention.choose_backend(plan, 2, 2, 8, torch.float32, torch.device("cpu"), num_calls)
+    plan.apply_choice(attention.choose_backend(plan, 2, 2, 8, torch.float32, torch.device("cpu"), num_calls))
     return plan
 
 
@@ -429,8 +429,8 @@ def test_auto_takes_the_fastest_and_measures_once(measured):
     log, _ = measured
     plan = choose(local_plan())
     assert plan.backend == "diagonal"
-    assert plan.timings == {"dense": 1.0, "diagonal": 0.5}
-    assert "dense 1000.00 ms, diagonal 500.00 ms" in plan.reason
+    assert plan.choice.timings == {"dense": 1.0, "diagonal": 0.5}
+    assert "dense 1000.00 ms, diagonal 500.00 ms" in plan.choice.reason
     assert log == [["dense"], ["dense", "diagonal"]]
     assert choose(local_plan()).backend == "diagonal"
     assert len(log) == 2
@@ -445,7 +445,7 @@ def test_auto_stays_dense_in_a_short_run_whatever_was_measured_before(measured):
     choose(local_plan())
     plan = choose(local_plan(), num_calls=10)
     assert plan.backend == "dense"
-    assert "10.0 s" in plan.reason
+    assert "10.0 s" in plan.choice.reason
 
 
 def test_a_cache_that_cannot_be_written_is_replaced(measured, tmp_path, monkeypatch):
@@ -475,7 +475,7 @@ def test_full_and_hopeless_masks_are_not_measured(measured):
     assert choose(compile_mask(None, 1)).backend == "dense"
     plan = choose(compile_mask(torch.ones(80, 80, dtype=torch.bool)))
     assert (plan.backend, measured[0]) == ("dense", [])
-    assert "more than 64" in plan.reason
+    assert "more than 64" in plan.choice.reason
 
 
 def test_a_real_measurement_leaves_out_what_does_not_work(monkeypatch, tmp_path, capsys):
@@ -487,10 +487,10 @@ def test_a_real_measurement_leaves_out_what_does_not_work(monkeypatch, tmp_path,
     monkeypatch.setattr(diagonal, "attend", broken)
     plan = choose(local_plan(), num_calls=10**9)
     assert plan.backend == "dense"
-    assert plan.timings["diagonal"] is None
+    assert plan.choice.timings["diagonal"] is None
     assert "backend diagonal does not work here and is left out: no such instruction" in capsys.readouterr().err
     again = choose(local_plan(), num_calls=10**9)  # the failure is remembered, and not tried in every run of a sweep
-    assert (again.backend, again.timings) == ("dense", plan.timings)
+    assert (again.backend, again.choice.timings) == ("dense", plan.choice.timings)
     assert capsys.readouterr().err == ""
 
 
@@ -503,10 +503,10 @@ def test_running_out_of_memory_while_measuring_is_not_remembered(uncompiled, mon
 
     monkeypatch.setattr(diagonal, "attend", out_of_memory)
     plan = choose(local_plan(), num_calls=10**9)
-    assert (plan.backend, plan.timings.keys()) == ("dense", {"dense"})
+    assert (plan.backend, plan.choice.timings.keys()) == ("dense", {"dense"})
     assert "backend diagonal is left out of this choice: CUDA out of memory" in capsys.readouterr().err
     monkeypatch.setattr(diagonal, "attend", attend)
-    assert choose(local_plan(), num_calls=10**9).timings.keys() == {"dense", "diagonal"}
+    assert choose(local_plan(), num_calls=10**9).choice.timings.keys() == {"dense", "diagonal"}
 
 
 def test_another_backend_is_taken_where_dense_attention_does_not_fit(uncompiled, monkeypatch, tmp_path):
@@ -517,7 +517,7 @@ def test_another_backend_is_taken_where_dense_attention_does_not_fit(uncompiled,
 
     monkeypatch.setattr(compiled_mask.F, "scaled_dot_product_attention", out_of_memory)
     plan = choose(local_plan(), num_calls=1)
-    assert (plan.backend, plan.timings.keys()) == ("diagonal", {"diagonal"})
+    assert (plan.backend, plan.choice.timings.keys()) == ("diagonal", {"diagonal"})
     monkeypatch.setattr(diagonal, "attend", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory with every backend tried") as caught:
         choose(compile_mask(masks.build_attention_mask("2d_cardinal", 2, 3, 4), 1), num_calls=1)
@@ -536,7 +536,7 @@ def test_memory_that_runs_out_in_a_later_turn_leaves_the_backend_out(uncompiled,
 
     monkeypatch.setattr(diagonal, "attend", out_of_memory_later)
     plan = choose(local_plan(), num_calls=10**9)
-    assert (plan.backend, plan.timings.keys(), len(calls)) == ("dense", {"dense"}, 3)
+    assert (plan.backend, plan.choice.timings.keys(), len(calls)) == ("dense", {"dense"}, 3)
 
 
 def test_memory_is_given_back_when_the_error_holds_it_no_more(monkeypatch, tmp_path):

@@ -82,7 +82,7 @@ def test_models_compute_the_same_and_have_a_ceiling():
 
 @pytest.mark.parametrize("level", ["attention", "model"])
 def test_auto_is_measured_as_it_chooses(level, monkeypatch):
-    monkeypatch.setattr(attention, "choose_backend", lambda plan, *args, **kwargs: plan.use("diagonal", "chosen"))
+    monkeypatch.setattr(attention, "choose_backend", lambda *args, **kwargs: attention.Choice("diagonal", "chosen"))
     monkeypatch.setattr(candidates.diagonal, "can_compile", lambda device_type: False)
     args = benchmark.parse_args([*LIGHT, "--level", level, "--model", "vit_micro"])
     build = candidates.attention_candidates if level == "attention" else candidates.model_candidates

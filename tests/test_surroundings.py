@@ -338,6 +338,6 @@ def test_measuring_goes_on_without_locks(no_locks, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choice, "_measure", lambda plan, candidates, *args: dict.fromkeys(candidates, 1.0))
     compiled = attention.compile_mask(masks.build_attention_mask("2d_cardinal", 1, 3, 4))
-    attention.choose_backend(compiled, 2, 2, 8, torch.float32, torch.device("cpu"), num_calls=1)
-    assert compiled.timings == {"dense": 1.0}
+    chosen = attention.choose_backend(compiled, 2, 2, 8, torch.float32, torch.device("cpu"), num_calls=1)
+    assert chosen.timings == {"dense": 1.0}
     assert capsys.readouterr().err.count("without file locks, going on without") == 1
