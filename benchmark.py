@@ -28,6 +28,7 @@ import models
 import utils
 from benchmarks import charts, pipeline, training
 from benchmarks.candidates import BACKENDS, DTYPES, Candidate, attention_candidates, model_candidates, usable_backends
+from benchmarks.memory import PEAK_MEMORY_IS, peak_memory_of
 from report import figures
 from runtime import hardware
 from utils import UserError, json_list, number_type
@@ -149,7 +150,7 @@ def measure_candidates(candidates: list[Candidate], args, grid: int, device: tor
         for index in order.permutation(len(candidates)):
             seconds[turn, index] = hardware.seconds_of(candidates[index].run, device)
     ratios = seconds[:, :1] / seconds
-    memory = [hardware.peak_memory_of(candidate.run, device) for candidate in candidates]
+    memory = [peak_memory_of(candidate.run, device) for candidate in candidates]
     return [
         {
             "grid": grid,
@@ -207,7 +208,7 @@ def measure(args, argv: list[str]) -> tuple[dict, Path]:
         "threads": torch.get_num_threads(),
         "malloc_keeps_freed_memory": machine_tuned,
         "first_run_is": "with compiling, or with reading from torch's cache on disk what an earlier run compiled",
-        "memory_is": hardware.PEAK_MEMORY_IS[device.type],
+        "memory_is": PEAK_MEMORY_IS[device.type],
         "protocol": f"forward and backward, {args.rounds} turns of all candidates in one process, each turn in a "
         "random order, after a first run of each",
         "provenance": hardware.provenance(argv, device),

@@ -149,7 +149,7 @@ class Augmentation:
     cutmix_alpha: float = 1.0
 
 
-def num_steps(num_images: int, batch_size: int) -> int:
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """Batches an epoch; the last one may be smaller."""
     return -(-num_images // batch_size)
 
@@ -170,17 +170,21 @@ def train_batches(
     together, of which each takes its part (`rank_part`); a rank without a part gets one image that is not its own.
     """
     draws = EpochDraws(dataset, augmentation or Augmentation(), batch_size, seed, epoch)
-    positions = [draws.positions_of(step, rank, world_size) for step in range(num_steps(draws.num_images, batch_size))]
+    num_steps = steps_per_epoch(draws.num_images, batch_size)
+    steps = [draws.positions_of(step, rank, world_size) for step in range(num_steps)]
+
+    # Wherever the epoch goes on, the groups of batches that are augmented together are the same.
     at_once = batches_at_once(dataset.train.images, batch_size // world_size)
-    first = start_step - start_step % at_once  # wherever the epoch goes on, the groups are the same
-    groups = [positions[start : start + at_once] for start in range(first, len(positions), at_once)]
+    first = start_step - start_step % at_once
+    groups = [steps[start : start + at_once] for start in range(first, num_steps, at_once)]
+
     fetched = fetch(dataset.train, (draws.order[torch.cat(group)] for group in groups), dataset)
     step = first
     for group, (images, labels) in zip(groups, fetched, strict=True):
-        images, sizes = draws.augment(images, torch.cat(group)), [len(here) for here in group]
-        for here, x, y in zip(group, images.split(sizes), labels.split(sizes), strict=True):
+        images, sizes = draws.augment(images, torch.cat(group)), [len(positions) for positions in group]
+        for positions, x, y in zip(group, images.split(sizes), labels.split(sizes), strict=True):
             if step >= start_step:
-                yield draws.finish(x, y, here, step)
+                yield draws.finish(x, y, positions, step)
             step += 1
 
 
@@ -243,7 +247,7 @@ class EpochDraws:
         self.policy = augment.draw_policy(a.policy, n, size, generator)
         self.boxes = augment.draw_erasing(a.random_erasing, n, size, generator)
         self.alphas = {"mixup": a.mixup_alpha, "cutmix": a.cutmix_alpha}
-        self.kinds = mixing.draw_kinds(a.mix, self.alphas, num_steps(n, batch_size), generator)
+        self.kinds = mixing.draw_kinds(a.mix, self.alphas, steps_per_epoch(n, batch_size), generator)
         self.erases, self.dataset = a.random_erasing > 0, dataset
 
     def positions_of(self, step: int, rank: int, world_size: int) -> Tensor:
@@ -251,10 +255,10 @@ class EpochDraws:
         first = step * self.batch_size
         size = min(self.batch_size, self.num_images - first)
         start, stop = rank_part(size, rank, world_size)
-        here = torch.arange(start, max(stop, start + 1))
+        positions = torch.arange(start, max(stop, start + 1))
         if self.kinds[step] is not None:
-            here = torch.cat([here[:1] - 1, here])
-        return first + here % size
+            positions = torch.cat([positions[:1] - 1, positions])
+        return first + positions % size
 
     def augment(self, images: Tensor, positions: Tensor) -> Tensor:
         """Images as stored, uint8 [b, C, H, W], of any batches -> the same, cropped, mirrored, and by the policy."""

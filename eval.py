@@ -23,7 +23,9 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(description="Evaluate a checkpoint; the model is rebuilt from what it says.")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a run folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="images to evaluate on")
-    parser.add_argument("--data_dir", metavar="DIR", help="where the data is (default: as in training)")
+    parser.add_argument(
+        "--data_dir", type=utils.home_path, metavar="DIR", help="where the data is (default: as in training)"
+    )
     parser.add_argument("--batch_size", type=utils.number_type(int, minimum=1), default=256, help="images a batch")
     parser.add_argument("--device", choices=hardware.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
     parser.add_argument("--precision", choices=hardware.PRECISIONS, help="of the model (default: as in training)")

@@ -28,7 +28,7 @@ from runtime import distributed, hardware, locks
 from runtime.stopping import StoppedAtOnce, StopRequest
 from training.checkpoints import load_latest
 from training.settings import complete, parse_args, resolve_settings
-from training.trainer import Stopped, Trainer, images_a_forward
+from training.trainer import Stopped, Trainer, micro_batch_size
 from utils import BusyError, OutOfMemoryError, UsageError, UserError
 
 CONFIG_FORMAT = 2
@@ -62,12 +62,12 @@ def build_model(settings: dict, in_channels: int, num_classes: int) -> models.Vi
 
 def choose_backend(model: models.VisionTransformer, settings: dict, num_train: int, device: torch.device) -> Choice:
     """How masked attention is to be computed in this run; not counted as training time."""
-    num_steps = settings["epochs"] * data.num_steps(num_train, settings["batch_size"])
+    num_steps = settings["epochs"] * data.steps_per_epoch(num_train, settings["batch_size"])
     config, dtype = model.config, torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
     with utils.usage_errors():
         return attention.choose_backend(
             model.compiled_mask,
-            images_a_forward(settings),
+            micro_batch_size(settings),
             config["num_heads"],
             config["embed_dim"] // config["num_heads"],
             dtype,
@@ -218,13 +218,14 @@ def main(argv=None) -> int:
         with device_errors(settings["grad_accumulation"]):
             dry_run(settings, find_run(settings, args.dataset_name)[0])
         return 0
-    found = find_run(settings, args.dataset_name) if distributed.IS_FIRST else None
     stop = StopRequest()
     with (
         stop.listening(),
         device_errors(settings["grad_accumulation"]),
         distributed.process_group(torch.device(settings["device"])) as device,
     ):
+        # Within the group: if it cannot be found, the other processes are told.
+        found = find_run(settings, args.dataset_name) if distributed.IS_FIRST else None
         folder, known = distributed.from_first(found)
         settings["dataset_name"] = folder.parents[1].name
         try:

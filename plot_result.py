@@ -41,10 +41,13 @@ class Picture:
 
 
 def parse_args(argv=None):
+    def home(text: str) -> Path:
+        return Path(utils.home_path(text))
+
     parser = utils.ArgumentParser(description="Draw the results of a sweep: results.md, and figures as PNG and SVG.")
-    parser.add_argument("--results_path", type=Path, required=True, metavar="DIR", help="folder of one dataset's runs")
+    parser.add_argument("--results_path", type=home, required=True, metavar="DIR", help="folder of one dataset's runs")
     parser.add_argument(
-        "--output_dir", type=Path, metavar="DIR", help="where results.md and figures/ go (default: --results_path)"
+        "--output_dir", type=home, metavar="DIR", help="where results.md and figures/ go (default: --results_path)"
     )
     return parser.parse_args(argv)
 

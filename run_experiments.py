@@ -44,7 +44,8 @@ def parse_args(argv=None):
     add("--expansion_steps", type=json_list(int), default=[1, 2, 3], metavar="JSON", help="reaches to run")
     add("--seeds", type=json_list(int), default=[0], metavar="JSON", help="seeds to run each with")
     add("--dataset", default="cifar10", help="as in main.py")
-    add("--output_dir", default="experiments", metavar="DIR", help="root of all run folders")
+    root_help = "root of all run folders"
+    add("--output_dir", type=utils.home_path, default="experiments", metavar="DIR", help=root_help)
     add("--dataset_name", metavar="NAME", help="folder of the dataset's runs (default: as in main.py)")
     add("--dry_run", action="store_true", help="list the plan and stop")
 

@@ -176,12 +176,17 @@ def number_type(
             (below is None or value < below, f"below {below}"),
             (value == value and abs(value) != float("inf"), "finite"),
         ]
-        for holds, words in limits:
-            if not holds:
+        for valid, words in limits:
+            if not valid:
                 raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
         return value
 
     return parse
+
+
+def home_path(text: str) -> str:
+    """An argparse type: a path, whose `~` is the user's home; shells leave it alone in `--output_dir=~/runs`."""
+    return os.path.expanduser(text)
 
 
 def json_list(kind: type, choices: Sequence | None = None):

@@ -58,8 +58,8 @@ class CompiledMask(nn.Module):
         self.requested = requested
         self.block_mask: BlockMask | None = None  # of the flex backend
         found = None if mask is None else diagonal.find_diagonals(mask)
-        self.offsets, holds = found if found is not None else ((), None)
-        self.register_buffer("holds", holds, persistent=False)  # bool [n, N]: where each diagonal holds
+        self.offsets, valid = found if found is not None else ((), None)
+        self.register_buffer("valid", valid, persistent=False)  # bool [n, N]: where each diagonal is allowed
         self.register_buffer("token_mask", None, persistent=False)  # bool [T, T], of the dense and flex backends
         self.apply_choice(self._first_choice())
 
@@ -179,7 +179,7 @@ def attend_checked(qkv: Tensor, compiled: CompiledMask) -> Tensor:
     if torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     if compiled.backend == "diagonal":
-        return diagonal.attend(qkv, compiled.holds, compiled.offsets, compiled.num_global_tokens)
+        return diagonal.attend(qkv, compiled.valid, compiled.offsets, compiled.num_global_tokens)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     if compiled.backend == "flex":
         return _attend_flex(q, k, v, compiled.block_mask).transpose(1, 2)

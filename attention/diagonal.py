@@ -34,7 +34,7 @@ MAX_DIAGONALS = 64
 
 
 def find_diagonals(mask: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
-    """The offsets j - i of a bool [N, N] mask, ascending, and where each holds, bool [n, N]; None if too many."""
+    """The offsets j - i of a bool [N, N] mask, ascending, and where each is allowed, bool [n, N]; None if too many."""
     num_tokens = len(mask)
     if mask.sum() > MAX_DIAGONALS * num_tokens:
         return None
@@ -42,21 +42,21 @@ def find_diagonals(mask: Tensor) -> tuple[tuple[int, ...], Tensor] | None:
     offsets, diagonal = (key - query).unique(return_inverse=True)
     if len(offsets) > MAX_DIAGONALS:
         return None
-    holds = torch.zeros(len(offsets), num_tokens, dtype=torch.bool)
-    holds[diagonal, query] = True
-    return tuple(offsets.tolist()), holds
+    valid = torch.zeros(len(offsets), num_tokens, dtype=torch.bool)
+    valid[diagonal, query] = True
+    return tuple(offsets.tolist()), valid
 
 
-def attend(qkv: Tensor, holds: Tensor, offsets: tuple[int, ...], num_global_tokens: int) -> Tensor:
+def attend(qkv: Tensor, valid: Tensor, offsets: tuple[int, ...], num_global_tokens: int) -> Tensor:
     """Attention of packed qkv [B, T, 3, H, D], global tokens first -> [B, T, H, D]."""
-    return _attend(qkv.contiguous(), holds, list(offsets), num_global_tokens)[0]
+    return _attend(qkv.contiguous(), valid, list(offsets), num_global_tokens)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The formulas. Probabilities are kept as [n + G, B, N, H]: of each patch to its neighbors, then to the global tokens.
 
 
-def forward(qkv: Tensor, holds: Tensor, offsets: list[int], num_global: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward(qkv: Tensor, valid: Tensor, offsets: list[int], num_global: int) -> tuple[Tensor, Tensor, Tensor]:
     """-> out [B, T, H, D], probabilities of the patches [n + G, B, N, H] and of the global queries [G, B, T, H]."""
     x = qkv.to(_accumulation_dtype(qkv))
     q, k, v = x[:, num_global:].unbind(2)  # each [B, N, H, D]
@@ -65,7 +65,7 @@ def forward(qkv: Tensor, holds: Tensor, offsets: list[int], num_global: int) -> 
 
     shifted_k, shifted_v = _shifter(k, offsets), _shifter(v, offsets)
     scores = [
-        torch.where(holds[n][:, None], (q * shifted_k(o)).sum(-1) * scale, MASKED_SCORE) for n, o in enumerate(offsets)
+        torch.where(valid[n][:, None], (q * shifted_k(o)).sum(-1) * scale, MASKED_SCORE) for n, o in enumerate(offsets)
     ]
     scores += [(q * k_g).sum(-1) * scale for k_g in global_k]
     p = _softmax2(torch.stack(scores), dim=0)  # [n + G, B, N, H]
@@ -236,21 +236,21 @@ def _warn_of_a_failed_compile(error: str) -> None:
 
 
 # Compiled models in the cache on disk call both by name: a changed signature of either needs new names for both.
-@torch.library.custom_op("local_attention::diagonal_attention", mutates_args=())
-def _attend(qkv: Tensor, holds: Tensor, offsets: list[int], num_global: int) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("local_attention::diagonals", mutates_args=())
+def _attend(qkv: Tensor, valid: Tensor, offsets: list[int], num_global: int) -> tuple[Tensor, Tensor, Tensor]:
     qkv = qkv.detach()
-    return _run(forward, qkv, qkv, holds, offsets, num_global)
+    return _run(forward, qkv, qkv, valid, offsets, num_global)
 
 
 @_attend.register_fake
-def _(qkv, holds, offsets, num_global):
+def _(qkv, valid, offsets, num_global):
     b, t, _, h, d = qkv.shape
     dtype = _accumulation_dtype(qkv)
     p = qkv.new_empty(len(offsets) + num_global, b, t - num_global, h, dtype=dtype)
     return qkv.new_empty(b, t, h, d), p, qkv.new_empty(num_global, b, t, h, dtype=dtype)
 
 
-@torch.library.custom_op("local_attention::diagonal_attention_backward", mutates_args=())
+@torch.library.custom_op("local_attention::diagonals_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, p: Tensor, global_p: Tensor, offsets: list[int], num_global: int
 ) -> Tensor:

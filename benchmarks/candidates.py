@@ -115,7 +115,7 @@ def make_attend(backend: str, spec: MaskSpec, mask: Tensor, num_global: int, qkv
     elif compiled.backend != compiled.requested:
         return None
     if backend == "uncompiled":
-        return lambda qkv: UncompiledDiagonal.apply(qkv, compiled.holds, compiled.offsets, num_global)
+        return lambda qkv: UncompiledDiagonal.apply(qkv, compiled.valid, compiled.offsets, num_global)
     return lambda qkv: attention.attend_packed(qkv, compiled)
 
 
@@ -129,8 +129,8 @@ class UncompiledDiagonal(torch.autograd.Function):
     """The formulas of diagonal.py as they run where there is no compiler."""
 
     @staticmethod
-    def forward(ctx, qkv, holds, offsets, num_global):
-        out, p, global_p = diagonal.forward(qkv, holds, offsets, num_global)
+    def forward(ctx, qkv, valid, offsets, num_global):
+        out, p, global_p = diagonal.forward(qkv, valid, offsets, num_global)
         ctx.save_for_backward(qkv, out, p, global_p)
         ctx.offsets, ctx.num_global = offsets, num_global
         return out

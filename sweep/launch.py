@@ -21,10 +21,10 @@ POLL_SECONDS = 0.2
 SECONDS_BETWEEN_LOOKS = 2.0  # at runs that another process writes
 GRACE_SECONDS = 120  # between asking a child to stop, which then saves, and killing it
 # srun passes on SIGUSR1, and kills what it started at SIGTERM.
-ASKING = getattr(signal, "SIGUSR1", signal.SIGTERM)
+ASKING = signal.SIGUSR1
 # Ctrl-C, schedulers, a closed terminal; a sweep under nohup ignores the last one before it comes here.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     STOP_SIGNALS.append(signal.SIGHUP)
 
 
@@ -118,7 +118,7 @@ def _ask_nvidia_smi() -> list[str] | None:
     return [name for index, slices in gpus for name in slices or [index]]
 
 
-def answers(gpu: str) -> bool:
+def gpu_responds(gpu: str) -> bool:
     """Whether nvidia-smi finds the GPU, or the MIG slice; True where there is no nvidia-smi."""
     if gpu.startswith("MIG-"):  # which -i does not take
         answer = _call_nvidia_smi("-L")
@@ -184,7 +184,7 @@ class Pool:
         num_cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count() or 1)
         self.threads = max(1, num_cpus // (len(slots) * rules.gpus_per_run))
         # Only of a GPU that nvidia-smi has found can it be said later that it has gone.
-        self.known_gpus = {gpu for gpu in set(",".join(slots).split(",")) if gpu and answers(gpu)}
+        self.known_gpus = {gpu for gpu in set(",".join(slots).split(",")) if gpu and gpu_responds(gpu)}
 
     def run(self) -> int | None:
         """Until no job is left that could be run; the signal that ended it early, or None.
@@ -296,7 +296,7 @@ class Pool:
 
     def _drop_lost_gpus(self, slot: str) -> bool:
         """Whether a GPU of the slot no longer answers; then no slot with it is used again."""
-        lost = {gpu for gpu in slot.split(",") if gpu in self.known_gpus and not answers(gpu)}
+        lost = {gpu for gpu in slot.split(",") if gpu in self.known_gpus and not gpu_responds(gpu)}
         if lost:
             self.slots = [slot for slot in self.slots if not lost & set(slot.split(","))]
             utils.warn(f"GPU {', '.join(sorted(lost))} no longer answers to nvidia-smi; nothing is started there again")
@@ -342,8 +342,5 @@ def _ask_to_stop(process: subprocess.Popen) -> None:
 
 def _kill_group(process: subprocess.Popen) -> None:
     """Kill a child and the processes that it started itself."""
-    if hasattr(os, "killpg"):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-    else:  # Windows
-        process.kill()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -135,7 +135,7 @@ def make_plan(args, device: str) -> list[PlannedRun]:
 
 
 def data_dir_of(args) -> str:
-    return value_of("--data_dir", args.main_options) or identity.DATA_DIR
+    return utils.home_path(value_of("--data_dir", args.main_options) or identity.DATA_DIR)
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:

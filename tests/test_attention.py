@@ -105,11 +105,11 @@ def test_full_attention_is_sdpa_without_a_mask():
 
 def test_diagonals_are_the_non_zero_ones():
     mask = masks.build_attention_mask("2d_cardinal", 1, 3, 4)
-    offsets, holds = diagonal.find_diagonals(mask)
+    offsets, valid = diagonal.find_diagonals(mask)
     assert offsets == (-4, -1, 0, 1, 4)
     for n, offset in enumerate(offsets):
         for i in range(12):
-            assert holds[n, i] == (0 <= i + offset < 12 and mask[i, i + offset])
+            assert valid[n, i] == (0 <= i + offset < 12 and mask[i, i + offset])
 
 
 def test_plain_interface_and_non_contiguous_inputs(uncompiled):
@@ -210,8 +210,8 @@ def test_a_whole_model_compiles_without_a_graph_break():
 
 def test_the_operators_fake_and_autograd_registrations_hold(uncompiled):
     qkv = random_qkv(7, dtype=torch.float32)
-    offsets, holds = diagonal.find_diagonals(masks.build_attention_mask("2d_cardinal", 1, 2, 3))
-    torch.library.opcheck(diagonal._attend, (qkv, holds, list(offsets), 1))
+    offsets, valid = diagonal.find_diagonals(masks.build_attention_mask("2d_cardinal", 1, 2, 3))
+    torch.library.opcheck(diagonal._attend, (qkv, valid, list(offsets), 1))
 
 
 def test_without_a_compiler_one_warning_and_the_same_numbers(tmp_path):

@@ -11,7 +11,7 @@ import benchmark
 import masks
 import models
 import utils
-from benchmarks import candidates, charts
+from benchmarks import candidates, charts, memory
 from runtime import hardware
 
 CPU = torch.device("cpu")
@@ -199,7 +199,7 @@ def test_fitted_exponent():
 @pytest.mark.skipif(hardware.platform.libc_ver()[0] != "glibc", reason="peak memory on the CPU is read on Linux")
 def test_peak_memory_is_that_of_the_call():
     size = 64 * 2**20
-    peak = hardware.peak_memory_of(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    peak = memory.peak_memory_of(lambda: torch.ones(size, dtype=torch.uint8), CPU)
     assert size <= peak < 1.5 * size
 
 

@@ -33,7 +33,7 @@ def test_a_gpu_answers_as_nvidia_smi_says_where_there_is_one(tmp_path, monkeypat
         script.write_text(f'#!/bin/sh\n[ "$*" = "-i 3 -L" ] && exit {exit_code}\n')
         script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert launch.answers("3") is answer
+    assert launch.gpu_responds("3") is answer
 
 
 def test_exit_codes_in_words():

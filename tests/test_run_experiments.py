@@ -23,7 +23,7 @@ TWO = ["--mask_types", '["full", "2d_cardinal"]', "--expansion_steps", "[1]"]  #
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(run_experiments, "MAIN_SCRIPT", STAND_IN)
-    monkeypatch.setattr(launch, "answers", lambda gpu: True)
+    monkeypatch.setattr(launch, "gpu_responds", lambda gpu: True)
     monkeypatch.setattr(launch, "SECONDS_BETWEEN_LOOKS", 0.1)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.05)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -175,7 +175,7 @@ def test_a_run_that_was_asked_to_stop_starts_again(sweep, capsys):
 
 def test_a_gpu_that_falls_off_gets_no_more_runs(sweep, capsys, monkeypatch):
     answers = iter([True, True, False])  # two at the start; then the first that fails
-    monkeypatch.setattr(launch, "answers", lambda gpu: next(answers, True))
+    monkeypatch.setattr(launch, "gpu_responds", lambda gpu: next(answers, True))
     assert sweep("--gpus", "2", *TWO, "--seeds", "[0, 1, 2]", "--", "--fail_once", NAMES["full"]) == 0
     captured = capsys.readouterr()
     assert "no longer answers to nvidia-smi" in captured.err
@@ -188,7 +188,7 @@ def test_a_gpu_that_falls_off_gets_no_more_runs(sweep, capsys, monkeypatch):
 
 def test_without_any_gpu_left_the_sweep_ends(sweep, monkeypatch, capsys):
     answers = iter([True])
-    monkeypatch.setattr(launch, "answers", lambda gpu: next(answers, False))
+    monkeypatch.setattr(launch, "gpu_responds", lambda gpu: next(answers, False))
     with pytest.raises(utils.UserError, match="no GPU is left that answers; 2 of 2 runs left"):
         sweep("--gpus", "1", *TWO, "--", "--fail", NAMES["full"])
     assert len(calls(sweep.output)) == 1

@@ -72,3 +72,18 @@ def test_the_script_for_gpus_names_what_failed_and_lists_its_parts(tmp_path):
     unknown = gpu_script(tmp_path, "8")
     assert unknown.returncode == 2
     assert "7 accuracy" in unknown.stderr
+
+
+def test_a_path_may_begin_at_home(monkeypatch):
+    """Shells expand `~` in `--output_dir ~/x`, and not in `--output_dir=~/x`."""
+    import main
+    import plot_result
+    import run_experiments
+    from sweep.plan import data_dir_of
+
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = main.resolve_settings(main.parse_args(["--data_dir=~/x", "--output_dir=~/y", "--device", "cpu"]))
+    assert (settings["data_dir"], settings["output_dir"]) == ("/home/me/x", "/home/me/y")
+    args = run_experiments.parse_args(["--output_dir=~/y", "--", "--data_dir=~/x"])
+    assert (data_dir_of(args), args.output_dir) == ("/home/me/x", "/home/me/y")
+    assert str(plot_result.parse_args(["--results_path=~/y"]).results_path) == "/home/me/y"

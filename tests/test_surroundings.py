@@ -176,8 +176,8 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 def test_slices_of_a_gpu_are_used_by_their_names(nvidia_smi):
     assert launch.gpu_ids(None) == ["MIG-a", "MIG-b", "1"]
-    assert launch.answers("MIG-b")
-    assert not launch.answers("MIG-c")
+    assert launch.gpu_responds("MIG-b")
+    assert not launch.gpu_responds("MIG-c")
 
 
 def test_a_slice_has_not_the_rate_of_the_whole_card(monkeypatch):
@@ -194,7 +194,7 @@ def test_the_order_of_gpus_is_set_only_where_their_numbers_are_ours(tmp_path, mo
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
-    monkeypatch.setattr(launch, "answers", lambda gpu: True)
+    monkeypatch.setattr(launch, "gpu_responds", lambda gpu: True)
     monkeypatch.setattr(launch.subprocess, "Popen", lambda command, env, **kwargs: started.append(env))
     job = plan.Job(plan.PlannedRun(MaskSpec(), 0, tmp_path, ()))
     pool = launch.Pool([job], ["0"], launch.Rules(tmp_path / "main.py"), lambda: None, lambda: None)

@@ -68,7 +68,8 @@ def build_parser() -> utils.ArgumentParser:
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--dataset", choices=sources.DATASETS, default="cifar10", help="what to train on")
-    add("--data_dir", default=identity.DATA_DIR, metavar="DIR", help="downloads go here; for imagefolder: its root")
+    data_help = "downloads go here; for imagefolder: its root"
+    add("--data_dir", type=utils.home_path, default=identity.DATA_DIR, metavar="DIR", help=data_help)
     add("--skip_unreadable", action="store_true", help="for imagefolder: leave out images that cannot be read")
     limit = "images of more than this stay on the CPU and are streamed (default: half of the GPU's free memory)"
     add("--device_data_limit", type=at_least_0, metavar="GIB", help=limit)
@@ -127,7 +128,8 @@ def build_parser() -> utils.ArgumentParser:
 
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--output_dir", default="experiments", metavar="DIR", help="root of all run folders")
+    root_help = "root of all run folders"
+    add("--output_dir", type=utils.home_path, default="experiments", metavar="DIR", help=root_help)
     named = "folder of the dataset's runs (default: --dataset; for imagefolder the name of its root)"
     add("--dataset_name", metavar="NAME", help=named)
     add("--run_name", metavar="NAME", help="folder name (default: <mask_type>_expansion_<step>, or full)")
@@ -177,7 +179,7 @@ def resolve_settings(args) -> dict:
     if args.skip_unreadable and args.dataset != identity.IMAGE_FOLDER:
         raise UsageError(f"--skip_unreadable is for --dataset {identity.IMAGE_FOLDER}, got --dataset {args.dataset}")
     if args.dataset_name is None:
-        settings["dataset_name"] = identity.default_dataset_name(args.dataset, args.data_dir)
+        settings["dataset_name"] = identity.default_dataset_name(args.dataset, settings["data_dir"])
     for name in ("run_name", "dataset_name"):
         utils.check_folder_name(f"--{name}", settings[name])
     return settings

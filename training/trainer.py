@@ -37,7 +37,7 @@ class Stopped(Exception):
     """The run was asked to stop, and all that it has done is saved."""
 
 
-def images_a_forward(settings: dict) -> int:
+def micro_batch_size(settings: dict) -> int:
     """Images that a process takes through the model at once."""
     return max(1, settings["batch_size"] // distributed.WORLD_SIZE // settings["grad_accumulation"])
 
@@ -62,13 +62,13 @@ class Trainer:
         self.device, self.stop, self.settings = device, stop, config["settings"]
         s = self.settings
         self.num_images, self.batch_size = len(dataset.train), s["batch_size"]
-        self.steps_per_epoch = data.num_steps(self.num_images, self.batch_size)
+        self.steps_per_epoch = data.steps_per_epoch(self.num_images, self.batch_size)
         self.optimizers = optimizers.build_optimizers(model, s)
         self.schedulers = optimizers.build_schedulers(self.optimizers, s, s["epochs"] * self.steps_per_epoch)
         self.average = optimizers.WeightAverage(model, s["ema"]) if s["ema"] else None
         model.checkpoint_activations = s["checkpoint_activations"]
         compiled = model if s["compile"] == "off" else torch.compile(model, mode=s["compile"], dynamic=False)
-        self.forward = distributed.wrap(compiled, device)
+        self.compiled_model = distributed.wrap(compiled, device)
         self.history: list[dict] = []
         self.start_epoch(1)
         self.sizes_seen, self.saved_at = set(), time.monotonic()
@@ -212,7 +212,7 @@ class Trainer:
         num_parts = min(self.settings["grad_accumulation"], len(images))
         parts = list(zip(images.tensor_split(num_parts), labels.tensor_split(num_parts), strict=True))
         for number, (x, y) in enumerate(parts, start=1):
-            last = contextlib.nullcontext() if number == num_parts else distributed.without_sync(self.forward)
+            last = contextlib.nullcontext() if number == num_parts else distributed.without_sync(self.compiled_model)
             with last:
                 loss, hits = self.loss_of(x, y)
                 loss = weight * loss
@@ -233,7 +233,7 @@ class Trainer:
         if self.settings["compile"] == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         with hardware.autocast(self.device, self.settings["precision"]):
-            logits = self.forward(images)
+            logits = self.compiled_model(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.settings["label_smoothing"], reduction="sum")
         true = labels if labels.ndim == 1 else labels.argmax(1)  # of a mixed image the class it has more of
         return loss, (logits.argmax(1) == true).sum()
@@ -274,7 +274,7 @@ class Trainer:
     def evaluate(self) -> dict:
         """On the test images, with the averaged weights if there are any."""
         model = self.average.model if self.average else self.model
-        size = images_a_forward(self.settings)
+        size = micro_batch_size(self.settings)
         result = evaluate(
             model, self.test_batches(size), self.dataset.num_classes, self.device, self.settings["precision"]
         )
@@ -285,7 +285,7 @@ class Trainer:
     def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of this process. Asked to stop before one, all is saved, and the run goes on with the whole evaluation."""
         batches = data.eval_batches(self.dataset, self.dataset.test, size, distributed.RANK, distributed.WORLD_SIZE)
-        for _ in range(data.num_steps(len(self.dataset.test), size * distributed.WORLD_SIZE)):
+        for _ in range(data.steps_per_epoch(len(self.dataset.test), size * distributed.WORLD_SIZE)):
             if distributed.any_rank(self.stop.reason is not None):
                 self.save()
                 raise Stopped
