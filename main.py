@@ -7,14 +7,11 @@ Run the same command again to resume an interrupted run; a finished one is left 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from filelock import Timeout
 
 import attention
 import data
@@ -24,16 +21,12 @@ from attention import Choice
 from masks import MaskSpec
 from pipeline import identity, sources
 from report import figures, mask_pictures
-from runtime import distributed, hardware, locks
+from runtime import distributed, hardware
 from runtime.stopping import StoppedAtOnce, StopRequest
+from training import run_folder
 from training.checkpoints import load_latest
-from training.settings import complete, parse_args, resolve_settings
+from training.settings import parse_args, resolve_settings
 from training.trainer import Stopped, Trainer, micro_batch_size
-from utils import BusyError, OutOfMemoryError, UsageError, UserError
-
-CONFIG_FORMAT = 2
-# What is read from the config.json of a run that goes on.
-REQUIRED = {"settings": {}, "data": {}, "provenance": {}, "attention": {"backend": str, "backend_reason": str}}
 
 
 def spec_of(settings: dict) -> MaskSpec:
@@ -99,110 +92,11 @@ def describe_model(model: models.VisionTransformer, settings: dict) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder
-
-
-def read_config(folder: Path) -> dict | None:
-    """What config.json says, or None if there is no run yet."""
-    if not (folder / utils.CONFIG).exists():
-        return None
-    config = utils.read_json(folder / utils.CONFIG)
-    if config.get("format") != CONFIG_FORMAT:
-        raise UserError(f"{folder / utils.CONFIG} has format {config.get('format')}, expected {CONFIG_FORMAT}; move it")
-    utils.check_sections(folder / utils.CONFIG, config, REQUIRED)
-    return config
-
-
-def result_of(value):
-    """A setting as far as the result depends on it: a CUDA graph replays the same compiled kernels."""
-    return "default" if value == "reduce-overhead" else value
-
-
-def refuse_other(folder: Path, what: str, found: dict, asked: dict) -> None:
-    """Raise UsageError if the folder's run was made with something else than what is asked for now."""
-    differing = [
-        f"{key} {found.get(key)!r} there, {value!r} asked for"
-        for key, value in asked.items()
-        if key not in utils.NOT_PART_OF_THE_RESULT and result_of(found.get(key)) != result_of(value)
-    ]
-    if differing:
-        raise UsageError(
-            f"{folder} holds a run of other {what}: {'; '.join(differing)}. Choose another --dataset_name, --run_name "
-            "or --output_dir, or remove the folder"
-        )
-
-
-def refuse_other_settings(folder: Path, found: dict, asked: dict) -> None:
-    refuse_other(folder, "settings", complete(found, asked), asked)
-
-
-def refuse_other_data(folder: Path, found: dict, data: dict) -> None:
-    """Raise UsageError if the folder's run was made with other data, as far as its `data` and ours both tell."""
-    if data.get("files") is not None:
-        identity.refuse_other_data(folder, identity.differences(found, data))
-    refuse_other(folder, "data", found, {key: data[key] for key in data if key in found and key != "label"})
-
-
-def summarize(history: list[dict], config: dict) -> dict:
-    """The contents of summary.json. The final epoch is the result; the best one is there to be seen, not reported."""
-    steady = history[1:] or history  # the first epoch carries warm-up and compilation
-    best = max(history, key=lambda row: row["eval_accuracy"])
-    num_train, peaks = config["data"]["num_train"], [row["peak_memory_bytes"] for row in history]
-    train_seconds = sum(num_train / row["train_images_per_second"] for row in steady)
-    return {
-        "format": CONFIG_FORMAT,
-        "final": history[-1],
-        "best": {"epoch": best["epoch"], "eval_accuracy": best["eval_accuracy"]},
-        "epochs": len(history),
-        "total_seconds": sum(row["epoch_seconds"] for row in history),
-        "train_images_per_second": len(steady) * num_train / train_seconds,
-        "peak_memory_bytes": None if None in peaks else max(peaks),
-    }
-
-
 def dry_run(settings: dict, folder: Path) -> None:
     in_channels, num_classes = sources.channels_and_classes(settings["dataset"], settings["data_dir"])
     model = build_model(settings, in_channels, num_classes)
     settings = settings | {"dataset_name": folder.parents[1].name}
     print(json.dumps({"run_folder": str(folder), "settings": settings, **describe_model(model, settings)}, indent=2))
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the run folder's lock, which the system frees when a process dies. Raises BusyError if another holds it."""
-    if not distributed.IS_FIRST:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = locks.acquire(folder / utils.LOCK, timeout=1)  # another process may hold it briefly while checking
-    except Timeout:
-        raise BusyError(f"another process is writing to {folder}; wait for it, or choose another --run_name") from None
-    with lock:
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
-        yield
-
-
-@contextlib.contextmanager
-def device_errors(grad_accumulation: int) -> Iterator[None]:
-    """A GPU that is taken, and running out of memory, as errors with a remedy; the second has its own exit code."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if hardware.says_busy(error):
-            raise UserError(
-                f"the GPU is taken: {utils.first_line(error)}. Another process holds it, and its compute mode allows "
-                "one only; wait for that process, choose another GPU with CUDA_VISIBLE_DEVICES, or allow several with "
-                "nvidia-smi -c DEFAULT"
-            ) from error
-        if not utils.says_no_memory(error):
-            raise
-        raise OutOfMemoryError(
-            f"out of memory: {utils.first_line(error)}. --grad_accumulation {2 * grad_accumulation} halves what a "
-            "step holds at once; --checkpoint_activations helps as well"
-        ) from error
 
 
 def main(argv=None) -> int:
@@ -215,13 +109,13 @@ def main(argv=None) -> int:
         distributed.take_own_gpu()
     settings = resolve_settings(args)
     if settings["dry_run"]:
-        with device_errors(settings["grad_accumulation"]):
+        with hardware.device_errors(settings["grad_accumulation"]):
             dry_run(settings, find_run(settings, args.dataset_name)[0])
         return 0
     stop = StopRequest()
     with (
         stop.listening(),
-        device_errors(settings["grad_accumulation"]),
+        hardware.device_errors(settings["grad_accumulation"]),
         distributed.process_group(torch.device(settings["device"])) as device,
     ):
         # Within the group: if it cannot be found, the other processes are told.
@@ -230,10 +124,10 @@ def main(argv=None) -> int:
         settings["dataset_name"] = folder.parents[1].name
         try:
             with stop.at_once():
-                if is_finished(folder, settings, known):
+                if run_folder.is_finished(folder, settings, known):
                     return 0
                 dataset = load_dataset(settings, device)
-            with only_writer(folder):
+            with run_folder.only_writer(folder):
                 return run(settings, dataset, folder, device, stop, argv)
         except StoppedAtOnce:
             say_stopped(f"stopped ({stop.reason}) before the training; the same command starts again")
@@ -262,29 +156,6 @@ def find_run(settings: dict, dataset_name: str | None) -> tuple[Path, dict | Non
     return folder, known
 
 
-def is_finished(folder: Path, settings: dict, data: dict | None) -> bool:
-    """Whether the folder holds this run, complete; says so then. Raises UsageError if it holds another run.
-
-    `data` is what is known of it: by its name alone (None), by its files' names and sizes, or, once it is read, all. A
-    run from before these were noted is only known to be of this data once that is read.
-    """
-    if not distributed.IS_FIRST:  # which may see the files later than the first process, or not at all
-        return distributed.from_first(None)
-    found, finished = read_config(folder), False
-    if found is not None:
-        refuse_other_settings(folder, found["settings"], settings)
-        if data is not None:
-            refuse_other_data(folder, found["data"], data)
-        is_compared = data is None or "checksum" in data or identity.is_known(found["data"])
-        finished = is_compared and (folder / utils.SUMMARY).exists()
-    if finished:
-        summary = utils.read_json(folder / utils.SUMMARY)
-        utils.check_sections(folder / utils.SUMMARY, summary, {"final": {"eval_accuracy": (int, float), "epoch": int}})
-        final = summary["final"]
-        print(f"{folder} is finished: {final['eval_accuracy']:.2f}% after epoch {final['epoch']}; nothing to do")
-    return distributed.from_first(finished)
-
-
 def load_dataset(settings: dict, device: torch.device) -> data.Dataset:
     limit, img_size = settings["device_data_limit"], (settings["img_size"],) * 2
     limit_bytes = None if limit is None else limit * 2**30
@@ -297,12 +168,14 @@ def run(
 ) -> int:
     """Begin the run or go on with it, to its end."""
     with stop.at_once():
-        if is_finished(folder, settings, dataset.describe()):  # by another process, before this one had the folder
+        if run_folder.is_finished(
+            folder, settings, dataset.describe()
+        ):  # by another process, before this one had the folder
             return 0
         trainer = prepare(settings, dataset, folder, device, stop, argv)
     history = trainer.train()
     if distributed.IS_FIRST:
-        utils.write_json(folder / utils.SUMMARY, summarize(history, trainer.config))
+        utils.write_json(folder / utils.SUMMARY, run_folder.summarize(history, trainer.config))
         print(f"finished: {history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images; results in {folder}")
     return 0
 
@@ -311,21 +184,22 @@ def prepare(
     settings: dict, dataset: data.Dataset, folder: Path, device: torch.device, stop: StopRequest, argv: list[str]
 ) -> Trainer:
     """The trainer, where the run was left; config.json and the picture of the mask are written."""
-    found, state = distributed.from_first((read_config(folder), load_latest(folder)) if distributed.IS_FIRST else None)
+    mine = (run_folder.read_to_go_on(folder), load_latest(folder)) if distributed.IS_FIRST else None
+    record, state = distributed.from_first(mine)
     model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
-    if found is None:
+    if record is None:
         choice = choose_backend(model, settings, len(dataset.train), device) if distributed.IS_FIRST else None
         choice = distributed.from_first(choice)
     else:  # what was chosen when the run began, so that a resume is exact
-        choice = Choice(found["attention"]["backend"], found["attention"]["backend_reason"])
+        choice = Choice(record.config["attention"]["backend"], record.config["attention"]["backend_reason"])
     with utils.usage_errors():
         model.compiled_mask.apply_choice(choice)
         model.compiled_mask.check_device(device)
     provenance = hardware.provenance(argv, device)
-    config = make_config(found, folder, model, dataset, settings, provenance)
+    config = run_folder.make_config(record, settings, describe_model(model, settings), dataset.describe(), provenance)
     if state is not None:  # config.json may have been removed
-        refuse_other_settings(folder, state["settings"], settings)
-        refuse_other_data(folder, state["data"], config["data"])
+        run_folder.refuse_other_settings(folder, state["settings"], settings)
+        run_folder.refuse_other_data(folder, state["data"], config["data"])
     trainer = Trainer(model, dataset, config, folder, device, stop)
     if state is not None:
         trainer.load(state)
@@ -337,25 +211,6 @@ def prepare(
         if state is not None:
             print(f"resuming in epoch {trainer.epoch} after step {trainer.step}", flush=True)
     return trainer
-
-
-def make_config(
-    found: dict | None, folder: Path, model, dataset: data.Dataset, settings: dict, provenance: dict
-) -> dict:
-    """What config.json is to hold. Raises UsageError if the run was begun with other data."""
-    config = {
-        "format": CONFIG_FORMAT,
-        "settings": settings,
-        **describe_model(model, settings),
-        "data": dataset.describe(),
-        "provenance": provenance,
-    }
-    if found is not None:
-        refuse_other_data(folder, found["data"], config["data"])
-        config["attention"]["backend_seconds"] = found["attention"].get("backend_seconds")
-        earlier = found["resumed"] if isinstance(found.get("resumed"), list) else []
-        config |= {"provenance": found["provenance"], "resumed": [*earlier, provenance]}
-    return config
 
 
 def draw_mask(model: models.VisionTransformer, settings: dict, folder: Path) -> None:

@@ -16,61 +16,22 @@ from pathlib import Path
 import utils
 from masks import MASK_TYPES, MaskSpec
 from report import text
+from training.run_record import RunRecord, number
 
-CONFIG_FORMATS = (1, 2)  # what is read here is the same in both
 GIB = 2**30
-LARGEST = 1e100  # beyond, a number is taken for damage: sums and axes would overflow
-
-# What is read from a config.json without asking twice.
-REQUIRED = {
-    "settings": {
-        "mask_type": str,
-        "expansion_step": (int, type(None)),
-        "run_name": str,
-        "seed": int,
-        "dataset": str,
-        "epochs": int,
-    },
-    "attention": {"num_neighbors_nominal": int, "num_neighbors_mean": (int, float)},
-    "data": {"label": str},
-    "provenance": {},
-}
-OPTIONAL = {
-    "attention": {"grid": list, "attention_share_of_flops": float},
-    "provenance": {"device": str, "git_commit": str, "versions": dict},
-}
 # What the runs of a sweep are meant to differ in, and settings that say where a run is, not what it computes. The
 # device is compared by its name, in the provenance.
 MAY_DIFFER = {"mask_type", "expansion_step", "run_name", "seed", *utils.NOT_PART_OF_THE_RESULT}
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run folder that could be read."""
-
-    folder: Path
-    config: dict
-    metrics: list[dict]  # a row an epoch
-    summary: dict | None  # None: not finished
-
-    @property
-    def settings(self) -> dict:
-        return self.config["settings"]
-
-    @property
-    def state(self) -> str:
-        """`incomplete` or `done`; where the run is absent there is no Run."""
-        return "incomplete" if self.summary is None else "done"
+class Run(RunRecord):
+    """One run folder that could be read, whole."""
 
     @property
     def name(self) -> str:
         """As messages call it."""
         return f"{text.one_line(self.settings['run_name'])} seed {self.settings['seed']}"
-
-    def curve(self, metric: str) -> dict[int, float]:
-        """Epoch -> value, for the epochs that have one."""
-        values = [(row.get("epoch"), _number(row, metric)) for row in self.metrics]
-        return {epoch: value for epoch, value in values if isinstance(epoch, int) and value is not None}
 
 
 @dataclass(frozen=True)
@@ -124,17 +85,17 @@ class Row:
     @property
     def accuracy(self) -> Spread | None:
         """Of the final epoch, in percent."""
-        return Spread.of(_number(run.summary["final"], "eval_accuracy") for run in self.done)
+        return Spread.of(number(run.summary["final"], "eval_accuracy") for run in self.done)
 
     @property
     def throughput(self) -> Spread | None:
         """Training images a second, without the first epoch."""
-        return Spread.of(_number(run.summary, "train_images_per_second") for run in self.done)
+        return Spread.of(number(run.summary, "train_images_per_second") for run in self.done)
 
     @property
     def peak_memory_bytes(self) -> float | None:
         """The highest of all finished runs."""
-        return max(filter(None, (_number(run.summary, "peak_memory_bytes") for run in self.done)), default=None)
+        return max(filter(None, (number(run.summary, "peak_memory_bytes") for run in self.done)), default=None)
 
     @property
     def state(self) -> str:
@@ -154,12 +115,6 @@ class Row:
         return points
 
 
-def _number(values: dict, key: str) -> float | None:
-    value = values.get(key)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and abs(value) <= LARGEST else None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -172,27 +127,15 @@ def load_runs(results_path: Path) -> list[Run]:
 
 
 def load_run(folder: Path) -> Run | None:
-    """The run in a folder; None where there is none, and, with a warning, where it cannot be read."""
-    if not (folder / utils.CONFIG).exists():
-        return None
+    """The run in a folder; None where there is none, and, with a warning, where any of it cannot be read."""
     try:
-        config = utils.read_json(folder / utils.CONFIG)
-        _check_config(folder / utils.CONFIG, config)
-        metrics = utils.read_json_lines(folder / utils.METRICS) if (folder / utils.METRICS).exists() else []
-        summary = utils.read_json(folder / utils.SUMMARY) if (folder / utils.SUMMARY).exists() else None
-        if summary is not None:
-            utils.check_sections(folder / utils.SUMMARY, summary, {"final": {}})
+        run = Run.read(folder)
+        if run is not None:
+            _ = run.metrics, run.summary  # now, where it can still be skipped
+        return run
     except utils.UserError as error:
         utils.warn(f"skipped a run: {error}")
         return None
-    return Run(folder, config, metrics, summary)
-
-
-def _check_config(path: Path, config: dict) -> None:
-    if config.get("format") not in CONFIG_FORMATS:
-        expected = " or ".join(map(str, CONFIG_FORMATS))
-        raise utils.UserError(f"{path} has format {config.get('format')!r}, expected {expected}")
-    utils.check_sections(path, config, REQUIRED, OPTIONAL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +147,7 @@ def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
     groups = {}
     for run in runs:
         settings = run.settings
-        key = (settings["run_name"], MaskSpec(settings["mask_type"], settings["expansion_step"]))
+        key = (settings["run_name"], run.mask)
         groups.setdefault(key, []).append(run)
     rows = []
     for (run_name, mask), members in groups.items():
@@ -216,7 +159,7 @@ def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
                 mask=mask,
                 num_neighbors_nominal=config["attention"]["num_neighbors_nominal"],
                 num_neighbors_mean=config["attention"]["num_neighbors_mean"],
-                num_parameters=_number(config, "num_parameters"),
+                num_parameters=number(config, "num_parameters"),
                 runs=tuple(members),
             )
         )

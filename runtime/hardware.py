@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import utils
-from utils import UsageError
+from utils import OutOfMemoryError, UsageError, UserError
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -47,6 +47,26 @@ def is_worth_saying(record: logging.LogRecord) -> bool:
 def says_busy(error: BaseException) -> bool:
     """Whether CUDA says that another process holds the GPU, in exclusive compute mode."""
     return "busy or unavailable" in str(error)
+
+
+@contextlib.contextmanager
+def device_errors(grad_accumulation: int) -> Iterator[None]:
+    """A GPU that is taken, and running out of memory, as errors with a remedy; the second has its own exit code."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if says_busy(error):
+            raise UserError(
+                f"the GPU is taken: {utils.first_line(error)}. Another process holds it, and its compute mode allows "
+                "one only; wait for that process, choose another GPU with CUDA_VISIBLE_DEVICES, or allow several with "
+                "nvidia-smi -c DEFAULT"
+            ) from error
+        if not utils.says_no_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory: {utils.first_line(error)}. --grad_accumulation {2 * grad_accumulation} halves what a "
+            "step holds at once; --checkpoint_activations helps as well"
+        ) from error
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

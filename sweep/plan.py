@@ -12,6 +12,7 @@ import utils
 from masks import MaskSpec
 from pipeline import identity
 from runtime import locks
+from training.run_record import peek
 
 GRAD_ACCUMULATION, COMPILE = "--grad_accumulation", "--compile"
 WAITING, RUNNING, ELSEWHERE, DONE, FAILED = "waiting", "running", "elsewhere", "done", "failed"
@@ -37,16 +38,16 @@ class PlannedRun:
         """Whether this very command has finished, on this data. All else is left to main.py, which compares more."""
         if not (self.folder / utils.SUMMARY).exists():
             return False
-        if self.data is not None and (not identity.is_known(self._read_config("data")) or self.differs_in_data()):
+        if self.data is not None and (not identity.is_known(peek(self.folder, "data")) or self.differs_in_data()):
             return False
-        command = self._read_config("provenance").get("command")
+        command = peek(self.folder, "provenance").get("command")
         arguments = tuple(command[1:]) if isinstance(command, list) else ()
         added = arguments[len(self.arguments) :]  # after it had run out of memory
         return arguments[: len(self.arguments)] == self.arguments and added[:1] in ((), (GRAD_ACCUMULATION,))
 
     def differs_in_data(self) -> list[str]:
         """What tells the data of the folder's run from ours; [] where there is no run."""
-        found = self._read_config("data")
+        found = peek(self.folder, "data")
         return identity.differences(found, self.data) if self.data is not None and found else []
 
     def is_being_written(self) -> bool:
@@ -68,16 +69,8 @@ class PlannedRun:
 
     def micro_batches(self) -> int:
         """Of each step, to begin with: as asked for, else as the run had it when it was left."""
-        number = self.micro_batches_asked_for() or self._read_config("settings").get("grad_accumulation")
+        number = self.micro_batches_asked_for() or peek(self.folder, "settings").get("grad_accumulation")
         return number if isinstance(number, int) else 1
-
-    def _read_config(self, section: str) -> dict:
-        """A part of config.json; {} where there is none that can be read."""
-        try:
-            value = utils.read_json(self.folder / utils.CONFIG).get(section)
-        except utils.UserError:
-            value = None
-        return value if isinstance(value, dict) else {}
 
 
 @dataclass(eq=False)

@@ -21,6 +21,7 @@ from attention import choice
 from masks import MaskSpec
 from runtime import distributed, hardware, locks
 from sweep import launch, plan
+from training import run_folder
 
 RUN = [
     *("--dataset", "digits", "--model", "vit_micro", "--depth", "1", "--img_size", "8", "--patch_size", "4"),
@@ -213,7 +214,7 @@ def test_running_out_of_memory_with_cuda_graphs_goes_on_without_them(tmp_path):
     utils.write_json(tmp_path / utils.CONFIG, {"provenance": {"command": ["main.py", *job.arguments()]}})
     (tmp_path / utils.SUMMARY).touch()
     assert job.run.is_finished()
-    main.refuse_other(tmp_path, "settings", {"compile": "reduce-overhead"}, {"compile": "default"})
+    run_folder.refuse_other(tmp_path, "settings", {"compile": "reduce-overhead"}, {"compile": "default"})
 
 
 def raise_error(message):

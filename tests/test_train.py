@@ -17,7 +17,7 @@ import utils
 from models import VisionTransformer
 from runtime import distributed
 from runtime.stopping import PARENT, StopRequest
-from training import checkpoints, trainer
+from training import checkpoints, run_folder, trainer
 
 DIGITS = [
     *("--dataset", "digits", "--model", "vit_micro", "--img_size", "8", "--patch_size", "2", "--device", "cpu"),
@@ -190,7 +190,7 @@ def test_stochastic_depth_skips_whole_images():
 
 def test_another_writer_is_refused(tmp_path):
     folder = folder_of(tmp_path)
-    with main.only_writer(folder), pytest.raises(utils.BusyError, match="another process is writing") as caught:
+    with run_folder.only_writer(folder), pytest.raises(utils.BusyError, match="another process is writing") as caught:
         run(tmp_path)
     assert caught.value.exit_code == utils.EXIT_BUSY
     assert run(tmp_path, "--epochs", "1") == 0
@@ -376,7 +376,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     assert code == 0, err
     assert "resuming in epoch" in out
     assert [row["epoch"] for row in rows_of(folder_of(tmp_path))] == list(range(1, 21))
-    with main.only_writer(folder_of(tmp_path)):  # the lock is free
+    with run_folder.only_writer(folder_of(tmp_path)):  # the lock is free
         pass
 
 
