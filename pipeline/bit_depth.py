@@ -16,7 +16,7 @@ from PIL import Image
 
 from utils import UserError
 
-BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE = 258, 262, 281  # tags of TIFF 6.0
+BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # tags of TIFF 6.0
 UNUSED_BITS = 2  # so many, and the range is taken for a smaller one: of 16 bits, less than a quarter of it used
 
 
@@ -24,34 +24,43 @@ UNUSED_BITS = 2  # so many, and the range is taken for a smaller one: of 16 bits
 class Depth:
     """What a file says of its samples."""
 
-    bits: int  # more than 8
+    bits: int  # that it stores of each, more than 8
+    declared: int  # how many of these it says it uses
     is_color: bool = False  # of which Pillow reads the upper 8 bits alone
     is_inverted: bool = False  # 0 is white
 
 
-Ranges = Mapping[Depth, int]  # how many bits the images of a depth use
+Ranges = Mapping[int, int]  # bits that files of gray store -> how many of them the folder's images use
 
 
 def depth_of(image: Image.Image) -> Depth | None:
-    """From the header; None for 8 bits and fewer."""
+    """From the header; None for 8 bits and fewer. Raises ValueError for values that Pillow would misread."""
     if image.mode.startswith("I"):
-        return Depth(_declared_bits(image), is_inverted=_tag(image, PHOTOMETRIC) == 0)
+        stored = _stored_bits(image)
+        return Depth(stored, min(stored, _declared_bits(image) or stored), is_inverted=_tag(image, PHOTOMETRIC) == 0)
+
+    if image.mode == "L" and _tag(image, SAMPLE_FORMAT) == 2:
+        raise ValueError("its pixels are signed numbers of 8 bits, which Pillow takes for unsigned ones")
+
     raw_modes = {str(part) for tile in image.tile for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))}
     if any(";16" in raw_mode for raw_mode in raw_modes):
-        return Depth(16, is_color=True)
+        return Depth(16, 16, is_color=True)
     return None
 
 
-def _declared_bits(image: Image.Image) -> int:
-    largest = _tag(image, MAX_SAMPLE_VALUE)
+def _stored_bits(image: Image.Image) -> int:
     bits = _tag(image, BITS_PER_SAMPLE)
-    if isinstance(largest, int) and largest > 255:
-        return largest.bit_length()
     if isinstance(bits, int) and bits > 8:
         return bits
-    if image.format == "PNG":
-        return _significant_bits_of_png(Path(image.filename)) or 16
     return 32 if image.format == "TIFF" else 16
+
+
+def _declared_bits(image: Image.Image) -> int | None:
+    """None if the file says nothing but how many it stores."""
+    largest = _tag(image, MAX_SAMPLE_VALUE)
+    if isinstance(largest, int) and largest > 255:
+        return largest.bit_length()
+    return _significant_bits_of_png(Path(image.filename)) if image.format == "PNG" else None
 
 
 def _tag(image: Image.Image, number: int) -> int | None:
@@ -75,49 +84,61 @@ def _significant_bits_of_png(path: Path) -> int | None:
 
 
 def largest_value(image: Image.Image) -> int:
-    """Of the pixels; of 16-bit color, of their upper 8 bits. Raises ValueError for negative ones."""
+    """Of the pixels; of 16-bit color, of their upper 8 bits. Opacity aside. Raises ValueError for negative ones."""
     values = np.asarray(image)
+    if image.getbands()[-1] in ("A", "a"):
+        values = values[..., :-1]
     if values.min() < 0:
         raise ValueError(f"its pixels go down to {values.min()}; negative values have no brightness")
     return int(values.max())
 
 
-def find_ranges(largest: Mapping[Path, int | None], depths: Mapping[Path, Depth]) -> dict[Depth, int]:
-    """How many bits the images of each depth use, all together; `largest` is None for a file that cannot be read.
+def find_ranges(largest: Mapping[Path, int | None], depths: Mapping[Path, Depth]) -> tuple[dict[int, int], list[str]]:
+    """The range of each kind of gray in a folder, and a remark on each that is not as declared.
 
-    Raises UserError for color whose upper bits are unused, as Pillow does not read the lower ones.
+    `largest` is the largest value of each file, or None where it cannot be read. Raises UserError for color whose upper
+    bits are unused, as Pillow does not read the lower ones.
     """
-    used: dict[Depth, int] = {}
-    for path, value in largest.items():
-        if value is not None:
-            found = depths[path]
-            bits = value.bit_length() + (8 if found.is_color and value else 0)
-            used[found] = max(used.get(found, 0), bits)
-    for found, bits in used.items():
-        if found.is_color and bits <= found.bits - UNUSED_BITS:
-            example = next(path for path in largest if depths[path] == found)
-            raise UserError(
-                f"{example} and all others of 16 bits in color leave their upper bits unused, and only the upper 8 are "
-                "read: they would be nearly black; convert them to 8 bits"
-            )
-    return {found: bits if 0 < bits <= found.bits - UNUSED_BITS else found.bits for found, bits in used.items()}
+    readable = {path: value for path, value in largest.items() if value is not None}
+    _check_color({path: value for path, value in readable.items() if depths[path].is_color})
 
+    gray = [(depths[path], value.bit_length()) for path, value in readable.items() if not depths[path].is_color]
+    ranges, declared = {}, {}
+    for stored in sorted({depth.bits for depth, _ in gray}):
+        declared[stored] = max(depth.declared for depth, _ in gray if depth.bits == stored)
+        used = max(bits for depth, bits in gray if depth.bits == stored)
+        if used > declared[stored]:  # sBIT may tell of the bits before they were scaled up; other tags may be wrong
+            declared[stored] = stored
+        ranges[stored] = used if 0 < used <= declared[stored] - UNUSED_BITS else declared[stored]
 
-def remarks(ranges: Ranges) -> list[str]:
-    """A sentence for each depth that is not taken as declared."""
-    return [
-        f"gray images of {found.bits} bits use {bits} of them, and are scaled by these: 0 is black, {2**bits - 1} white"
-        for found, bits in ranges.items()
-        if bits < found.bits
+    # Where several kinds are not as declared, the same value is to be as bright in all of them.
+    odd = [stored for stored in ranges if ranges[stored] < declared[stored]]
+    widest = max((ranges[stored] for stored in odd), default=0)
+    ranges |= {stored: widest for stored in odd if widest <= stored}
+
+    remarks = [
+        f"gray images of {stored} bits use {ranges[stored]} of them, and are scaled by these: 0 is black, "
+        f"{2 ** ranges[stored] - 1} white"
+        for stored in odd
     ]
+    return ranges, remarks
 
 
-def to_8_bits(values: np.ndarray, found: Depth, ranges: Ranges) -> np.ndarray:
-    """Gray [H, W] of any integers -> uint8; exact powers of two, so that full 16 bits keep their upper byte."""
-    bits = ranges.get(found, found.bits)
+def _check_color(largest: Mapping[Path, int]) -> None:
+    """`largest`: of the upper 8 bits of each file of 16-bit color."""
+    if largest and max(largest.values()).bit_length() <= 8 - UNUSED_BITS:
+        raise UserError(
+            f"{next(iter(largest))} and all others of 16 bits in color leave their upper bits unused, and only the "
+            "upper 8 are read: they would be nearly black; convert them to 8 bits"
+        )
+
+
+def to_8_bits(values: np.ndarray, depth: Depth, ranges: Ranges) -> np.ndarray:
+    """Gray [H, W] of any integers -> uint8. Of full 16 bits this is the upper byte."""
+    bits = ranges.get(depth.bits, depth.bits)
     if values.min() < 0:
         raise ValueError(f"its pixels go down to {values.min()}; negative values have no brightness")
     values = values.astype(np.int64)
-    if found.is_inverted:
+    if depth.is_inverted:
         values = 2**bits - 1 - values
-    return (values * 256 >> bits).clip(0, 255).astype(np.uint8)
+    return (values >> (bits - 8) if bits >= 8 else values * 255 // (2**bits - 1)).astype(np.uint8)

@@ -81,15 +81,15 @@ def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -
         known = {path: header for path, header in zip(paths, headers, strict=True) if header is not None}
         deep = {path: header.depth for path, header in known.items() if header.depth is not None}
         largest = _attempt(_largest_value, list(deep), "reading the range of values", unreadable, stream)
-        ranges = bit_depth.find_ranges(dict(zip(deep, largest, strict=True)), deep)
+        ranges, remarks = bit_depth.find_ranges(dict(zip(deep, largest, strict=True)), deep)
 
         height, width = _stored_size({header.size for header in known.values()}, img_size)
         splits = {
             name: _read_split(split, height, width, ranges, unreadable, stream) for name, split in files.splits.items()
         }
 
-    for message in bit_depth.remarks(ranges):
-        warn(f"{root}: {message}")
+    if remarks:
+        warn(f"{root}: {'; '.join(remarks)}")
     animated = [str(path.relative_to(root)) for path, header in known.items() if header.is_animated]
     if animated:
         warn(f"{root}: of images with several frames the first is used: {some_of(animated, NAMES_OF_NO_IMAGES_SHOWN)}")
@@ -199,7 +199,11 @@ def read_image(path: Path, height: int, width: int, ranges: bit_depth.Ranges | N
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers of no known range")
         if image.mode.startswith("I"):  # gray of 16 or 32 bits; convert() would cut it off at 255
-            image = Image.fromarray(bit_depth.to_8_bits(np.asarray(image), found, ranges or {}))
+            values, transparent = np.asarray(image), image.info.get("transparency")
+            pixels = bit_depth.to_8_bits(values, found, ranges or {})
+            if isinstance(transparent, int):  # the one value that a PNG shows nothing for
+                pixels[values == transparent] = 255
+            image = Image.fromarray(pixels)
         mode = "RGBA" if image.has_transparency_data else "RGB"
         image = image if image.mode == mode else image.convert(mode)
         if image.size != (width, height):

@@ -487,7 +487,8 @@ def gray_tree(root, low, high, kind="png", dtype=np.uint16, **options):
         (291, 694, "tif", np.uint16, 72, 173, 10),  # of a microscope
         (0, 255, "tif", np.int32, 0, 255, 8),
         (0, 100_000, "tif", np.int32, 0, 195, 17),
-        (0, 7, "png", np.uint16, 0, 224, 3),
+        (0, 7, "png", np.uint16, 0, 255, 3),
+        (0, 1, "tif", np.uint16, 0, 255, 1),  # a mask
     ],
 )
 def test_gray_is_scaled_by_the_bits_that_are_used(tmp_path, capsys, low, high, kind, dtype, darkest, brightest, bits):
@@ -509,16 +510,64 @@ def test_one_range_serves_all_images_of_a_folder(tmp_path):
     assert folder.train[0].max() == 15
 
 
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def add_chunk(root, kind, content):
+    """To all PNG files below, behind their header."""
+    for path in root.glob("*/*/*.png"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:33] + png_chunk(kind, content) + whole[33:])
+
+
 def test_what_the_file_says_of_its_bits_is_believed(tmp_path, capsys):
     gray_tree(tmp_path / "tiff", 0, 4000, "tif", tiffinfo={281: 4095})
     gray_tree(tmp_path / "png", 0, 4000)
-    for path in (tmp_path / "png").glob("*/*/*.png"):
-        content, chunk = path.read_bytes(), b"sBIT" + bytes([12])
-        chunk = struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        path.write_bytes(content[:33] + chunk + content[33:])  # behind IHDR
+    add_chunk(tmp_path / "png", b"sBIT", bytes([12]))
     for kind in ("tiff", "png"):
         assert imagefolder.read(tmp_path / kind, (8, 8)).train[0].max() == 250
     assert capsys.readouterr().err == ""
+
+
+def test_what_was_scaled_up_from_fewer_bits_is_read_as_it_is(tmp_path, capsys):
+    """As the PNG specification wants it of who writes sBIT; and where a TIFF says less than is true."""
+    gray_tree(tmp_path / "png", 0, 65535)
+    add_chunk(tmp_path / "png", b"sBIT", bytes([12]))
+    gray_tree(tmp_path / "tiff", 0, 65535, "tif", tiffinfo={281: 511})
+    for kind in ("png", "tiff"):
+        images = imagefolder.read(tmp_path / kind, (8, 8)).train[0]
+        assert images[0, 0].flatten().tolist() == (np.linspace(0, 65535, 64).astype(np.uint16) >> 8).tolist()
+    assert capsys.readouterr().err == ""
+
+
+def test_files_that_each_say_their_own_largest_value_share_one_range(tmp_path):
+    gray_tree(tmp_path, 0, 694, "tif", tiffinfo={281: 694})
+    dim = np.full((8, 8), 400, dtype=np.uint16)
+    Image.fromarray(dim).save(tmp_path / "test" / "dog" / "dim.tif", tiffinfo={281: 400})
+    folder = imagefolder.read(tmp_path, (8, 8))
+    assert folder.test[0].amax((1, 2, 3)).tolist() == [173, 173, 100]
+
+
+def test_training_and_test_images_of_other_types_share_one_range(tmp_path, capsys):
+    gray_tree(tmp_path, 0, 4095, "tif")
+    for path in tmp_path.glob("test/*/*.tif"):
+        Image.fromarray(np.full((8, 8), 2000, dtype=np.int32)).save(path)
+    folder = imagefolder.read(tmp_path, (8, 8))
+    assert (folder.train[0].max(), folder.test[0].max()) == (255, 125)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_transparent_gray_of_16_bits_is_white(tmp_path):
+    gray_tree(tmp_path, 1000, 60000)
+    add_chunk(tmp_path, b"tRNS", struct.pack(">H", 1000))
+    assert imagefolder.read(tmp_path, (8, 8)).train[0][0, 0].flatten()[:2].tolist() == [255, 1936 >> 8]
+
+
+def test_signed_values_of_8_bits_are_refused(tmp_path):
+    gray_tree(tmp_path, 0, 100, "tif", np.uint8, tiffinfo={339: 2})
+    with pytest.raises(UserError, match=r"4 images cannot be read: .*signed numbers of 8 bits"):
+        imagefolder.read(tmp_path, (8, 8))
 
 
 def test_gray_of_which_0_is_white(tmp_path):
@@ -537,25 +586,24 @@ def test_negative_values_are_refused(tmp_path):
         imagefolder.read(tmp_path, (8, 8))
 
 
-def png_of_16_bits_in_color(path, high):
-    """8 x 8 pixels of red, green and blue from 0 to `high`."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    rows = np.linspace(0, high, 8 * 8 * 3).astype(">u2").reshape(8, 24)
-    pixels = b"".join(b"\0" + row.tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(pixels)), chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+def png_of_16_bits_in_color(path, high, opaque=False):
+    """8 x 8 pixels of red, green and blue from 0 to `high`, and of full opacity."""
+    pixels = np.linspace(0, high, 8 * 8 * 3).astype(np.uint16).reshape(8, 8, 3)
+    if opaque:
+        pixels = np.concatenate([pixels, np.full((8, 8, 1), 65535, dtype=np.uint16)], axis=2)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels.astype(">u2"))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 6 if opaque else 2, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*part) for part in parts))
 
 
-def test_color_of_16_bits_keeps_its_upper_byte_or_is_refused_where_that_is_empty(tmp_path):
+@pytest.mark.parametrize("opaque", [False, True])
+def test_color_of_16_bits_keeps_its_upper_byte_or_is_refused_where_that_is_empty(tmp_path, opaque):
     good_tree(tmp_path)
     odd = tmp_path / "train" / "cat" / "deep.png"
-    png_of_16_bits_in_color(odd, 65535)
+    png_of_16_bits_in_color(odd, 65535, opaque)
     assert imagefolder.read(tmp_path, (8, 8)).train[0][2].max() == 255
-    png_of_16_bits_in_color(odd, 255)
+    png_of_16_bits_in_color(odd, 255, opaque)
     with pytest.raises(UserError, match=r"deep\.png and all others of 16 bits in color.*convert them to 8 bits"):
         imagefolder.read(tmp_path, (8, 8))
 
