@@ -33,12 +33,22 @@ class ImageFiles:
 
 
 @functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Lower-case endings of the names of files that Pillow can decode, such as `.png`."""
+def readable_formats() -> tuple[str, ...]:
+    """The formats that Pillow can decode, in the order in which it tries them."""
     from PIL import Image  # deferred: a sweep of other data does not need it
 
-    suffixes = Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in NOT_DECODED)
+    Image.preinit()  # JPEG, PNG and the like come first
+    Image.init()
+    return tuple(name for name in Image.ID if name not in NOT_DECODED)
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Lower-case endings of the names of files in these formats, such as `.png`."""
+    from PIL import Image  # deferred: see above
+
+    formats = {*readable_formats(), "MPO"}  # of a phone, which the reader of JPEG opens
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def list_images(root: Path) -> ImageFiles:
@@ -93,8 +103,10 @@ def _walk(root: Path, folder: Path, passed_over: list[str], above: tuple[Path, .
     if real in above:
         passed_over.append(f"{folder.relative_to(root)}/")
         return []
-    images, folders = [], []
-    for entry in _entries(folder):
+    images, folders, entries = [], [], _entries(folder)
+    if not entries:
+        passed_over.append(f"{folder.relative_to(root)}/")
+    for entry in entries:
         if entry.is_dir():
             folders.append(entry)
         elif entry.suffix.lower() in image_suffixes() and entry.is_file():

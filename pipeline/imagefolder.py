@@ -1,10 +1,10 @@
 """Read a folder of your own images: `<root>/train/<class>/**` and `<root>/test/<class>/**`, any formats and sizes.
 
 Every image becomes RGB of 8 bits: turned as its EXIF orientation says, transparency laid over white, the first frame of
-an animation, gray of more than 8 bits scaled by the bits that are used (depth.py). Where all images have one size that
-is no larger than needed they are kept at it; otherwise they are resized and center-cropped to the size that the model
-wants. A file `label.txt` in the root says how the data is to be called where results are shown (default: the folder's
-name).
+an animation, gray of more than 8 bits scaled by the bits that are used (bit_depth.py). Where all images have one size
+that is no larger than needed they are kept at it; otherwise they are resized and center-cropped to the size that the
+model wants. A file `label.txt` in the root says how the data is to be called where results are shown (default: the
+folder's name).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+import utils
 from pipeline import bit_depth
-from pipeline.imagefiles import ImageFiles, list_images, names_of_classes, read_label, some_of
-from utils import UserError, first_line, warn
+from pipeline.imagefiles import ImageFiles, list_images, names_of_classes, read_label, readable_formats, some_of
+from utils import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,7 @@ MAX_PIXELS = 64_000_000  # of one file; decoding takes 4 bytes a pixel, with tra
 CHUNK = 8  # files that a thread takes at once
 NAMES_SHOWN = 20  # of unreadable files
 NAMES_OF_NO_IMAGES_SHOWN = 3
+STDERR_IS_AWAY = threading.Lock()  # a second reader would save, and put back, what the first had put in its place
 
 
 class UnreadableError(UserError):
@@ -83,10 +85,13 @@ def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -
         largest = _attempt(_largest_value, list(deep), "reading the range of values", unreadable, stream)
         ranges, remarks = bit_depth.find_ranges(dict(zip(deep, largest, strict=True)), deep)
 
-        height, width = _stored_size({header.size for header in known.values()}, img_size)
-        splits = {
-            name: _read_split(split, height, width, ranges, unreadable, stream) for name, split in files.splits.items()
-        }
+        def read_splits(size: tuple[int, int]) -> dict[str, Labeled]:
+            return {name: _read_split(split, *size, ranges, unreadable, stream) for name, split in files.splits.items()}
+
+        size = _stored_size(_sizes(known, unreadable), img_size)
+        splits = read_splits(size)
+        if skip_unreadable and size != (size := _stored_size(_sizes(known, unreadable), img_size)):
+            splits = read_splits(size)  # that of the images that were left out counts no more
 
     if remarks:
         warn(f"{root}: {'; '.join(remarks)}")
@@ -95,6 +100,14 @@ def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -
         warn(f"{root}: of images with several frames the first is used: {some_of(animated, NAMES_OF_NO_IMAGES_SHOWN)}")
     _judge_unreadable(root, files, unreadable, skip_unreadable, notes)
     return Folder(splits["train"], splits["test"], files.class_names, read_label(root), notes)
+
+
+def warn(message: str) -> None:
+    """Once, of many processes that read the same folder."""
+    from runtime import distributed  # deferred, as torch is
+
+    if distributed.IS_FIRST:
+        utils.warn(message)
 
 
 def _say_what_is_odd(root: Path, files: ImageFiles, notes: dict) -> None:
@@ -107,6 +120,10 @@ def _say_what_is_odd(root: Path, files: ImageFiles, notes: dict) -> None:
     if files.passed_over:
         some = some_of(files.passed_over, NAMES_OF_NO_IMAGES_SHOWN)
         warn(f"{root}: passed over {len(files.passed_over)} that are no images: {some}")
+
+
+def _sizes(headers: dict[Path, Header], unreadable: dict[Path, UnreadableError]) -> set[tuple[int, int]]:
+    return {header.size for path, header in headers.items() if path not in unreadable}
 
 
 def _stored_size(sizes: set[tuple[int, int]], img_size: tuple[int, int]) -> tuple[int, int]:
@@ -232,7 +249,7 @@ def _largest_value(path: Path) -> int:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image of a file, not decoded yet; whatever fails meanwhile is an UnreadableError that names the file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=readable_formats()) as image:  # an EPS would be run as a program, by Ghostscript
             if image.width * image.height > MAX_PIXELS:
                 size, limit = f"{image.width}x{image.height}", MAX_PIXELS // 1_000_000
                 raise UnreadableError(f"{path} has {size} pixels, more than {limit} million; make it smaller")
@@ -301,18 +318,19 @@ def quiet_libraries(paths: list[Path]) -> Iterator[TextIO]:
     libtiff has remarks of its own on odd files, beside the error that names the file.
     """
     has_tiff = any(path.suffix.lower() in (".tif", ".tiff") for path in paths)
-    try:
-        descriptor = os.dup(2) if has_tiff else None
-    except OSError:  # stderr is closed
-        descriptor = None
-    if descriptor is None:
-        yield sys.stderr
-        return
-    with open(descriptor, "w", errors="backslashreplace") as stream, open(os.devnull, "w") as nowhere:
-        sys.stderr.flush()
-        os.dup2(nowhere.fileno(), 2)
+    with STDERR_IS_AWAY if has_tiff else contextlib.nullcontext():
         try:
-            yield stream
-        finally:
-            stream.flush()
-            os.dup2(descriptor, 2)
+            descriptor = os.dup(2) if has_tiff else None
+        except OSError:  # stderr is closed
+            descriptor = None
+        if descriptor is None:
+            yield sys.stderr
+            return
+        with open(descriptor, "w", errors="backslashreplace") as stream, open(os.devnull, "w") as nowhere:
+            sys.stderr.flush()
+            os.dup2(nowhere.fileno(), 2)
+            try:
+                yield stream
+            finally:
+                stream.flush()
+                os.dup2(descriptor, 2)

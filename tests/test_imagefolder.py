@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import main
 import utils
 from pipeline import imagefiles, imagefolder
+from runtime import distributed
 from utils import UserError
 
 RED, GREEN, BLUE, GRAY = (200, 30, 40), (20, 190, 60), (10, 60, 180), (120, 120, 120)
@@ -359,7 +361,7 @@ def test_bad_images_end_in_one_line(tmp_path, split, name, content, run_script):
 def test_what_is_no_file_is_no_image_whatever_its_name(tmp_path, capsys):
     good_tree(tmp_path)
     cats = tmp_path / "train" / "cat"
-    (cats / "folder.png").mkdir()
+    (cats / "folder.png").mkdir()  # and empty
     (cats / "dead.png").symlink_to(tmp_path / "nowhere.png")
     os.mkfifo(cats / "pipe.jpg")  # opening it would wait for ever
     (cats / "text.txt").write_text("")
@@ -369,7 +371,7 @@ def test_what_is_no_file_is_no_image_whatever_its_name(tmp_path, capsys):
         assert len(imagefolder.read(tmp_path, (8, 8)).train[1]) == 4
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
-    assert "passed over 5 that are no images: train/eel, train/cat/dead.png, train/cat/pipe.jpg and 2 more" in err
+    assert "passed over 6 that are no images: train/eel, train/cat/dead.png, train/cat/pipe.jpg and 3 more" in err
 
 
 def test_subfolders_and_links_are_followed_but_not_in_a_ring(tmp_path, capsys):
@@ -385,12 +387,21 @@ def test_subfolders_and_links_are_followed_but_not_in_a_ring(tmp_path, capsys):
     assert "passed over 1 that are no images: train/cat/a/ring/" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["a.jfif", "a.jp2", "a.jpe", "a.tga", "a.pcx", "a.dib"])
+@pytest.mark.parametrize("name", ["a.jfif", "a.jp2", "a.jpe", "a.tga", "a.pcx", "a.dib", "a.mpo"])
 def test_whatever_pillow_reads_is_an_image(tmp_path, name):
     good_tree(tmp_path)
     save(tmp_path / "train" / "cat" / name, GREEN)
     assert len(imagefolder.read(tmp_path, (8, 8)).train[0]) == 5
     assert not {".pdf", ".eps", ".mpg", ".h5"} & imagefiles.image_suffixes()
+
+
+def test_nothing_is_run_that_is_called_an_image(tmp_path, monkeypatch):
+    """An EPS is a program, for Ghostscript."""
+    good_tree(tmp_path)
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "train" / "cat" / "a.jpg", format="EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("it was run"))
+    with pytest.raises(UserError, match=r"a\.jpg as an image: of no format that Pillow knows"):
+        imagefolder.read(tmp_path, (8, 8))
 
 
 @pytest.mark.parametrize("name", ["val", "validation"])
@@ -443,6 +454,14 @@ def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path):
         imagefolder.read(tmp_path, (8, 8), skip_unreadable=True)
 
 
+def test_what_is_left_out_has_no_say_in_the_size(tmp_path):
+    good_tree(tmp_path)
+    truncated(tmp_path / "train" / "dog", "half.png")  # of 64 x 64 pixels
+    left = imagefolder.read(tmp_path, (16, 16), skip_unreadable=True).train[0]
+    (tmp_path / "train" / "dog" / "half.png").unlink()
+    assert torch.equal(left, imagefolder.read(tmp_path, (16, 16)).train[0])
+
+
 def test_skipping_is_for_image_folders(run_script):
     code, _, err = run_script(main.main, "--dataset", "digits", "--skip_unreadable")
     assert code == 2
@@ -460,6 +479,34 @@ def test_nothing_of_libtiff_stands_beside_the_error(tmp_path, capfd):
     with pytest.raises(UserError, match="2 images cannot be read"):
         imagefolder.read(tmp_path, (8, 8))
     assert capfd.readouterr().err == ""
+
+
+def test_stderr_is_back_after_two_have_read_at_once(tmp_path, capfd):
+    """As two runs in threads of one process do: each puts it away, and back."""
+    first_is_in, second_may_go = threading.Event(), threading.Event()
+
+    def read(others_turn, mine):
+        with imagefolder.quiet_libraries([Path("a.tif")]):
+            others_turn.set()
+            mine.wait(0.2)
+
+    threads = [threading.Thread(target=read, args=(first_is_in, second_may_go))]
+    threads[0].start()
+    first_is_in.wait()
+    threads.append(threading.Thread(target=read, args=(second_may_go, threading.Event())))
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    os.write(2, b"here again")
+    assert capfd.readouterr().err == "here again"
+
+
+def test_one_of_many_processes_warns(tmp_path, monkeypatch, capsys):
+    good_tree(tmp_path)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("")
+    monkeypatch.setattr(distributed, "IS_FIRST", False)
+    imagefolder.read(tmp_path, (8, 8))
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
