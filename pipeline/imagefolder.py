@@ -209,7 +209,6 @@ def read_image(path: Path, height: int, width: int, ranges: bit_depth.Ranges | N
     In place and resized before the transparency is resolved: a copy of a large image is hundreds of megabytes.
     """
     with _opened(path) as image:
-        found = bit_depth.depth_of(image)
         image.draft(None, (2 * max(height, width),) * 2)  # a JPEG is decoded at 1/2, 1/4, 1/8 if that is enough
         image.load()  # of an animation, the first frame
         ImageOps.exif_transpose(image, in_place=True)
@@ -217,7 +216,7 @@ def read_image(path: Path, height: int, width: int, ranges: bit_depth.Ranges | N
             raise ValueError("its pixels are floating-point numbers of no known range")
         if image.mode.startswith("I"):  # gray of 16 or 32 bits; convert() would cut it off at 255
             values, transparent = np.asarray(image), image.info.get("transparency")
-            pixels = bit_depth.to_8_bits(values, found, ranges or {})
+            pixels = bit_depth.to_8_bits(values, bit_depth.depth_of(image), ranges or {})
             if isinstance(transparent, int):  # the one value that a PNG shows nothing for
                 pixels[values == transparent] = 255
             image = Image.fromarray(pixels)
