@@ -113,29 +113,32 @@ def main(argv=None) -> int:
             dry_run(settings, find_run(settings, args.dataset_name)[0])
         return 0
     stop = StopRequest()
-    with (
-        stop.listening(),
-        hardware.device_errors(settings["grad_accumulation"]),
-        distributed.process_group(torch.device(settings["device"])) as device,
-    ):
-        # Within the group: if it cannot be found, the other processes are told.
-        found = find_run(settings, args.dataset_name) if distributed.IS_FIRST else None
-        folder, known = distributed.from_first(found)
-        settings["dataset_name"] = folder.parents[1].name
+    with stop.listening():
         try:
-            with stop.at_once():
-                if run_folder.is_finished(folder, settings, known):
-                    return 0
-                dataset = load_dataset(settings, device)
-            with run_folder.only_writer(folder):
-                return run(settings, dataset, folder, device, stop, argv)
-        except StoppedAtOnce:
+            device = torch.device(settings["device"])
+            with hardware.device_errors(settings["grad_accumulation"]), distributed.process_group(device) as device:
+                return train(settings, args.dataset_name, device, stop, argv)
+        except StoppedAtOnce:  # out of the group: other processes may be waiting there, which ends as this one leaves
             say_stopped(f"stopped ({stop.reason}) before the training; the same command starts again")
             return 130 if stop.by_keyboard else utils.EXIT_AGAIN
-        except Stopped:
-            reason = next(filter(None, distributed.from_all(stop.reason)))
-            say_stopped(f"stopped ({reason}); all is saved in {folder}, the same command goes on")
-            return 130 if distributed.any_rank(stop.by_keyboard) else utils.EXIT_AGAIN
+
+
+def train(settings: dict, dataset_name: str | None, device: torch.device, stop: StopRequest, argv: list[str]) -> int:
+    """Find the run's folder and the data, and do what is left of the run."""
+    with stop.at_once():
+        found = find_run(settings, dataset_name) if distributed.IS_FIRST else None  # where others hear of an error
+        folder, known = distributed.from_first(found)
+        settings["dataset_name"] = folder.parents[1].name
+        if run_folder.is_finished(folder, settings, known):
+            return 0
+        dataset = load_dataset(settings, device)
+    try:
+        with run_folder.only_writer(folder):
+            return run(settings, dataset, folder, device, stop, argv)
+    except Stopped:
+        reason = next(filter(None, distributed.from_all(stop.reason)))
+        say_stopped(f"stopped ({reason}); all is saved in {folder}, the same command goes on")
+        return 130 if distributed.any_rank(stop.by_keyboard) else utils.EXIT_AGAIN
 
 
 def say_stopped(message: str) -> None:

@@ -295,6 +295,36 @@ def reads_images(pid):
         return False
 
 
+def test_no_process_waits_for_another_that_is_stopped_before_the_training(tmp_path):
+    """The first one measures backends, the second waits for what it finds."""
+    runner = tmp_path / "runner.py"
+    runner.write_text(
+        "import pathlib, time, main, utils\nfrom runtime import distributed\n"
+        "def be_slow(*args, **kwargs):\n"
+        f"    pathlib.Path({str(tmp_path)!r}, 'measures').touch()\n"
+        "    while True:\n        time.sleep(0.05)\n"
+        "main.choose_backend = be_slow\nutils.run_cli(main.main, distributed.leave)\n"
+    )
+    command = [sys.executable, "sweep/torchrun.py", "--standalone", "--nproc_per_node", "2", str(runner)]
+    process = subprocess.Popen(
+        [*command, *RUN, "--mask_type", "2d_cardinal", "--output_dir", str(tmp_path / "out")],
+        cwd=utils.REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(utils.REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for((tmp_path / "measures").exists)
+        process.send_signal(signal.SIGTERM)
+        output, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 75, error
+    assert "stopped (SIGTERM) before the training" in output
+    assert "error" not in error
+
+
 def test_a_run_in_a_thread(tmp_path):
     """As tuners start them; Python has no signals there."""
     codes = []
