@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from pathlib import PurePosixPath
 
 import pytest
 
@@ -19,6 +20,10 @@ WRITTEN = {
     *("config.json", "metrics.jsonl", "attention_mask.png", "last.pt", "previous.pt", "summary.json", "log.txt"),
     *("results.md", "FILE.json", "label.txt", "rows.jsonl"),
 }
+# Folders that are the user's own, or are made by a run or an installation.
+OF_THE_USER = {
+    *("test", "val", "validation", "photos/pets", "experiments/pets", "experiments/imagefolder", ".venv/bin/python"),
+}
 FOLDERS = ("", "experiments/", "docs/")  # that a name may be relative to
 
 
@@ -35,12 +40,21 @@ def tracked():
 
 def names_in(document):
     text = (utils.REPOSITORY / document).read_text(encoding="utf-8")
-    return sorted({name for name in NAMED.findall(text) if name.rpartition("/")[2] not in WRITTEN})
+    names = {name for name in NAMED.findall(text) if name.rpartition("/")[2] not in WRITTEN}
+    return sorted(names | ({name.rstrip("/") for name in paths_in(text)} - OF_THE_USER))
+
+
+def paths_in(text):
+    """Links, and what stands in backticks with a slash in it: also files without a suffix, and folders."""
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]
+    words = [word for span in re.findall(r"`([^`\n]+)`", text) for word in span.split()]
+    return links + [word for word in words if re.fullmatch(r"[\w.-]+/[\w./-]*", word)]  # no <placeholders>, no ~
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_files_that_a_document_names_are_tracked(document):
     files, names = tracked(), names_in(document)
+    files |= {str(folder) for file in files for folder in PurePosixPath(file).parents}
     assert names
     in_folders = {name.partition("/")[2] for name in files if name.endswith(".py")}  # as a tree of files names them
     missing = [
@@ -52,3 +66,7 @@ def test_the_files_that_a_document_names_are_tracked(document):
 def test_names_are_found_in_links_code_and_commands():
     line = "See [JSON](experiments/benchmark/a.json), `logs/b.md`, and bash experiments/gpu.sh PART; ~/x/y.py, *.json"
     assert NAMED.findall(line) == ["experiments/benchmark/a.json", "logs/b.md", "experiments/gpu.sh"]
+    line = (
+        "See the [license](LICENSE), [there](https://x.org/y.md), `.ci/run`, `logs/digits/` and `<dataset>/<run_name>/`"
+    )
+    assert paths_in(line) == ["LICENSE", ".ci/run", "logs/digits/"]
