@@ -1,205 +1,299 @@
-"""Measurements on a GPU that no other script makes; experiments/gpu.sh calls each.
+"""What experiments/gpu.sh measures and no other script does; gpu.sh runs it.
 
-    python experiments/gpu.py ceilings   # what copies and matrix products reach at most
-    python experiments/gpu.py kernels    # full attention at 64x64 patches by each of SDPA's kernels
-    python experiments/gpu.py model      # training steps of ViT-B/16 at 224, and a profile of three
+    gpu.py ceilings FOLDER    versions; the rates of a copy and of matrix products
+    gpu.py full FOLDER        full attention by the kernel that torch picks, by cuDNN and by FlashAttention-2
+    gpu.py attention FOLDER   masked attention, one backend after the other
+    gpu.py training FOLDER    training steps, and what share of the device's peak they reach
+    gpu.py profile FOLDER     a trace of one epoch of few steps
 
-Each appends JSON objects, one per line, to --output as soon as they are measured.
+`full` and `attention` take the flags of benchmark.py, the others those of benchmark.py --level training. Each measurement is
+appended to FOLDER/rows.jsonl as soon as it is made; one that fails becomes a row with its error, and the next one runs.
 """
 
 from __future__ import annotations
 
+import argparse
+import gzip
+import importlib.util
 import json
+import shutil
 import statistics
+import subprocess
 import sys
+import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, from wherever this is called
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import benchmark
 import models
 import utils
+from benchmarks import candidates, pipeline, training
+from masks import MaskSpec
 from runtime import hardware
-from training import optimizers
 
-WHAT = ("ceilings", "kernels", "model")
-MODES = ("off", "default", "reduce-overhead")
-MILLION = 1_000_000
-
-
-def parse_args(argv=None):
-    parser = utils.ArgumentParser(description="Measurements on a GPU, for experiments/gpu.sh.")
-    parser.add_argument("what", choices=WHAT, help="what to measure")
-    parser.add_argument("--compile", choices=MODES, default="off", help="of the model")
-    parser.add_argument("--device", choices=hardware.DEVICES, default="cuda", help="where")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to append to")
-    parser.add_argument("--small", action="store_true", help="tiny sizes and few rounds, to try the script")
-    return parser.parse_args(argv)
+KERNELS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
+COPY_BYTES = {"cuda": 2**30}
+SMALL_COPY = 2**26  # elsewhere
+MATMUL_PRECISIONS = ("fp32", "tf32", "bf16")
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace's events
 
 
-def median_seconds(function: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Of a call, after three that warm up and compile."""
-    for _ in range(3):
-        function()
-    return statistics.median(hardware.seconds_of(function, device) for _ in range(rounds))
+class Rows:
+    """FOLDER/rows.jsonl, to which a command appends."""
+
+    def __init__(self, folder: Path, command: str, device: torch.device):
+        self.path = folder / "rows.jsonl"
+        self.origin = {"what": command, "device": hardware.device_name(device), "torch": torch.__version__}
+        self.num_failed = 0
+
+    def add(self, name: str, measure: Callable[..., dict], *arguments) -> None:
+        """Measure and append; an error is appended as well."""
+        try:
+            found = measure(*arguments)
+        except Exception as error:  # of a kernel, a compiler, the memory: the others can still be measured
+            traceback.print_exc()
+            self.num_failed += 1
+            found = {"error": utils.first_line(error)}
+        self.append({"name": name, **found})
+
+    def leave_out(self, name: str, reason: str) -> None:
+        self.append({"name": name, "left_out": reason})
+
+    def append(self, row: dict) -> None:
+        line = json.dumps({**self.origin, **row}, allow_nan=False)
+        print(line, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ceilings
+# The machine
 
 
-def ceilings(args, device: torch.device, write: Callable[[dict], None]) -> None:
-    write({"what": "versions", "provenance": hardware.provenance(sys.argv[1:], device), **gpu_versions(device)})
-    rounds = 3 if args.small else 30
-    num_bytes = MILLION if args.small else 2000 * MILLION
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+def measure_ceilings(rows: Rows, folder: Path, args, device: torch.device) -> None:
+    rows.add("versions", versions, device)
+    rows.add("copy", copy_rate, args.rounds, device)
+    for precision in MATMUL_PRECISIONS:
+        if precision == "tf32" and device.type != "cuda":
+            rows.leave_out("matmul tf32", f"CUDA has it, {device.type} does not")
+        else:
+            rows.add(f"matmul {precision}", matmul_rate, precision, args.rounds, device)
+
+
+def versions(device: torch.device) -> dict:
+    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
+    found = {"provenance": hardware.provenance(sys.argv[1:], device), "triton": triton}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": driver_version(),
+            "capability": list(torch.cuda.get_device_capability(device)),
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+        }
+    return found
+
+
+def driver_version() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0] or None
+
+
+def copy_rate(rounds: int, device: torch.device) -> dict:
+    num_bytes = COPY_BYTES.get(device.type, SMALL_COPY)
+    source = torch.zeros(num_bytes // 4, device=device)
     target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), device, rounds)
-    write({"what": "copy", "bytes_per_second": 2 * num_bytes / seconds})
-
-    side = 128 if args.small else 8192
-    for name, dtype, tf32 in (
-        ("bf16", torch.bfloat16, False),
-        ("tf32", torch.float32, True),
-        ("fp32", torch.float32, False),
-    ):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        a, b = torch.randn(2, side, side, device=device).to(dtype)
-        seconds = median_seconds(lambda a=a, b=b: a @ b, device, rounds)
-        write({"what": f"matrix product, {name}", "side": side, "flops_per_second": 2 * side**3 / seconds})
+    seconds = seconds_of_rounds(lambda: target.copy_(source), rounds, device)
+    return {"bytes_per_second": 2 * num_bytes / seconds, "bytes_is": "read and written"}
 
 
-def gpu_versions(device: torch.device) -> dict:
-    if device.type != "cuda":
-        return {}
-    import triton
+def matmul_rate(precision: str, rounds: int, device: torch.device) -> dict:
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    product, flops = training.matrix_product("bf16" if precision == "bf16" else "fp32", device)
+    return {"flops_per_second": flops / seconds_of_rounds(product, rounds, device)}
 
-    properties = torch.cuda.get_device_properties(device)
+
+def seconds_of_rounds(function: Callable[[], object], rounds: int, device: torch.device) -> float:
+    """Median seconds of a call, after two to warm up."""
+    return statistics.median([hardware.seconds_of(function, device) for _ in range(2 + rounds)][2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention, by the flags of benchmark.py
+
+
+def measure_full(rows: Rows, folder: Path, args, device: torch.device) -> None:
+    for grid in args.grids:
+        rows.add(f"full SDPA, {grid}x{grid}", full_row, args, grid, device)
+        for name, kernel in KERNELS.items():
+            if device.type == "cuda":
+                rows.add(f"full SDPA, {name}, {grid}x{grid}", forced_row, args, grid, name, kernel, device)
+            else:
+                rows.leave_out(f"full SDPA, {name}, {grid}x{grid}", f"a kernel of CUDA, not of {device.type}")
+
+
+def full_row(args, grid: int, device: torch.device) -> dict:
+    """With the kernel that torch picks, which a claim about its speed should name."""
+    batch_size, num_heads = candidates.shape_of(args, grid)
+    dtype = candidates.DTYPES[args.dtype]
+    q = torch.zeros(batch_size, num_heads, grid * grid, args.head_dim, device=device, dtype=dtype, requires_grad=True)
+    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q)).name
+    return {"kernel": kernel} | row_of(args, grid, candidates.attention_candidates(args, grid, [], device), device)
+
+
+def forced_row(args, grid: int, name: str, kernel: SDPBackend, device: torch.device) -> dict:
+    (full,) = candidates.attention_candidates(args, grid, [], device)
+    return row_of(args, grid, [full, with_kernel(full, name, kernel)], device)
+
+
+def with_kernel(full: candidates.Candidate, name: str, kernel: SDPBackend) -> candidates.Candidate:
+    """Full attention by this kernel alone."""
+
+    def forced(function: Callable) -> Callable:
+        def call():
+            with sdpa_kernel(kernel):
+                return function()
+
+        return call
+
+    backend = f"{candidates.FULL}, {name}"
+    return replace(full, backend=backend, run=forced(full.run), check=forced(full.check))
+
+
+def measure_attention(rows: Rows, folder: Path, args, device: torch.device) -> None:
+    backends, left_out = candidates.usable_backends(args.backends, "attention", device)
+    for name, reason in left_out.items():
+        rows.leave_out(name, reason)
+    for grid in args.grids:
+        for spec in candidates.masks_of(args):
+            for backend in backends:
+                rows.add(f"{spec.label}, {grid}x{grid}: {backend}", masked_row, args, grid, spec, backend, device)
+
+
+def masked_row(args, grid: int, spec: MaskSpec, backend: str, device: torch.device) -> dict:
+    steps = [spec.expansion_step]
+    one = argparse.Namespace(**{**vars(args), "mask_types": [spec.mask_type], "expansion_steps": steps})
+    full, *masked = candidates.attention_candidates(one, grid, [backend], device)
+    if not masked:
+        raise utils.UserError(f"backend {backend} does not take this mask")
+    return row_of(one, grid, [full, *masked], device)
+
+
+def row_of(args, grid: int, measured: list[candidates.Candidate], device: torch.device) -> dict:
+    """The row of the last one, compared with the first one: checked, then timed in turns."""
+    batch_size, num_heads = candidates.shape_of(args, grid)
+    shape = {"dtype": args.dtype, "batch_size": batch_size, "num_heads": num_heads, "head_dim": args.head_dim}
+    return shape | benchmark.measure_candidates(measured, args, grid, device)[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, by the flags of benchmark.py --level training: the loop of main.py in bf16
+
+
+def measure_training(rows: Rows, folder: Path, args, device: torch.device) -> None:
+    rows.add(f"{args.model} at {args.img_size} px, {args.compile}", training_row, args, device)
+
+
+def training_row(args, device: torch.device) -> dict:
+    epoch = build_epoch(args, device)
+    first_seconds = hardware.seconds_of(epoch, device)
+    hardware.reset_peak_memory(device)
+    seconds = [hardware.seconds_of(epoch, device) for _ in range(args.rounds)]
+
+    num_images = args.steps * args.batch_size
+    rate = num_images / statistics.median(seconds)
+    flops = 3 * models.count_forward_flops(training.build_ours(args))["total"] * rate  # backward counts twice
+    peak = hardware.peak_flops(device, "bf16")
     return {
-        "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
+        "batch_size": args.batch_size,
+        "num_steps": args.steps * args.rounds,
+        "images_per_second": rate,
+        "images_per_second_of_rounds": [num_images / value for value in seconds],
+        "first_epoch_seconds": first_seconds,
+        "flops_per_second": flops,
+        "flops_utilization": None if peak is None else 100 * flops / peak,
+        "flops_utilization_of_matmul": 100 * flops / matmul_rate("bf16", args.rounds, device)["flops_per_second"],
+        "peak_memory_bytes": hardware.peak_memory_bytes(device),
     }
 
 
+def measure_profile(rows: Rows, folder: Path, args, device: torch.device) -> None:
+    rows.add(f"{args.model} at {args.img_size} px, {args.compile}", profile_row, folder, args, device)
+
+
+def profile_row(folder: Path, args, device: torch.device) -> dict:
+    """A trace of one epoch for chrome://tracing, its table as text, and the share of the time that kernels ran."""
+    epoch = build_epoch(args, device)
+    for _ in range(2):  # compiles, and records CUDA graphs
+        epoch()
+    with torch.profiler.profile() as profile:
+        seconds = hardware.seconds_of(epoch, device)
+
+    stem = f"profile_{args.model}_{args.img_size}px_{args.compile}"
+    trace, table = folder / f"{stem}.json.gz", folder / f"{stem}.txt"
+    profile.export_chrome_trace(str(trace))
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    utils.write_text(table, profile.key_averages().table(sort_by=order, row_limit=60))
+
+    return {
+        "num_steps": args.steps,
+        "seconds": seconds,
+        "percent_on_device": percent_on_device(trace, seconds) if device.type == "cuda" else None,
+        "trace": trace.name,
+        "table": table.name,
+    }
+
+
+def percent_on_device(trace: Path, seconds: float) -> float:
+    """What kernels and copies took of the time; they follow each other on one stream."""
+    with gzip.open(trace, "rt", encoding="utf-8") as file:
+        events = json.load(file)["traceEvents"]
+    return 100 * sum(event["dur"] for event in events if event.get("cat") in ON_DEVICE) / (1e6 * seconds)
+
+
+def build_epoch(args, device: torch.device) -> Callable[[], None]:
+    """A function that trains `args.steps` steps as main.py does, on random images."""
+    side = pipeline.SIDE
+    pixels = torch.randint(256, (args.steps * args.batch_size, 3, side, side), dtype=torch.uint8)
+    return training.our_loop(args, pixels, "bf16", ["--recipe", "plain"], device)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Full attention by kernel
 
 
-def kernels(args, device: torch.device, write: Callable[[dict], None]) -> None:
-    """Forward and backward of full attention at 64x64 patches (B 8, H 12, D 64, bf16): what "full" means on a GPU."""
-    shape = (1, 2, 64, 64) if args.small else (8, 12, 4096, 64)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = torch.randn(4, *shape, generator=generator).to(device, torch.bfloat16).unbind(0)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-
-    def run() -> tuple[Tensor, ...]:
-        out = F.scaled_dot_product_attention(q, k, v)
-        return out, *torch.autograd.grad(out, (q, k, v), grad)
-
-    for kernel in (None, *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)):
-        row = {"what": "full attention, forward and backward", "shape": shape, "dtype": "bf16"}
-        row["kernel"] = "default" if kernel is None else kernel.name
-        if kernel is not None and device.type != "cuda":
-            write(row | {"skipped": "only CUDA has this kernel"})
-            continue
-        try:
-            with sdpa_kernel(kernel or list(SDPBackend.__members__.values())):
-                row["largest_error"] = largest_error(run, (q, k, v, grad))
-                row["milliseconds"] = 1e3 * median_seconds(run, device, 3 if args.small else 50)
-        except RuntimeError as error:
-            row["failed"] = utils.first_line(error)
-        write(row)
+def training_args(argv: list[str]) -> argparse.Namespace:
+    return benchmark.parse_args(["--level", "training", *argv])
 
 
-def largest_error(run: Callable[[], tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> float:
-    """Of outputs and gradients against float64, relative to the largest value; on one image and two heads."""
-    q, k, v, grad = (x.detach()[:1, :2].cpu().double() for x in inputs)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
-    exact = (out, *torch.autograd.grad(out, (q, k, v), grad))
-    found = [x.detach()[:1, :2].cpu().double() for x in run()]
-    return max(
-        ((ours - right).abs().max() / right.abs().max()).item() for ours, right in zip(found, exact, strict=True)
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ViT-B/16
-
-
-def model(args, device: torch.device, write: Callable[[dict], None]) -> None:
-    """30 training steps of ViT-B/16 at 224 in bf16, batch 256, and the profile of three more."""
-    batch_size, steps = (2, 3) if args.small else (256, 30)
-    img_size, preset = (32, "vit_micro") if args.small else (224, "vit_base")
-    torch.manual_seed(0)
-    net = models.VisionTransformer(img_size, backend="dense", **models.PRESETS[preset]).to(device)
-    settings = {"lr": 1e-4, "weight_decay": 0.1, "optimizer": "adamw"}
-    (optimizer,) = optimizers.build_optimizers(net, settings)
-    compiled = net if args.compile == "off" else torch.compile(net, mode=args.compile, dynamic=False)
-    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
-    labels = torch.arange(batch_size, device=device) % 10
-
-    def step() -> None:
-        if args.compile == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
-        with hardware.autocast(device, "bf16"):
-            loss = F.cross_entropy(compiled(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds = median_seconds(step, device, steps)
-    flops = 3 * models.count_forward_flops(net)["total"] * batch_size
-    peak = hardware.peak_flops(device, "bf16")
-    write(
-        {
-            "what": f"training step of ViT at {img_size}, bf16",
-            "compile": args.compile,
-            "batch_size": batch_size,
-            "images_per_second": batch_size / seconds,
-            "flops_utilization_percent": None if peak is None else 100 * flops / seconds / peak,
-            "peak_memory_bytes": hardware.peak_memory_bytes(device),
-        }
-    )
-    profile(step, args, device)
-
-
-def profile(step: Callable[[], None], args, device: torch.device) -> None:
-    """A table of the costliest operations, and a trace for chrome://tracing, beside the output."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(3):
-            step()
-        hardware.synchronize(device)
-    sort_by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    name = f"profile_{args.compile}"
-    (args.output.parent / f"{name}.txt").write_text(profiler.key_averages().table(sort_by=sort_by, row_limit=30))
-    profiler.export_chrome_trace(str(args.output.parent / f"{name}.json.gz"))
+COMMANDS = {
+    "ceilings": (measure_ceilings, training_args),
+    "full": (measure_full, benchmark.parse_args),
+    "attention": (measure_attention, benchmark.parse_args),
+    "training": (measure_training, training_args),
+    "profile": (measure_profile, training_args),
+}
 
 
 def main(argv=None) -> int:
-    args = parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) < 2 or argv[0] not in COMMANDS:
+        raise utils.UsageError(f"expected one of {', '.join(COMMANDS)} and a folder, got {' '.join(argv) or 'nothing'}")
+    command, folder = argv[0], Path(argv[1])
+    measure, parse_args = COMMANDS[command]
+    args = parse_args(argv[2:])
+    hardware.keep_freed_memory()
     device = hardware.pick_device(args.device)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    card = hardware.device_name(device)
-
-    def write(row: dict) -> None:
-        line = json.dumps({**row, "device": card, "torch": torch.__version__})
-        print(line, flush=True)
-        with open(args.output, "a") as file:
-            file.write(line + "\n")
-
-    {"ceilings": ceilings, "kernels": kernels, "model": model}[args.what](args, device, write)
-    return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = Rows(folder, command, device)
+    measure(rows, folder, args, device)
+    return 1 if rows.num_failed else 0
 
 
 if __name__ == "__main__":

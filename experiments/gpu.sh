@@ -1,132 +1,194 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, one PART a command. Each part ends within ten minutes and needs no other.
+# What a GPU is to be asked first, in seven parts. Each takes at most ten minutes and needs none of the others; a step
+# that fails, hangs or kills its process stops no other step.
 #
-#     bash experiments/gpu.sh PART [FOLDER]      # FOLDER: where the results go (default: experiments/gpu)
-#     SMALL=1 bash experiments/gpu.sh PART       # the same steps, tiny and on the CPU: does the script itself work?
+#   bash experiments/gpu.sh                  lists the parts
+#   bash experiments/gpu.sh PART [FOLDER]    runs one, by name or number
 #
-#     1 machine     versions, and what copies and matrix products reach at most
-#     2 tests       the tests that need CUDA
-#     3 attention   64x64 patches, step 2: full attention by each of SDPA's kernels, and every backend
-#     4 grids       other grids, steps and patterns
-#     5 base        ViT-B/16 at 224: eager, compiled, with CUDA graphs; a profile; utilization
-#     6 training    training at 32 pixels beside the bare model and the usual loop
-#     7 accuracy    a short sweep on CIFAR images: DATA=<image folder>, or ARCHIVE=<cifar10-jpeg.tar.xz>
+# FOLDER (experiments/gpu) gets rows.jsonl, one JSON row for each measurement and each step as soon as it is there, the
+# output of each step as PART-STEP.txt, and the reports. The exit code is 1 if a step failed; the last line names it.
 #
-# A step that fails or runs out of time costs no other step; the last line names it, and the exit code is 1.
-# Each step writes its JSON as soon as something is measured. PYTHON=<python> chooses the interpreter.
+#   SMALL=1      tiny shapes on the CPU, to try the script itself; what needs CUDA is said and left out
+#   PYTHON=...   the interpreter (.venv/bin/python where there is one, else python3)
+#   DATA=...     the image folder of part 7 (data/cifar10-jpeg)
+#   ARCHIVE=...  cifar10-jpeg.tar.xz, from which DATA is unpacked where it is not there
+#   PART_SECONDS=540   after which a part stops: the step that runs, and those that have not started
 
-set -uo pipefail
-cd "$(dirname "$0")/.."
+PARTS=(machine tests attention grids base training accuracy)
+PART_SECONDS=${PART_SECONDS:-540}
 
-PART=${1:-}
-FOLDER=${2:-experiments/gpu}
-PYTHON=${PYTHON:-python}
-SMALL=${SMALL:-}
-DEVICE=${SMALL:+cpu}
-DEVICE=${DEVICE:-cuda}
-DATA=${DATA:-data/cifar10-jpeg}
-ARCHIVE=${ARCHIVE:-}
-failed=()
+usage() {
+    cat <<'END'
+usage: bash experiments/gpu.sh PART [FOLDER]
 
-# step SECONDS NAME COMMAND...
-step() {
-    local seconds=$1 name=$2
-    shift 2
-    echo "== $name: $*"
-    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$FOLDER/$name.log"
-    local code=${PIPESTATUS[0]}
-    [ "$code" = 0 ] || failed+=("$name (exit code $code)")
+  1  machine     versions; rates of a copy and of matrix products in bf16, fp32 and tf32
+  2  tests       pytest -m cuda
+  3  attention   64x64 patches, square of step 2: full attention by each kernel, dense, flex, diagonal
+  4  grids       grids 14, 28 and 128; steps 1 and 3; plus and 1D
+  5  base        ViT-B/16 at 224 px: 30 steps each, eager, compiled and with CUDA graphs; a profiler trace; utilization
+  6  training    ViT-Tiny/4 at 32 px: images/s of training, and what share of the bare model's rate that is
+  7  accuracy    full and square attention of step 1 on CIFAR images (JPEG copy), 12 epochs, one seed
+END
 }
 
-# What SMALL=1 puts in the place of the real size.
-size() { if [ -n "$SMALL" ]; then echo "$2"; else echo "$1"; fi; }
-
-measure() { "$PYTHON" experiments/gpu.py "$@" --device "$DEVICE" --output "$FOLDER/rows.jsonl" ${SMALL:+--small}; }
-export -f measure
-export PYTHON DEVICE FOLDER SMALL
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
 
 machine() {
-    step 300 ceilings bash -c 'measure ceilings'
+    step ceilings 300 "${MEASURE[@]}" ceilings "$FOLDER" --device "$DEVICE"
 }
 
 tests() {
-    step 580 tests "$PYTHON" -m pytest -m cuda -q
+    step pytest 540 "$PYTHON" -m pytest -v -m cuda --durations 10 --junitxml "$FOLDER/tests.xml"
 }
 
 attention() {
-    local grid
-    grid=$(size 64 8)
-    step 200 kernels bash -c 'measure kernels'
-    step 380 attention "$PYTHON" benchmark.py --device "$DEVICE" --dtype bf16 --grids "[$grid]" --batch_size "$(size 8 1)" \
-        --num_heads "$(size 12 2)" --head_dim 64 --mask_types '["2d_all_neighbors"]' --expansion_steps '[2]' \
-        --backends "$(size '["dense", "diagonal", "flex"]' '["dense", "uncompiled"]')" --rounds "$(size 21 3)" \
-        --output "$FOLDER/attention_64.json"
+    step full 120 "${MEASURE[@]}" full "$FOLDER" "${SHAPE[@]}" --grids "[$GRID]"
+    for backend in dense flex "$DIAGONAL"; do
+        pattern "$backend" 300 "$GRID" 2d_all_neighbors 2 "[\"$backend\"]"
+    done
 }
 
 grids() {
-    local backends rounds
-    backends=$(size '["diagonal", "flex"]' '["uncompiled"]')
-    rounds=$(size 21 3)
-    for grid in $(size "14 28 128" "4"); do
-        step 190 "grid_$grid" "$PYTHON" benchmark.py --device "$DEVICE" --dtype bf16 --grids "[$grid]" \
-            --batch_size "$(size 8 1)" --num_heads "$(size 12 2)" --head_dim 64 \
-            --mask_types '["1d_all_neighbors", "2d_cardinal", "2d_all_neighbors"]' --expansion_steps "$(size '[1, 3]' '[1]')" \
-            --backends "$backends" --rounds "$rounds" --output "$FOLDER/attention_$grid.json"
+    local all="[\"dense\", \"flex\", \"$DIAGONAL\"]"
+    for grid in "${OTHER_GRIDS[@]}"; do
+        step "full_$grid" 90 "${MEASURE[@]}" full "$FOLDER" "${SHAPE[@]}" --grids "[$grid]"
+        pattern "grid_$grid" 130 "$grid" 2d_all_neighbors 1 "$all"
     done
+    pattern step_1 100 "$GRID" 2d_all_neighbors 1 "$all"
+    pattern plus 100 "$GRID" 2d_cardinal 2 "$all"
+    pattern 1d 150 "$GRID" 1d_all_neighbors 2 "$all"
+    pattern step_3 300 "$GRID" 2d_all_neighbors 3 "$all" # last: compiling 49 diagonals takes minutes
+}
+
+pattern() { # STEP SECONDS GRID MASK_TYPE EXPANSION_STEP BACKENDS
+    step "$1" "$2" "${MEASURE[@]}" attention "$FOLDER" "${SHAPE[@]}" \
+        --grids "[$3]" --mask_types "[\"$4\"]" --expansion_steps "[$5]" --backends "$6"
 }
 
 base() {
-    for mode in off default $([ -n "$SMALL" ] || echo reduce-overhead); do
-        MODE=$mode step 190 "base_$mode" bash -c 'measure model --compile "$MODE"'
+    local run=(--device "$DEVICE" "${VIT_BASE[@]}")
+    for mode in off default reduce-overhead; do
+        if [ "$SMALL" ] && [ "$mode" = reduce-overhead ]; then
+            leave_out "$mode" "CUDA graphs need CUDA"
+        else
+            step "$mode" 180 "${MEASURE[@]}" training "$FOLDER" "${run[@]}" --steps 10 --rounds 3 --compile "$mode"
+        fi
     done
+    step profile 120 "${MEASURE[@]}" profile "$FOLDER" "${run[@]}" --steps 3 --compile default
 }
 
 training() {
-    step 580 training "$PYTHON" benchmark.py --level training --device "$DEVICE" --steps "$(size 40 1)" --rounds "$(size 7 3)" \
-        --batch_size "$(size 512 4)" --model "$(size vit_tiny vit_micro)" --output "$FOLDER/training.json"
+    for mode in "${COMPILE_MODES[@]}"; do
+        step "$mode" 200 "$PYTHON" benchmark.py --level training --device "$DEVICE" --img_size 32 --patch_size 4 "${TINY[@]}" \
+            --compile "$mode" --output "$FOLDER/training_32px_$mode.json"
+    done
 }
 
 accuracy() {
-    if [ ! -d "$DATA" ] && [ -n "$ARCHIVE" ]; then
-        mkdir -p "$(dirname "$DATA")" && tar -xJf "$ARCHIVE" -C "$(dirname "$DATA")"
-    fi
-    local dataset=(--dataset imagefolder)
-    local where=(--data_dir "$DATA")
-    if [ -n "$SMALL" ]; then
-        dataset=(--dataset digits)
-        where=()
+    if [ "$SMALL" ]; then
+        echo "SMALL=1: digits stand in for the CIFAR images"
     elif [ ! -d "$DATA" ]; then
-        failed+=("accuracy (no image folder $DATA; name one with DATA=, or the archive with ARCHIVE=)")
-        return
+        step unpack 120 "$PYTHON" -m tarfile -e "$ARCHIVE" "$DATA.unpacked" \
+            && mv "$DATA.unpacked"/* "$DATA" && rmdir "$DATA.unpacked" \
+            && echo "CIFAR-10 (JPEG q75 copy)" >"$DATA/label.txt"
     fi
-    step 560 accuracy "$PYTHON" run_experiments.py --gpus "$(size 1 0)" --runs_per_gpu "$(size 2 1)" "${dataset[@]}" \
-        --mask_types '["full", "2d_all_neighbors"]' --expansion_steps '[1]' --output_dir "$FOLDER/runs" -- "${where[@]}" \
-        --model "$(size vit_tiny vit_micro)" --img_size "$(size 32 8)" --patch_size "$(size 4 2)" --pool mean --dropout 0 \
-        --optimizer muon --lr 4e-3 --weight_decay 0.05 --batch_size 128 --epochs "$(size 8 1)"
+    step sweep 500 "$PYTHON" run_experiments.py "${SWEEP[@]}" --mask_types '["full", "2d_all_neighbors"]' \
+        --expansion_steps '[1]' --seeds '[0]' --output_dir "$FOLDER/runs" -- --device "$DEVICE" "${SWEPT_RUN[@]}"
 }
 
-case $PART in
-    1 | machine) part=machine ;;
-    2 | tests) part=tests ;;
-    3 | attention) part=attention ;;
-    4 | grids) part=grids ;;
-    5 | base) part=base ;;
-    6 | training) part=training ;;
-    7 | accuracy) part=accuracy ;;
-    *)
-        sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2
-        echo "gpu.sh: error: expected a part, 1 to 7 or its name, got '$PART'" >&2
-        exit 2
-        ;;
-esac
+# ---------------------------------------------------------------------------------------------------------------------
+# What the parts are made of
 
-mkdir -p "$FOLDER" || exit 1
-FOLDER=$(cd "$FOLDER" && pwd)
-"$part"
-if [ ${#failed[@]} -gt 0 ]; then
-    printf 'gpu.sh: failed in part %s: ' "$part"
-    printf '%s; ' "${failed[@]}"
-    echo
+# step NAME SECONDS COMMAND...: run it for so long at most, or for what is left of the part, and note how it ended.
+step() {
+    local name=$1 limit=$2 start=$SECONDS code=0
+    local log="$FOLDER/$PART-$name.txt" left=$((PART_SECONDS - SECONDS))
+    shift 2
+    [ "$left" -lt "$limit" ] && limit=$left
+    if [ "$limit" -le 0 ]; then
+        code=124 # as of timeout
+        echo "not started" >"$log"
+    else
+        echo "--- $PART, $name: at most $limit s"
+        # In the background, for signals to reach this script at once; to a file, as a pipe would wait for stray children.
+        timeout --kill-after=15 "$limit" "$@" >"$log" 2>&1 </dev/null &
+        CHILD=$!
+        wait "$CHILD" || code=$?
+        CHILD=
+    fi
+    tail -n 30 "$log"
+    [ "$code" = 124 ] && echo "$name: out of time"
+    [ "$code" = 0 ] || FAILED+=("$name (exit code $code)")
+    note "$name" "\"exit_code\": $code, \"seconds\": $((SECONDS - start))"
+    return "$code"
+}
+
+leave_out() { # NAME REASON
+    echo "--- $PART, $1: left out ($2)"
+    note "$1" "\"left_out\": \"$2\""
+}
+
+note() { # NAME FIELDS
+    printf '{"what": "step", "part": "%s", "name": "%s", %s}\n' "$PART" "$1" "$2" >>"$FOLDER/rows.jsonl"
+}
+
+interrupted() {
+    [ "$CHILD" ] && kill -TERM "$CHILD" && wait "$CHILD"
+    echo "gpu.sh: interrupted; what was measured is in $FOLDER" >&2
+    exit 130
+}
+
+refuse() {
+    echo "gpu.sh: error: $1" >&2
+    exit 2
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+[ $# -gt 0 ] || { usage; exit 0; }
+[ $# -le 2 ] || refuse "expected PART and FOLDER, got $*"
+PART=$1
+[[ $PART =~ ^[1-7]$ ]] && PART=${PARTS[PART - 1]}
+[[ " ${PARTS[*]} " = *" $PART "* ]] || refuse "no part is called $PART; expected 1 to 7 or one of ${PARTS[*]}"
+
+REPOSITORY=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
+FOLDER=$(realpath -m "${2:-$REPOSITORY/experiments/gpu}")
+DATA=$(realpath -m "${DATA:-$REPOSITORY/data/cifar10-jpeg}")
+[ "$ARCHIVE" ] && ARCHIVE=$(realpath -m "$ARCHIVE")
+if [ "$PART" = accuracy ] && [ ! "$SMALL" ] && [ ! -d "$DATA" ] && [ ! -f "$ARCHIVE" ]; then
+    refuse "no image folder $DATA; name one as DATA=..., or its archive as ARCHIVE=..."
+fi
+mkdir -p "$FOLDER" && cd "$REPOSITORY" || exit 1
+[ "$PYTHON" ] || { PYTHON=python3 && [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; }
+export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+MEASURE=("$PYTHON" experiments/gpu.py)
+FAILED=() CHILD=
+
+if [ "$SMALL" ]; then
+    DEVICE=cpu GRID=6 OTHER_GRIDS=(3 5)
+    DIAGONAL=uncompiled # compiling it on a CPU takes minutes
+    SHAPE=(--device cpu --dtype bf16 --batch_size 1 --num_heads 2 --head_dim 16 --rounds 3)
+    VIT_BASE=(--model vit_micro --img_size 16 --patch_size 8 --batch_size 8)
+    TINY=(--model vit_micro --batch_size 8 --steps 1 --rounds 3 --workers 0) COMPILE_MODES=(off)
+    SWEEP=(--dataset digits --gpus 0) SWEPT_RUN=(--model vit_micro --img_size 16 --patch_size 4 --epochs 1)
+else
+    DEVICE=cuda GRID=64 OTHER_GRIDS=(14 28 128)
+    DIAGONAL=diagonal
+    SHAPE=(--device cuda --dtype bf16 --batch_size 8 --num_heads 12 --head_dim 64 --rounds 9)
+    VIT_BASE=(--model vit_base --img_size 224 --patch_size 16 --batch_size 128)
+    TINY=(--model vit_tiny --batch_size 512 --steps 20 --rounds 5 --workers 8) COMPILE_MODES=(off default reduce-overhead)
+    SWEEP=(--dataset imagefolder --gpus 1 --runs_per_gpu 2)
+    SWEPT_RUN=(--data_dir "$DATA" --model vit_tiny --img_size 32 --patch_size 4 --pool mean --dropout 0)
+    SWEPT_RUN+=(--optimizer muon --lr 4e-3 --weight_decay 0.05 --batch_size 128 --epochs 12)
+fi
+
+trap interrupted INT TERM
+"$PART"
+if [ ${#FAILED[@]} -gt 0 ]; then
+    printf -v names ', %s' "${FAILED[@]}"
+    echo "gpu.sh: failed in part $PART: ${names:2}; see $FOLDER/$PART-*.txt"
     exit 1
 fi
-echo "gpu.sh: part $part is done, results in $FOLDER"
+echo "gpu.sh: part $PART is done, results in $FOLDER"

@@ -1,5 +1,6 @@
 """Every script from outside: it starts, helps without network, and fails on one line."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -61,17 +62,73 @@ def test_the_script_for_gpus_measures_and_writes_each_row(tmp_path):
     done = gpu_script(tmp_path, "machine")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = utils.read_json_lines(tmp_path / "gpu" / "rows.jsonl")
-    assert [row["what"] for row in rows[:2]] == ["versions", "copy"]
+    names = ["versions", "copy", "matmul fp32", "matmul tf32", "matmul bf16", "ceilings"]
+    assert [row["name"] for row in rows] == names
+    assert rows[0]["provenance"]["versions"]["torch"]
+    assert rows[1]["bytes_per_second"] > 0
+    assert "left_out" in rows[3]
+    assert rows[5]["exit_code"] == 0
 
 
-def test_the_script_for_gpus_names_what_failed_and_lists_its_parts(tmp_path):
-    done = gpu_script(tmp_path, "5", PYTHON="false")
+def test_the_script_for_gpus_goes_on_after_a_failure_and_names_it(tmp_path):
+    done = gpu_script(tmp_path, "4", PYTHON="false")
     assert done.returncode == 1
-    words = "gpu.sh: failed in part base: base_off (exit code 1); base_default (exit code 1)"
-    assert words in done.stdout  # the second step ran although the first had failed
-    unknown = gpu_script(tmp_path, "8")
-    assert unknown.returncode == 2
-    assert "7 accuracy" in unknown.stderr
+    steps = utils.read_json_lines(tmp_path / "gpu" / "rows.jsonl")
+    assert len(steps) == 8
+    assert {(row["what"], row["part"], row["exit_code"]) for row in steps} == {("step", "grids", 1)}
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("gpu.sh: failed in part grids: full_3 (exit code 1), grid_3 (exit code 1), ")
+
+
+def test_the_script_for_gpus_ends_what_hangs(tmp_path):
+    hanging = tmp_path / "python"
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    done = gpu_script(tmp_path, "base", PYTHON=str(hanging), PART_SECONDS="1")
+    assert done.returncode == 1
+    off, default, graphs, profile = utils.read_json_lines(tmp_path / "gpu" / "rows.jsonl")
+    assert [row["exit_code"] for row in (off, default, profile)] == [124] * 3
+    assert graphs["left_out"] == "CUDA graphs need CUDA"
+    assert (tmp_path / "gpu" / "base-default.txt").read_text() == "not started\n"
+
+
+def test_the_script_for_gpus_lists_its_parts_and_refuses_others(tmp_path):
+    listed = subprocess.run(["bash", "experiments/gpu.sh"], capture_output=True, text=True, cwd=utils.REPOSITORY)
+    assert listed.returncode == 0
+    assert "7  accuracy" in listed.stdout
+    for part, environment, words in [
+        ("8", {}, "no part is called 8; expected 1 to 7 or one of machine tests"),
+        ("accuracy", {"SMALL": "", "DATA": "nowhere"}, "or its archive as ARCHIVE="),
+    ]:
+        done = gpu_script(tmp_path, part, **environment)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert words in done.stderr
+
+
+def test_a_candidate_that_fails_on_a_gpu_costs_no_other_its_row(tmp_path, monkeypatch, capsys):
+    gpu = load_gpu_measurements(monkeypatch)
+    attend = gpu.candidates.make_attend
+
+    def broken(backend, *arguments):
+        if backend == "dense":
+            raise RuntimeError("CUDA error: out of luck\nand more")
+        return attend(backend, *arguments)
+
+    monkeypatch.setattr(gpu.candidates, "make_attend", broken)
+    options = "--device cpu --grids [3] --batch_size 1 --num_heads 1 --head_dim 8 --rounds 3 --expansion_steps [1]"
+    lists = ["--mask_types", '["2d_cardinal"]', "--backends", '["dense", "flex", "uncompiled"]']
+    assert gpu.main(["attention", str(tmp_path), *options.split(), *lists]) == 1
+    flex, dense, uncompiled = utils.read_json_lines(tmp_path / "rows.jsonl")
+    assert flex["left_out"] == "FlexAttention has no backward off CUDA"
+    assert dense["error"] == "CUDA error: out of luck"
+    assert uncompiled["milliseconds"]["median"] > 0
+    assert uncompiled["largest_error"] < 1e-4
+
+
+def load_gpu_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(utils.REPOSITORY / "experiments")
+    return importlib.import_module("gpu")
 
 
 def test_a_path_may_begin_at_home(monkeypatch):

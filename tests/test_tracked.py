@@ -23,6 +23,7 @@ WRITTEN = {
 # Folders that are the user's own, or are made by a run or an installation.
 OF_THE_USER = {
     *("test", "val", "validation", "photos/pets", "experiments/pets", "experiments/imagefolder", ".venv/bin/python"),
+    *("experiments/cifar10-jpeg", "imagefolder"),
 }
 FOLDERS = ("", "experiments/", "docs/")  # that a name may be relative to
 
