@@ -6,7 +6,7 @@
     gpu.py training FOLDER    training steps, and what share of the device's peak they reach
     gpu.py profile FOLDER     a trace of one epoch of few steps
 
-`full` and `attention` take the flags of benchmark.py, the others those of benchmark.py --level training. Each measurement is
+`full` and `attention` take the flags of benchmark.py, the others those of its --level training. Each measurement is
 appended to FOLDER/rows.jsonl as soon as it is made; one that fails becomes a row with its error, and the next one runs.
 """
 
