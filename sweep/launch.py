@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -67,8 +68,8 @@ def gpu_ids(num_gpus: int | None) -> list[str]:
         hides_all = visible.strip() in ("", "-1")
         if not found and not hides_all:
             raise utils.UsageError(
-                f"CUDA_VISIBLE_DEVICES is {visible!r}, which names no GPU that CUDA can use; correct or unset it, or "
-                "run on the CPU with --gpus 0"
+                f"CUDA_VISIBLE_DEVICES is {visible!r}, which names no GPU that CUDA can use (it takes none where one "
+                "is there twice); correct or unset it, or run on the CPU with --gpus 0"
             )
     else:
         found, counted_by = _ask_nvidia_smi(), "nvidia-smi lists"
@@ -87,17 +88,19 @@ def visible_gpus(visible: str) -> list[str]:
     """The GPUs that CUDA takes from CUDA_VISIBLE_DEVICES: those before the first name that is none.
 
     A name is an index, or the (beginning of the) UUID of a GPU or of a MIG slice. Warns of names that are passed over.
+    Where one is there twice, CUDA takes none.
     """
     names = [name.strip() for name in visible.split(",")]
-    first = 0
-    while first < len(names) and _is_gpu_name(names[first]) and names[first] not in names[:first]:
-        first += 1
-    if 0 < first < len(names) and names[first] != "-1":
+    found = list(itertools.takewhile(_is_gpu_name, names))
+    if len(set(found)) < len(found):
+        return []
+    rest = names[len(found) :]
+    if found and rest and rest[0] != "-1":
         utils.warn(
-            f"CUDA stops at {names[first]!r} in CUDA_VISIBLE_DEVICES={visible}, which is no GPU or is there twice; "
-            f"only {', '.join(names[:first])} can be used"
+            f"CUDA stops at {rest[0]!r} in CUDA_VISIBLE_DEVICES={visible}, which is no GPU; only {', '.join(found)} "
+            "can be used"
         )
-    return names[:first]
+    return found
 
 
 def _is_gpu_name(name: str) -> bool:
@@ -141,13 +144,19 @@ def _call_nvidia_smi(*options: str) -> subprocess.CompletedProcess | None:
 def make_slots(gpus: list[str], runs_per_gpu: int, gpus_per_run: int = 1) -> list[str]:
     """One entry a slot, its GPUs as in CUDA_VISIBLE_DEVICES ("" = the CPU); few runs spread over many GPUs.
 
-    Raises UsageError if the GPUs are too few for one run.
+    Raises UsageError if the GPUs are too few for one run, or slices, of which CUDA shows a process only one.
     """
     if not gpus:
         return [""] * runs_per_gpu
     if len(gpus) < gpus_per_run:
         raise utils.UsageError(
             f"--gpus_per_run {gpus_per_run}, but there are {len(gpus)} GPUs to use; ask for at most that many"
+        )
+    slices = [gpu for gpu in gpus if gpu.startswith("MIG-")]
+    if slices and gpus_per_run > 1:
+        raise utils.UsageError(
+            f"--gpus_per_run {gpus_per_run}, but {slices[0]} is a slice of a GPU, of which CUDA gives a run only one; "
+            "use --gpus_per_run 1, or name whole GPUs in CUDA_VISIBLE_DEVICES"
         )
     starts = range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)
     return [",".join(gpus[start : start + gpus_per_run]) for start in starts] * runs_per_gpu

@@ -151,10 +151,12 @@ def test_gpus_are_read_from_the_variable_as_cuda_reads_it(monkeypatch, capsys, v
     assert warned == (visible in ("0,foo,1", "0,,1"))
 
 
-def test_a_variable_that_names_no_gpu_is_an_error_and_not_the_cpu(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "NoDevFiles")  # Slurm's, where it gives a job no GPU
+# The first is Slurm's, where it gives a job no GPU. Of one that is there twice, CUDA takes none at all.
+@pytest.mark.parametrize("visible", ["NoDevFiles", "foo,0", "0,0", "1,0,1,foo"])
+def test_a_variable_that_names_no_gpu_is_an_error_and_not_the_cpu(monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     for number in (None, 2):
-        with pytest.raises(utils.UsageError, match=r"'NoDevFiles', which names no GPU.*--gpus 0"):
+        with pytest.raises(utils.UsageError, match=rf"'{visible}', which names no GPU.*--gpus 0"):
             launch.gpu_ids(number)
     assert launch.gpu_ids(0) == []
 
@@ -179,6 +181,9 @@ def test_slices_of_a_gpu_are_used_by_their_names(nvidia_smi):
     assert launch.gpu_ids(None) == ["MIG-a", "MIG-b", "1"]
     assert launch.gpu_responds("MIG-b")
     assert not launch.gpu_responds("MIG-c")
+    assert launch.make_slots(launch.gpu_ids(None), 1) == ["MIG-a", "MIG-b", "1"]
+    with pytest.raises(utils.UsageError, match=r"--gpus_per_run 2, but MIG-a is a slice of a GPU.*--gpus_per_run 1"):
+        launch.make_slots(launch.gpu_ids(None), 1, 2)
 
 
 def test_a_slice_has_not_the_rate_of_the_whole_card(monkeypatch):
