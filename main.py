@@ -105,9 +105,10 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     distributed.check_environment()
-    if args.device in ("auto", "cuda"):
-        distributed.take_own_gpu()
-    settings = resolve_settings(args)
+    with hardware.device_errors(args.grad_accumulation):
+        if args.device in ("auto", "cuda"):
+            distributed.take_own_gpu()
+        settings = resolve_settings(args)
     if settings["dry_run"]:
         with hardware.device_errors(settings["grad_accumulation"]):
             dry_run(settings, find_run(settings, args.dataset_name)[0])

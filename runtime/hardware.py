@@ -28,7 +28,10 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UsageError if the device asked for is not there."""
+    """`auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises UsageError if the device asked for is not there, UserError if another process has the GPU to itself.
+    """
     # With a CUDA compiler and no GPU, torch.compile would log a line about it.
     logging.getLogger("torch.utils.cpp_extension").addFilter(is_worth_saying)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -37,6 +40,9 @@ def pick_device(name: str) -> torch.device:
     if not available[name]:
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
         raise UsageError(f"--device {name}: torch {torch.__version__} sees no such device here; available: {there}")
+    if name == "cuda":
+        with taken_gpu_errors():
+            torch.zeros(1, device="cuda")  # before what tries a compiler, and would take this error for one of its own
     return torch.device(name)
 
 
@@ -44,23 +50,28 @@ def is_worth_saying(record: logging.LogRecord) -> bool:
     return "No CUDA runtime is found" not in record.getMessage()
 
 
-def says_busy(error: BaseException) -> bool:
-    """Whether CUDA says that another process holds the GPU, in exclusive compute mode."""
-    return "busy or unavailable" in str(error)
+@contextlib.contextmanager
+def taken_gpu_errors() -> Iterator[None]:
+    """A GPU that another process has to itself, in exclusive compute mode, as an error with a remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "busy or unavailable" not in str(error):
+            raise
+        raise UserError(
+            f"the GPU is taken: {utils.first_line(error)}. Another process holds it, and its compute mode allows one "
+            "only; wait for that process, choose another GPU with CUDA_VISIBLE_DEVICES, or allow several with "
+            "nvidia-smi -c DEFAULT"
+        ) from error
 
 
 @contextlib.contextmanager
 def device_errors(grad_accumulation: int) -> Iterator[None]:
     """A GPU that is taken, and running out of memory, as errors with a remedy; the second has its own exit code."""
     try:
-        yield
+        with taken_gpu_errors():
+            yield
     except (MemoryError, RuntimeError) as error:
-        if says_busy(error):
-            raise UserError(
-                f"the GPU is taken: {utils.first_line(error)}. Another process holds it, and its compute mode allows "
-                "one only; wait for that process, choose another GPU with CUDA_VISIBLE_DEVICES, or allow several with "
-                "nvidia-smi -c DEFAULT"
-            ) from error
         if not utils.says_no_memory(error):
             raise
         raise OutOfMemoryError(

@@ -15,6 +15,7 @@ import torch
 from processes import wait_for
 
 import attention
+import benchmark
 import main
 import utils
 from attention import choice
@@ -65,8 +66,6 @@ def test_names_that_are_no_text_can_be_written(tmp_path):
 
 
 def test_results_are_written_before_they_are_printed(tmp_path, monkeypatch):
-    import benchmark
-
     def fail(rows):
         raise OSError("no terminal")
 
@@ -242,6 +241,33 @@ def test_what_cuda_says_of_memory_and_of_taken_gpus(tmp_path, monkeypatch, run_s
     assert found == code
     assert words in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("message", "code", "words"),
+    [
+        ("CUDA error: out of memory\nCompile with", 77, "--grad_accumulation 2"),
+        ("CUDA error: all CUDA-capable devices are busy or unavailable\nCompile with", 1, "nvidia-smi -c DEFAULT"),
+    ],
+    ids=["memory", "taken"],
+)
+def test_a_gpu_that_cannot_be_had_is_said_before_anything_is_tried_on_it(
+    monkeypatch, run_script, message, code, words, world_size
+):
+    monkeypatch.setattr(distributed, "WORLD_SIZE", world_size)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: world_size)
+    monkeypatch.setattr(torch.cuda, "set_device", raise_error(message))
+    monkeypatch.setattr(torch, "zeros", raise_error(message))
+    found, _, error = run_script(main.main, "--device", "cuda", "--compile", "default")
+    assert found == code
+    assert words in error
+    assert len(error.splitlines()) == 1
+    if code == 1:  # said by every script
+        found, _, error = run_script(benchmark.main, "--device", "cuda")
+        assert found == code
+        assert words in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
