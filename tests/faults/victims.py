@@ -109,8 +109,7 @@ def _limit_file_size(num_bytes: int) -> None:
 
 def _plant(place: str, count: int) -> None:
     """Make this process kill itself when it is at a place for the count-th time."""
-    import main
-    from training import trainer
+    from training import run_folder, trainer
 
     left = [count]
 
@@ -148,7 +147,7 @@ def _plant(place: str, count: int) -> None:
     elif place == "in the write of the metrics":
         before(utils.os, "replace", lambda source, target: Path(target).name == utils.METRICS)
     elif place == "before summary.json":
-        before(main, "summarize")
+        before(run_folder, "summarize")
     elif place == "in the write of config.json":
         before(utils.os, "replace", lambda source, target: Path(target).name == utils.CONFIG)
     else:
