@@ -145,7 +145,7 @@ def measure_candidates(candidates: list[Candidate], args, grid: int, device: tor
     """Check the candidates, then time them in turns; the first one is what the others are compared with."""
     prepare(candidates, TOLERANCES[args.dtype], device)
     seconds = np.empty((args.rounds, len(candidates)))
-    order = np.random.default_rng(0)  # anew in each turn, so that nobody always finds the caches of the same other one
+    order = np.random.default_rng(0)  # reshuffled each round, so that no candidate always follows the same one
     for turn in tqdm(range(args.rounds), f"grid {grid}x{grid}", leave=False, disable=not sys.stderr.isatty()):
         for index in order.permutation(len(candidates)):
             seconds[turn, index] = hardware.seconds_of(candidates[index].run, device)

@@ -43,7 +43,7 @@ class Split:
 @dataclass
 class Dataset:
     name: str
-    label: str  # how the data is called where results are shown
+    label: str  # display name in tables and plots
     class_names: list[str]
     train: Split
     test: Split

@@ -97,7 +97,7 @@ def format_json(report: dict) -> str:
 
 
 def describe(report: dict) -> str:
-    """The report as text: totals, then a line a class with its commonest confusion."""
+    """The report as text: totals, then one line per class with its most common confusion."""
     top5 = "" if report["top5_accuracy"] is None else f", top-5 {report['top5_accuracy']:.2f}%"
     lines = [
         f"{report['data']}, {report['split']}, epoch {report['epoch']}: loss {report['loss']:.4f}, "

@@ -144,7 +144,7 @@ def report(plan: list[PlannedRun], jobs: list[Job]) -> None:
     left = [job.run.name for job in jobs if not job.is_over]
     if left:
         raise utils.UserError(
-            f"no GPU is left that answers; {len(left)} of {len(plan)} runs left: {', '.join(left)}. Mend the GPUs "
+            f"no GPU is left that answers; {len(left)} of {len(plan)} runs left: {', '.join(left)}. Fix the GPUs "
             "(nvidia-smi, dmesg), then run the same command again"
         )
     if failed:

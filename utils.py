@@ -46,7 +46,7 @@ EXIT_OUT_OF_MEMORY = 77
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was received, what was expected and what to do."""
+    """Something that the user can fix. The message says what was received, what was expected and what to do."""
 
     exit_code = 1
 
@@ -134,7 +134,7 @@ def make_output_safe() -> None:
 
 
 def drop_output() -> None:
-    """Of here on, and what is still in the buffer: whoever read it has gone."""
+    """Discard further output: the reader closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

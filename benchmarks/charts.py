@@ -57,7 +57,7 @@ def _mebibytes(row: dict) -> tuple[float, float, float] | None:
 
 @figures.drawing()
 def _draw(report: dict, ylabel: str, value_of, with_exponent: bool = False, with_ceiling: bool = False) -> Figure:
-    """One panel a mask type, full attention in each; a line a step and backend, with quartiles."""
+    """One panel per mask type, full attention in each; one line per step and backend, with quartiles."""
     from matplotlib.ticker import LogLocator
 
     rows = report["rows"]

@@ -52,7 +52,7 @@ class Folder:
     train: Labeled
     test: Labeled
     class_names: list[str]
-    label: str  # how the data is called where results are shown
+    label: str  # display name in tables and plots
     notes: dict = field(default_factory=dict)  # for config.json: what was not as usual
 
 

@@ -1,4 +1,4 @@
-"""Where the images come from: scikit-learn's digits, torchvision's downloads, a folder of one's own.
+"""Where the images come from: scikit-learn's digits, torchvision's downloads, a folder of your own.
 
 A dataset of your own: a function (data_dir, img_size) -> `Images`, and an entry in DATASETS.
 
@@ -31,7 +31,7 @@ class Images:
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     class_names: list[str]
-    label: str  # how the data is called where results are shown
+    label: str  # display name in tables and plots
     files: dict | None = None  # of an image folder, as identity.describe has it
     notes: dict = field(default_factory=dict)  # for config.json: what was not as usual
 

@@ -143,7 +143,7 @@ def load_run(folder: Path) -> Run | None:
 
 
 def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
-    """One row a pattern: `full` first, then as in MASK_TYPES, by growing step; names of one's own after the default."""
+    """One row per pattern: `full` first, then as in MASK_TYPES, by growing step; your own names after the default."""
     groups = {}
     for run in runs:
         settings = run.settings

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 main.py ...
 
-Without torchrun everything here is for a world of one, and does nothing.
+Without torchrun every function is a no-op in a single process.
 """
 
 from __future__ import annotations

@@ -139,12 +139,12 @@ def _processor_name() -> str:
 
 
 def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From where a copy to the device does not wait."""
+    """Pin host memory so that the copy to the GPU is asynchronous."""
     return x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy there that does not wait."""
+    """Copy to the device, asynchronously where that is possible."""
     return pinned(x, device).to(device, non_blocking=True)
 
 

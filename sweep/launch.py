@@ -142,7 +142,7 @@ def _call_nvidia_smi(*options: str) -> subprocess.CompletedProcess | None:
 
 
 def make_slots(gpus: list[str], runs_per_gpu: int, gpus_per_run: int = 1) -> list[str]:
-    """One entry a slot, its GPUs as in CUDA_VISIBLE_DEVICES ("" = the CPU); few runs spread over many GPUs.
+    """One entry per slot, its GPUs as in CUDA_VISIBLE_DEVICES ("" = the CPU); few runs spread over many GPUs.
 
     Raises UsageError if the GPUs are too few for one run, or slices, of which CUDA shows a process only one.
     """

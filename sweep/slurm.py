@@ -32,7 +32,7 @@ from utils import number_type
 SECONDS_BETWEEN_LOOKS = 5.0
 SECONDS_UNTIL_LOST = 30.0  # without a trace in the queue; files of other nodes may take a while to be seen
 SECONDS_OF_WARNING = 180  # before the time limit; more than launch.GRACE_SECONDS, that it may queue itself again
-JOBS = "jobs.jsonl"  # what was submitted: a line a job
+JOBS = "jobs.jsonl"  # what was submitted: one line per job
 SECONDS_TO_FOLLOW = 60  # of the other nodes' processes of a run, after the first have ended
 ARGUMENTS = {  # flag of run_experiments.py: its default, as argparse has it
     "nodes": 1,
@@ -128,7 +128,7 @@ def import_submitit():
 
 
 def submit(submitit, runs: list[PlannedRun], rules: launch.Rules, args, root: Path) -> None:
-    """Submit a job array, a task a run, and write down which is which."""
+    """Submit a job array, one task per run, and write down which is which."""
     # A warning that comes before the task listens must not end it: what a signal has ended is not queued again.
     deaf = 'sh -c \'trap "" USR1; exec "$0" "$@"\''
     executor = submitit.SlurmExecutor(folder=root, python=f"{deaf} {shlex.quote(sys.executable)}")

@@ -40,7 +40,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 
 
 def keep_as(other: Path, path: Path) -> None:
-    """Give a file, if it is there, a second name, under which it stays when the first is given to another."""
+    """Hard-link `path`, if it is there, to `other`, so that it survives being replaced."""
     if path.exists():
         other.unlink(missing_ok=True)
         try:

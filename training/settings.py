@@ -197,5 +197,5 @@ def resolve_compile(mode: str, device: str, epochs: int) -> str:
         pays = device == "cuda" and epochs >= EPOCHS_WORTH_COMPILING and diagonal.can_compile(device)
         return "default" if pays else "off"
     if mode != "off" and (error := diagonal.compile_error(device)) is not None:
-        raise UsageError(f"--compile: torch.compile does not work here: {error}; mend that, or use --compile off")
+        raise UsageError(f"--compile: torch.compile does not work here: {error}; fix that, or use --compile off")
     return mode
