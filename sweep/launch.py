@@ -281,24 +281,35 @@ class Pool:
         """The state of a job whose process has ended, and what there is to say."""
         job, code = child.job, child.process.returncode
         code = 128 - code if code > 128 else code  # killed by a signal, as srun and shells say it
-        if code == 0 and (job.run.folder / utils.SUMMARY).exists():
+        outcome = judge(
+            code,
+            Facts(
+                has_summary=(job.run.folder / utils.SUMMARY).exists(),
+                is_late=child.is_late,
+                is_stopping=bool(self.signals),
+                can_halve_batches=job.micro_batches is None,
+                retries_left=self.rules.retries - job.num_retries,
+            ),
+        )
+        if outcome == DONE:
             return DONE, "finished"
-        if child.is_late:
+        if outcome == TIMED_OUT:
             return FAILED, f"FAILED: timed out after {self.rules.timeout_minutes:g} minutes"
-        if code == utils.EXIT_AGAIN:
+        if outcome == STOPPED:
             return WAITING, "stopped, all is saved" if self.signals else "was asked to stop, and starts again"
-        if code == utils.EXIT_BUSY:
-            return ELSEWHERE, "is being written by another process, left to it"
-        if self.signals and code < 0:  # by our signal, before it could save
+        if outcome == CUT_SHORT:
             return WAITING, f"ended by {describe_exit(code)}"
-        if code == utils.EXIT_OUT_OF_MEMORY and job.micro_batches is None:
+        if outcome == ELSEWHERE:
+            return ELSEWHERE, "is being written by another process, left to it"
+        if outcome == OUT_OF_MEMORY:
             job.micro_batches = 2 * job.run.micro_batches()
             return WAITING, f"out of memory, starts again with {job.micro_batches} micro-batches a step"
+
         if self._drop_lost_gpus(child.slot):
             return WAITING, "lost its GPU, and waits for another"
         reason = describe_exit(code) if code else f"it ended without a {utils.SUMMARY}"
         text = f"with {reason}: {last_lines(job.run.log)[-1].strip()}"
-        if job.num_retries < self.rules.retries and code != utils.EXIT_USAGE:
+        if outcome == RETRY:
             job.num_retries += 1
             return WAITING, f"failed {text}; retry {job.num_retries} of {self.rules.retries}"
         return FAILED, f"FAILED {text}"
@@ -334,6 +345,40 @@ class Pool:
             time.sleep(POLL_SECONDS)
             with contextlib.suppress(OSError):  # of whoever reads our output
                 self._collect()
+
+
+# What the end of a process means, beside DONE, FAILED and ELSEWHERE.
+TIMED_OUT, STOPPED, CUT_SHORT, OUT_OF_MEMORY, RETRY = "timed out", "stopped", "cut short", "out of memory", "retry"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What there is to know, beside its exit code, of a process that has ended."""
+
+    has_summary: bool
+    is_late: bool  # its time was up
+    is_stopping: bool  # the sweep was told to stop
+    can_halve_batches: bool  # it has not run out of memory before
+    retries_left: int
+
+
+def judge(code: int, facts: Facts) -> str:
+    """What the end of a run's process means; negative codes are signals."""
+    if code == 0 and facts.has_summary:
+        return DONE
+    if facts.is_late:
+        return TIMED_OUT
+    if code == utils.EXIT_AGAIN:
+        return STOPPED
+    if code == utils.EXIT_BUSY:
+        return ELSEWHERE
+    if facts.is_stopping and code < 0:  # by our signal, before it could save
+        return CUT_SHORT
+    if code == utils.EXIT_OUT_OF_MEMORY and facts.can_halve_batches:
+        return OUT_OF_MEMORY
+    if facts.retries_left > 0 and code != utils.EXIT_USAGE:
+        return RETRY
+    return FAILED
 
 
 def describe_exit(code: int) -> str:

@@ -41,6 +41,30 @@ def test_exit_codes_in_words():
     assert launch.describe_exit(-9) == "signal SIGKILL"
 
 
+@pytest.mark.parametrize(
+    ("code", "changes", "outcome"),
+    [
+        (0, {"has_summary": True}, launch.DONE),
+        (0, {"has_summary": True, "is_late": True}, launch.DONE),  # it was just in time
+        (0, {}, launch.FAILED),
+        (1, {"has_summary": True}, launch.FAILED),
+        (75, {"is_late": True}, launch.TIMED_OUT),
+        (75, {}, launch.STOPPED),
+        (76, {}, launch.ELSEWHERE),
+        (-15, {"is_stopping": True}, launch.CUT_SHORT),
+        (-15, {}, launch.FAILED),
+        (77, {}, launch.OUT_OF_MEMORY),
+        (77, {"can_halve_batches": False}, launch.FAILED),
+        (77, {"can_halve_batches": False, "retries_left": 1}, launch.RETRY),
+        (-9, {"retries_left": 2}, launch.RETRY),
+        (2, {"retries_left": 2}, launch.FAILED),  # the same command line would fail again
+    ],
+)
+def test_what_the_end_of_a_process_means(code, changes, outcome):
+    usual = {"has_summary": False, "is_late": False, "is_stopping": False, "can_halve_batches": True, "retries_left": 0}
+    assert launch.judge(code, launch.Facts(**usual | changes)) == outcome
+
+
 @pytest.mark.parametrize("code", [0, 1, utils.EXIT_OUT_OF_MEMORY, utils.EXIT_AGAIN])
 def test_torchrun_exits_as_the_script(tmp_path, code):
     script = tmp_path / "script.py"
