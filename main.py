@@ -29,16 +29,12 @@ from training.settings import parse_args, resolve_settings
 from training.trainer import Stopped, Trainer, micro_batch_size
 
 
-def spec_of(settings: dict) -> MaskSpec:
-    return MaskSpec(settings["mask_type"], settings["expansion_step"])
-
-
 def build_model(settings: dict, in_channels: int, num_classes: int) -> models.VisionTransformer:
     """The model with freshly drawn weights; the same seed gives the same weights whatever the mask."""
     torch.manual_seed(settings["seed"])
     with utils.usage_errors():
         side = settings["img_size"] // settings["patch_size"]
-        mask = spec_of(settings).build(max(side, 1), max(side, 1))
+        mask = MaskSpec.from_settings(settings).build(max(side, 1), max(side, 1))
         return models.VisionTransformer(
             img_size=settings["img_size"],
             patch_size=settings["patch_size"],
@@ -74,7 +70,7 @@ def describe_model(model: models.VisionTransformer, settings: dict) -> dict:
     choice = model.compiled_mask.choice
     num_patches, mask, flops = model.num_patches, model.compiled_mask.mask, models.count_forward_flops(model)
     mean = num_patches if mask is None else mask.sum(1, dtype=torch.float64).mean().item()
-    nominal = spec_of(settings).num_neighbors(num_patches)
+    nominal = MaskSpec.from_settings(settings).num_neighbors(num_patches)
     return {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "attention": {
@@ -109,22 +105,27 @@ def main(argv=None) -> int:
         if args.device in ("auto", "cuda"):
             distributed.take_own_gpu()
         settings = resolve_settings(args)
-    if settings["dry_run"]:
-        with hardware.device_errors(settings["grad_accumulation"]):
+        if settings["dry_run"]:
             dry_run(settings, find_run(settings, args.dataset_name)[0])
-        return 0
+            return 0
+        return train(settings, args.dataset_name, argv)
+
+
+def train(settings: dict, dataset_name: str | None, argv: list[str]) -> int:
+    """Train to the end, or until asked to stop, together with the other processes of the run."""
     stop = StopRequest()
     with stop.listening():
         try:
-            device = torch.device(settings["device"])
-            with hardware.device_errors(settings["grad_accumulation"]), distributed.process_group(device) as device:
-                return train(settings, args.dataset_name, device, stop, argv)
+            with distributed.process_group(torch.device(settings["device"])) as device:
+                return find_and_run(settings, dataset_name, device, stop, argv)
         except StoppedAtOnce:  # out of the group: other processes may be waiting there, which ends as this one leaves
             say_stopped(f"stopped ({stop.reason}) before the training; the same command starts again")
             return 130 if stop.by_keyboard else utils.EXIT_AGAIN
 
 
-def train(settings: dict, dataset_name: str | None, device: torch.device, stop: StopRequest, argv: list[str]) -> int:
+def find_and_run(
+    settings: dict, dataset_name: str | None, device: torch.device, stop: StopRequest, argv: list[str]
+) -> int:
     """Find the run's folder and the data, and do what is left of the run."""
     with stop.at_once():
         found = find_run(settings, dataset_name) if distributed.IS_FIRST else None  # where others hear of an error
@@ -172,9 +173,8 @@ def run(
 ) -> int:
     """Begin the run or go on with it, to its end."""
     with stop.at_once():
-        if run_folder.is_finished(
-            folder, settings, dataset.describe()
-        ):  # by another process, before this one had the folder
+        # Another process may have finished it before this one had the folder.
+        if run_folder.is_finished(folder, settings, dataset.describe()):
             return 0
         trainer = prepare(settings, dataset, folder, device, stop, argv)
     history = trainer.train()
@@ -221,7 +221,9 @@ def draw_mask(model: models.VisionTransformer, settings: dict, folder: Path) -> 
     """Write the picture of the mask, or one warning: a training does not depend on it."""
     path = folder / utils.MASK_PICTURE
     try:
-        picture = mask_pictures.draw_attention_mask(model.compiled_mask.mask, *model.grid, spec_of(settings).label)
+        picture = mask_pictures.draw_attention_mask(
+            model.compiled_mask.mask, *model.grid, MaskSpec.from_settings(settings).label
+        )
         figures.save(picture, path)
     except Exception as error:  # whatever matplotlib raises
         utils.warn(f"training goes on without {path}, which could not be drawn: {utils.first_line(error)}")

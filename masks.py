@@ -88,6 +88,11 @@ class MaskSpec:
         if self.mask_type == "full":
             object.__setattr__(self, "expansion_step", None)
 
+    @classmethod
+    def from_settings(cls, settings: dict) -> MaskSpec:
+        """That of a run, by the settings in its config.json or checkpoint."""
+        return cls(settings["mask_type"], settings["expansion_step"])
+
     @property
     def label(self) -> str:
         """As tables and pictures name it: `2d_cardinal, step 2`."""

@@ -88,9 +88,13 @@ def largest_value(image: Image.Image) -> int:
     values = np.asarray(image)
     if image.getbands()[-1] in ("A", "a"):
         values = values[..., :-1]
+    _check_not_negative(values)
+    return int(values.max())
+
+
+def _check_not_negative(values: np.ndarray) -> None:
     if values.min() < 0:
         raise ValueError(f"its pixels go down to {values.min()}; negative values have no brightness")
-    return int(values.max())
 
 
 def find_ranges(largest: Mapping[Path, int | None], depths: Mapping[Path, Depth]) -> tuple[dict[int, int], list[str]]:
@@ -136,8 +140,7 @@ def _check_color(largest: Mapping[Path, int]) -> None:
 def to_8_bits(values: np.ndarray, depth: Depth, ranges: Ranges) -> np.ndarray:
     """Gray [H, W] of any integers -> uint8. Of full 16 bits this is the upper byte."""
     bits = ranges.get(depth.bits, depth.bits)
-    if values.min() < 0:
-        raise ValueError(f"its pixels go down to {values.min()}; negative values have no brightness")
+    _check_not_negative(values)
     values = values.astype(np.int64)
     if depth.is_inverted:
         values = 2**bits - 1 - values

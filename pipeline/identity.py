@@ -28,13 +28,18 @@ def describe(dataset: str, data_dir: str) -> dict | None:
         return None
     root = Path(data_dir)
     found = imagefiles.list_images(root)
-    files = {split: len(images) for split, images in found.splits.items()}
-    paths = [path for images in found.splits.values() for path, _ in images]
     return {
         "label": imagefiles.read_label(root),
         "class_names": found.class_names,
-        "files": files | {"hash": _hash_names_and_sizes(root, paths)},
+        "files": fingerprint(root, found),
     }
+
+
+def fingerprint(root: Path, found: imagefiles.ImageFiles) -> dict:
+    """The number of images of each split, and the hash of their names and sizes."""
+    numbers = {split: len(images) for split, images in found.splits.items()}
+    paths = [path for images in found.splits.values() for path, _ in images]
+    return numbers | {"hash": _hash_names_and_sizes(root, paths)}
 
 
 def _hash_names_and_sizes(root: Path, paths: list[Path]) -> str:
@@ -47,7 +52,7 @@ def _hash_names_and_sizes(root: Path, paths: list[Path]) -> str:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # a dead link: whoever reads the images says so
+    except OSError:  # gone since it was listed: whoever reads the images says so
         return 0
 
 
@@ -67,7 +72,8 @@ def differences(found: dict, data: dict) -> list[str]:
     if classes_there != data["class_names"]:
         only_there = sorted(set(classes_there) - set(data["class_names"]))
         only_here = sorted(set(data["class_names"]) - set(classes_there))
-        differing.append(f"classes {_shortened(only_there)} only there, {_shortened(only_here)} only here")
+        there, here = (imagefiles.some_of(names, NAMES_SHOWN) or "none" for names in (only_there, only_here))
+        differing.append(f"classes {there} only there, {here} only here")
     files = found["files"] if is_known(found) else {"train": found.get("num_train"), "test": found.get("num_test")}
     for split in ("train", "test"):
         if files.get(split) != data["files"][split]:
@@ -75,11 +81,6 @@ def differences(found: dict, data: dict) -> list[str]:
     if not differing and is_known(found) and files.get("hash") != data["files"]["hash"]:
         differing.append("as many images, but with other names or sizes")
     return differing
-
-
-def _shortened(names: list[str]) -> str:
-    shown = ", ".join(names[:NAMES_SHOWN]) or "none"
-    return f"{shown} and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else shown
 
 
 def refuse_other_data(folder: Path, differing: list[str]) -> None:

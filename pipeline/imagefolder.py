@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 import utils
-from pipeline import bit_depth
+from pipeline import bit_depth, identity
 from pipeline.imagefiles import ImageFiles, list_images, names_of_classes, read_label, readable_formats, some_of
 from utils import UserError, first_line
 
@@ -53,6 +53,7 @@ class Folder:
     test: Labeled
     class_names: list[str]
     label: str  # display name in tables and plots
+    files: dict  # as identity.fingerprint has it
     notes: dict = field(default_factory=dict)  # for config.json: what was not as usual
 
 
@@ -99,7 +100,9 @@ def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -
     if animated:
         warn(f"{root}: of images with several frames the first is used: {some_of(animated, NAMES_OF_NO_IMAGES_SHOWN)}")
     _judge_unreadable(root, files, unreadable, skip_unreadable, notes)
-    return Folder(splits["train"], splits["test"], files.class_names, read_label(root), notes)
+    return Folder(
+        splits["train"], splits["test"], files.class_names, read_label(root), identity.fingerprint(root, files), notes
+    )
 
 
 def warn(message: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import identity, imagefiles, imagefolder
+from pipeline import imagefiles, imagefolder
 from runtime import locks
 from utils import UserError
 
@@ -86,8 +86,7 @@ def _as_channels_first(pixels: np.ndarray | Tensor) -> Tensor:
 
 
 def load_imagefolder(data_dir: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -> Images:
-    files = identity.describe(identity.IMAGE_FOLDER, str(data_dir))["files"]
-    return Images(**vars(imagefolder.read(data_dir, img_size, skip_unreadable)), files=files)
+    return Images(**vars(imagefolder.read(data_dir, img_size, skip_unreadable)))
 
 
 @dataclass(frozen=True)

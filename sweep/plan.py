@@ -93,9 +93,8 @@ class Job:
         if number == (self.run.micro_batches_asked_for() or 1):
             return [*self.run.arguments]
         changed = [GRAD_ACCUMULATION, str(number)]
-        if (
-            value_of(COMPILE, self.run.arguments) == "reduce-overhead"
-        ):  # gradients cannot add up in the memory of a CUDA graph
+        # Gradients cannot add up in the memory of a CUDA graph.
+        if value_of(COMPILE, self.run.arguments) == "reduce-overhead":
             changed += [COMPILE, "default"]
         return [*self.run.arguments, *changed]
 

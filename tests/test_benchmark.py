@@ -150,8 +150,8 @@ def test_a_wrong_candidate_is_refused():
         benchmark.prepare(made, 1e-4, CPU)
 
 
-def test_a_wrong_gradient_is_seen():
-    """Right outputs, wrong gradients: what a miscompiled backward would be."""
+def with_gradient_times(factor):
+    """A function that changes nothing, and its gradient."""
 
     class Wrong(torch.autograd.Function):
         @staticmethod
@@ -160,29 +160,26 @@ def test_a_wrong_gradient_is_seen():
 
         @staticmethod
         def backward(ctx, grad):
-            return grad * 1.01
+            return grad * factor
 
+    return Wrong
+
+
+def test_a_wrong_gradient_is_seen():
+    """Right outputs, wrong gradients: what a miscompiled backward would be."""
+    wrong = with_gradient_times(1.01)
     plan = attention.compile_mask(None)
     qkv = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
     assert candidates.largest_error(lambda x: attention.attend_packed(x, plan), qkv, None, 0) < 1e-5
-    assert candidates.largest_error(lambda x: attention.attend_packed(Wrong.apply(x), plan), qkv, None, 0) > 1e-4
+    assert candidates.largest_error(lambda x: attention.attend_packed(wrong.apply(x), plan), qkv, None, 0) > 1e-4
 
 
 def test_a_gradient_of_nan_is_seen():
     """Right outputs, gradients of NaN: what cuDNN's backward has given for some masks."""
-
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * float("nan")
-
+    wrong = with_gradient_times(float("nan"))
     plan = attention.compile_mask(None)
     qkv = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
-    error = candidates.largest_error(lambda x: attention.attend_packed(Wrong.apply(x), plan), qkv, None, 0)
+    error = candidates.largest_error(lambda x: attention.attend_packed(wrong.apply(x), plan), qkv, None, 0)
     assert np.isnan(error)
 
 

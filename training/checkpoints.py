@@ -99,7 +99,7 @@ def rebuild_model(state: dict, backend: str = "auto") -> models.VisionTransforme
     """The trained model as the checkpoint describes it, on the CPU, in eval mode; averaged weights, if it has any."""
     settings, config = state["settings"], state["model_config"]
     height, width = (size // config["patch_size"] for size in config["img_size"])
-    mask = MaskSpec(settings["mask_type"], settings["expansion_step"]).build(height, width)
+    mask = MaskSpec.from_settings(settings).build(height, width)
     model = models.VisionTransformer(**config, attention_mask=mask, backend=backend)
     model.load_state_dict(state.get("average") or state["model"])
     return model.eval()

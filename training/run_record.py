@@ -76,7 +76,7 @@ class RunRecord:
 
     @property
     def mask(self) -> MaskSpec:
-        return MaskSpec(self.settings["mask_type"], self.settings["expansion_step"])
+        return MaskSpec.from_settings(self.settings)
 
     @property
     def state(self) -> str:
