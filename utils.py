@@ -150,7 +150,8 @@ def first_line(error: BaseException) -> str:
 
 
 def warn(message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
+    """On one line, whatever the names in it."""
+    print(f"{Path(sys.argv[0]).name}: warning: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 def number_type(

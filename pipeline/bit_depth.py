@@ -7,6 +7,7 @@ range for the folder, so that its images can still be compared.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from utils import UserError
 
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # tags of TIFF 6.0
+SIGNED = 2  # of SAMPLE_FORMAT
 UNUSED_BITS = 2  # so many, and the range is taken for a smaller one: of 16 bits, less than a quarter of it used
 
 
@@ -39,20 +41,27 @@ def depth_of(image: Image.Image) -> Depth | None:
         stored = _stored_bits(image)
         return Depth(stored, min(stored, _declared_bits(image) or stored), is_inverted=_tag(image, PHOTOMETRIC) == 0)
 
-    if image.mode == "L" and _tag(image, SAMPLE_FORMAT) == 2:
+    if image.mode == "L" and _tag(image, SAMPLE_FORMAT) == SIGNED:
         raise ValueError("its pixels are signed numbers of 8 bits, which Pillow takes for unsigned ones")
 
-    raw_modes = {str(part) for tile in image.tile for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))}
-    if any(";16" in raw_mode for raw_mode in raw_modes):
-        return Depth(16, 16, is_color=True)
-    return None
+    return Depth(16, 16, is_color=True) if _keeps_upper_byte_alone(image) else None
+
+
+def _keeps_upper_byte_alone(image: Image.Image) -> bool:
+    """Whether Pillow reads 8 of 16 bits: `RGB;16B` and the like, but not `BGR;16`, of which all channels have 16."""
+    for codec, _, _, arguments in image.tile:
+        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+        scales = codec.startswith("ppm") and arguments[-1] > 255  # by the largest value that the header allows
+        if codec == "SGI16" or scales or any(re.search(";16[BLN]", str(argument)) for argument in arguments):
+            return True
+    return False
 
 
 def _stored_bits(image: Image.Image) -> int:
     bits = _tag(image, BITS_PER_SAMPLE)
     if isinstance(bits, int) and bits > 8:
         return bits
-    return 32 if image.format == "TIFF" else 16
+    return 32 if image.mode == "I" and image.format not in ("PNG", "PPM") else 16
 
 
 def _declared_bits(image: Image.Image) -> int | None:
@@ -60,6 +69,10 @@ def _declared_bits(image: Image.Image) -> int | None:
     largest = _tag(image, MAX_SAMPLE_VALUE)
     if isinstance(largest, int) and largest > 255:
         return largest.bit_length()
+
+    stored = _stored_bits(image)
+    if _tag(image, SAMPLE_FORMAT) == SIGNED or stored == 32:  # Pillow takes all numbers of 32 bits for signed ones
+        return stored - 1
     return _significant_bits_of_png(Path(image.filename)) if image.format == "PNG" else None
 
 
@@ -94,7 +107,10 @@ def largest_value(image: Image.Image) -> int:
 
 def _check_not_negative(values: np.ndarray) -> None:
     if values.min() < 0:
-        raise ValueError(f"its pixels go down to {values.min()}; negative values have no brightness")
+        raise ValueError(
+            f"its pixels go down to {values.min()} as Pillow reads them; negative values have no brightness, and "
+            "unsigned ones must be below 2^31"
+        )
 
 
 def find_ranges(largest: Mapping[Path, int | None], depths: Mapping[Path, Depth]) -> tuple[dict[int, int], list[str]]:
@@ -132,8 +148,8 @@ def _check_color(largest: Mapping[Path, int]) -> None:
     """`largest`: of the upper 8 bits of each file of 16-bit color."""
     if largest and max(largest.values()).bit_length() <= 8 - UNUSED_BITS:
         raise UserError(
-            f"{next(iter(largest))} and all others of 16 bits in color leave their upper bits unused, and only the "
-            "upper 8 are read: they would be nearly black; convert them to 8 bits"
+            f"{next(iter(largest))} and all others of 16 bits in color or with opacity leave their upper bits unused, "
+            "and only the upper 8 are read: they would be nearly black; convert them to 8 bits"
         )
 
 
@@ -141,7 +157,8 @@ def to_8_bits(values: np.ndarray, depth: Depth, ranges: Ranges) -> np.ndarray:
     """Gray [H, W] of any integers -> uint8. Of full 16 bits this is the upper byte."""
     bits = ranges.get(depth.bits, depth.bits)
     _check_not_negative(values)
-    values = values.astype(np.int64)
     if depth.is_inverted:
-        values = 2**bits - 1 - values
-    return (values >> (bits - 8) if bits >= 8 else values * 255 // (2**bits - 1)).astype(np.uint8)
+        values = 2**bits - 1 - values.astype(np.int64)
+    if bits < 8:
+        return (values.astype(np.int64) * 255 // (2**bits - 1)).astype(np.uint8)
+    return (values >> (bits - 8)).astype(np.uint8)

@@ -13,8 +13,8 @@ from utils import UserError
 
 LAYOUT = "expected train/<class>/* and test/<class>/* in --data_dir"
 TEST_FOLDERS = ("test", "val", "validation")  # the first that is there serves
-# Formats that Pillow recognizes and cannot decode by itself.
-NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+# Formats that Pillow recognizes and cannot decode by itself; of FITS it passes over BZERO, without which 16 bits wrap.
+NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 @dataclass
@@ -25,7 +25,7 @@ class ImageFiles:
     train: list[tuple[Path, int]]  # (path, label)
     test: list[tuple[Path, int]]
     test_folder: str  # of TEST_FOLDERS
-    passed_over: list[str] = field(default_factory=list)  # what is no image, relative to the root
+    passed_over: list[str] = field(default_factory=list)  # what is no image of a class, relative to the root
 
     @property
     def splits(self) -> dict[str, list[tuple[Path, int]]]:
@@ -128,12 +128,15 @@ def _entries(folder: Path) -> list[Path]:
 
 def read_label(root: Path) -> str:
     """How the data is to be called: the text of label.txt on one line, or the folder's name."""
+    path, expected = root / "label.txt", "expected a line of UTF-8 text"
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{path} is no file; {expected}")
     try:
-        text = (root / "label.txt").read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         text = ""
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {root / 'label.txt'}: {error}; expected a line of UTF-8 text") from error
+        raise UserError(f"cannot read {path}: {error}; {expected}") from error
     return " ".join(text.split()) or root.resolve().name
 
 

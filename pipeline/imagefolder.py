@@ -38,6 +38,7 @@ MAX_PIXELS = 64_000_000  # of one file; decoding takes 4 bytes a pixel, with tra
 CHUNK = 8  # files that a thread takes at once
 NAMES_SHOWN = 20  # of unreadable files
 NAMES_OF_NO_IMAGES_SHOWN = 3
+EXTRA_SAMPLES, OPACITY = 338, (1, 2)  # a tag of TIFF 6.0: what the channels beside color are
 STDERR_IS_AWAY = threading.Lock()  # a second reader would save, and put back, what the first had put in its place
 
 
@@ -63,7 +64,9 @@ class Header:
 
     size: tuple[int, int]  # (width, height), as `read_image` will turn it
     depth: bit_depth.Depth | None  # of more than 8 bits
+    is_tiff: bool
     is_animated: bool
+    has_unused_channels: bool
 
 
 def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -> Folder:
@@ -79,10 +82,11 @@ def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -
 
     unreadable: dict[Path, UnreadableError] = {}
     paths = [path for split in files.splits.values() for path, _ in split]
-    with quiet_libraries(paths) as stream:
-        headers = _attempt(read_header, paths, "reading headers", unreadable, stream)
-        known = {path: header for path, header in zip(paths, headers, strict=True) if header is not None}
-        deep = {path: header.depth for path, header in known.items() if header.depth is not None}
+    headers = _attempt(read_header, paths, "reading headers", unreadable, sys.stderr)
+    known = {path: header for path, header in zip(paths, headers, strict=True) if header is not None}
+    deep = {path: header.depth for path, header in known.items() if header.depth is not None}
+
+    with quiet_libraries(any(header.is_tiff for header in known.values())) as stream:
         largest = _attempt(_largest_value, list(deep), "reading the range of values", unreadable, stream)
         ranges, remarks = bit_depth.find_ranges(dict(zip(deep, largest, strict=True)), deep)
 
@@ -96,9 +100,7 @@ def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -
 
     if remarks:
         warn(f"{root}: {'; '.join(remarks)}")
-    animated = [str(path.relative_to(root)) for path, header in known.items() if header.is_animated]
-    if animated:
-        warn(f"{root}: of images with several frames the first is used: {some_of(animated, NAMES_OF_NO_IMAGES_SHOWN)}")
+    _say_what_is_not_used(root, known)
     _judge_unreadable(root, files, unreadable, skip_unreadable, notes)
     return Folder(
         splits["train"], splits["test"], files.class_names, read_label(root), identity.fingerprint(root, files), notes
@@ -122,7 +124,17 @@ def _say_what_is_odd(root: Path, files: ImageFiles, notes: dict) -> None:
         warn(f"{root} has no test/: {files.test_folder}/ serves as the test images")
     if files.passed_over:
         some = some_of(files.passed_over, NAMES_OF_NO_IMAGES_SHOWN)
-        warn(f"{root}: passed over {len(files.passed_over)} that are no images: {some}")
+        warn(f"{root}: passed over {len(files.passed_over)} that are no images of a class: {some}")
+
+
+def _say_what_is_not_used(root: Path, headers: dict[Path, Header]) -> None:
+    animated = [str(path.relative_to(root)) for path, header in headers.items() if header.is_animated]
+    if animated:
+        warn(f"{root}: of images with several frames the first is used: {some_of(animated, NAMES_OF_NO_IMAGES_SHOWN)}")
+    extra = [str(path.relative_to(root)) for path, header in headers.items() if header.has_unused_channels]
+    if extra:
+        some = some_of(extra, NAMES_OF_NO_IMAGES_SHOWN)
+        warn(f"{root}: images have more channels than color and opacity, which are not used: {some}")
 
 
 def _sizes(headers: dict[Path, Header], unreadable: dict[Path, UnreadableError]) -> set[tuple[int, int]]:
@@ -239,7 +251,9 @@ def read_header(path: Path) -> Header:
         size = image.size[::-1] if on_its_side else image.size
         # A phone's JPEG may carry a preview as its second picture.
         is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
-        return Header(size, bit_depth.depth_of(image), is_animated)
+        channels = getattr(image, "tag_v2", {}).get(EXTRA_SAMPLES, ())
+        has_unused_channels = any(meaning not in OPACITY for meaning in channels)
+        return Header(size, bit_depth.depth_of(image), image.format == "TIFF", is_animated, has_unused_channels)
 
 
 def _largest_value(path: Path) -> int:
@@ -314,12 +328,11 @@ def map_with_bar(function: Callable, items, title: str, stream: TextIO) -> list:
 
 
 @contextlib.contextmanager
-def quiet_libraries(paths: list[Path]) -> Iterator[TextIO]:
-    """Within, nothing that C writes to stderr is seen; yields a stream that still reaches it.
+def quiet_libraries(has_tiff: bool) -> Iterator[TextIO]:
+    """Within, nothing that C writes to stderr is seen, if there are TIFFs; yields a stream that still reaches it.
 
-    libtiff has remarks of its own on odd files, beside the error that names the file.
+    libtiff has remarks of its own on the pixels of odd files, beside the error that names the file.
     """
-    has_tiff = any(path.suffix.lower() in (".tif", ".tiff") for path in paths)
     with STDERR_IS_AWAY if has_tiff else contextlib.nullcontext():
         try:
             descriptor = os.dup(2) if has_tiff else None
@@ -330,8 +343,8 @@ def quiet_libraries(paths: list[Path]) -> Iterator[TextIO]:
             return
         with open(descriptor, "w", errors="backslashreplace") as stream, open(os.devnull, "w") as nowhere:
             sys.stderr.flush()
-            os.dup2(nowhere.fileno(), 2)
             try:
+                os.dup2(nowhere.fileno(), 2)
                 yield stream
             finally:
                 stream.flush()

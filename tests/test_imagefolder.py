@@ -261,6 +261,10 @@ def test_a_label_that_is_no_text(tmp_path):
     (tmp_path / "label.txt").mkdir()
     with pytest.raises(UserError, match=r"label\.txt"):
         imagefolder.read(tmp_path, (8, 8))
+    (tmp_path / "label.txt").rmdir()
+    os.mkfifo(tmp_path / "label.txt")  # opening it would wait for ever
+    with pytest.raises(UserError, match=r"label\.txt is no file"):
+        imagefiles.read_label(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +375,16 @@ def test_what_is_no_file_is_no_image_whatever_its_name(tmp_path, capsys):
         assert len(imagefolder.read(tmp_path, (8, 8)).train[1]) == 4
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
-    assert "passed over 6 that are no images: train/eel, train/cat/dead.png, train/cat/pipe.jpg and 3 more" in err
+    assert "passed over 6 that are no images of a class: train/eel, train/cat/dead.png, train/cat/pipe.jpg and 3 more" in err
+
+
+def test_an_image_beside_the_classes_is_not_called_no_image(tmp_path, capsys):
+    good_tree(tmp_path)
+    save(tmp_path / "train" / "two\nlines.png")
+    imagefolder.read(tmp_path, (8, 8))
+    err = capsys.readouterr().err
+    assert "passed over 1 that are no images of a class: train/two lines.png" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_subfolders_and_links_are_followed_but_not_in_a_ring(tmp_path, capsys):
@@ -384,7 +397,7 @@ def test_subfolders_and_links_are_followed_but_not_in_a_ring(tmp_path, capsys):
     images, labels = imagefolder.read(tmp_path / "pets", (8, 8)).train
     assert labels.tolist() == [0] * 5 + [1] * 2
     assert [tuple(image[:, 0, 0].tolist()) for image in images[:5]] == [RED, RED, GRAY, GREEN, BLUE]
-    assert "passed over 1 that are no images: train/cat/a/ring/" in capsys.readouterr().err
+    assert "passed over 1 that are no images of a class: train/cat/a/ring/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.jfif", "a.jp2", "a.jpe", "a.tga", "a.pcx", "a.dib", "a.mpo"])
@@ -413,7 +426,7 @@ def test_validation_images_serve_where_there_are_no_test_images(tmp_path, capsys
     assert f"{name}/ serves as the test images" in capsys.readouterr().err
     good_tree(tmp_path)  # and now there are
     assert imagefolder.read(tmp_path, (8, 8)).notes == {}
-    assert f"passed over 1 that are no images: {name}/" in capsys.readouterr().err
+    assert f"passed over 1 that are no images of a class: {name}/" in capsys.readouterr().err
 
 
 def spoil_some(root, number):
@@ -468,11 +481,13 @@ def test_skipping_is_for_image_folders(run_script):
     assert "--skip_unreadable is for --dataset imagefolder" in err
 
 
-def test_nothing_of_libtiff_stands_beside_the_error(tmp_path, capfd):
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+def test_nothing_of_libtiff_stands_beside_the_error(tmp_path, capfd, name):
+    """A TIFF is one whatever it is called."""
     good_tree(tmp_path)
-    truncated(tmp_path / "train" / "cat", "half.tif")
-    whole = tmp_path / "train" / "cat" / "jpeg.tif"
-    Image.effect_noise((64, 64), 50).save(whole, compression="tiff_lzw")
+    truncated(tmp_path / "train" / "cat", "half.png")
+    whole = tmp_path / "train" / "cat" / name
+    Image.effect_noise((64, 64), 50).save(whole, format="TIFF", compression="tiff_lzw")
     content = bytearray(whole.read_bytes())
     content[100:1000] = os.urandom(900)
     whole.write_bytes(content)
@@ -486,7 +501,7 @@ def test_stderr_is_back_after_two_have_read_at_once(tmp_path, capfd):
     first_is_in, second_may_go = threading.Event(), threading.Event()
 
     def read(others_turn, mine):
-        with imagefolder.quiet_libraries([Path("a.tif")]):
+        with imagefolder.quiet_libraries(has_tiff=True):
             others_turn.set()
             mine.wait(0.2)
 
@@ -523,6 +538,7 @@ def gray_tree(root, low, high, kind="png", dtype=np.uint16, **options):
     return root
 
 
+@pytest.mark.filterwarnings("ignore:IM image format is deprecated")
 @pytest.mark.parametrize(
     ("low", "high", "kind", "dtype", "darkest", "brightest", "bits"),
     [
@@ -536,6 +552,8 @@ def gray_tree(root, low, high, kind="png", dtype=np.uint16, **options):
         (0, 100_000, "tif", np.int32, 0, 195, 17),
         (0, 7, "png", np.uint16, 0, 255, 3),
         (0, 1, "tif", np.uint16, 0, 255, 1),  # a mask
+        (0, 2**31 - 1, "tif", np.int32, 0, 255, None),  # signed: the upper bit is the sign
+        (0, 100_000, "im", np.int32, 0, 195, 17),
     ],
 )
 def test_gray_is_scaled_by_the_bits_that_are_used(tmp_path, capsys, low, high, kind, dtype, darkest, brightest, bits):
@@ -547,6 +565,12 @@ def test_gray_is_scaled_by_the_bits_that_are_used(tmp_path, capsys, low, high, k
     else:
         assert f"use {bits} of them, and are scaled by these: 0 is black, {2**bits - 1} white" in err
         assert len(err.splitlines()) == 1
+
+
+def test_signed_gray_of_16_bits_uses_15(tmp_path, capsys):
+    gray_tree(tmp_path, 0, 32767, "tif", tiffinfo={339: 2})
+    assert imagefolder.read(tmp_path, (8, 8)).train[0].max() == 255
+    assert capsys.readouterr().err == ""
 
 
 def test_one_range_serves_all_images_of_a_folder(tmp_path):
@@ -629,7 +653,7 @@ def test_gray_of_which_0_is_white(tmp_path):
 
 def test_negative_values_are_refused(tmp_path):
     gray_tree(tmp_path, -5, 100, "tif", np.int32)
-    with pytest.raises(UserError, match=r"4 images cannot be read: .*its pixels go down to -5"):
+    with pytest.raises(UserError, match=r"4 images cannot be read: .*its pixels go down to -5 .*below 2\^31"):
         imagefolder.read(tmp_path, (8, 8))
 
 
@@ -653,6 +677,59 @@ def test_color_of_16_bits_keeps_its_upper_byte_or_is_refused_where_that_is_empty
     png_of_16_bits_in_color(odd, 255, opaque)
     with pytest.raises(UserError, match=r"deep\.png and all others of 16 bits in color.*convert them to 8 bits"):
         imagefolder.read(tmp_path, (8, 8))
+
+
+def sgi_of_16_bits(path, high):
+    pixels = np.linspace(0, high, 64).astype(">u2")
+    header = struct.pack(">HBBHHHHII", 474, 0, 2, 2, 8, 8, 1, 0, high)
+    path.write_bytes(header.ljust(512, b"\0") + pixels.tobytes())
+
+
+def ppm_of_16_bits(path, high):
+    path.write_bytes(b"P6 8 8 65535\n" + np.linspace(0, high, 192).astype(">u2").tobytes())
+
+
+@pytest.mark.parametrize(("name", "write"), [("deep.sgi", sgi_of_16_bits), ("deep.ppm", ppm_of_16_bits)])
+def test_other_formats_of_which_the_upper_byte_alone_is_read(tmp_path, name, write):
+    good_tree(tmp_path)
+    write(tmp_path / "train" / "cat" / name, 65535)
+    assert imagefolder.read(tmp_path, (8, 8)).train[0][2].max() == 255
+    write(tmp_path / "train" / "cat" / name, 4095)
+    with pytest.raises(UserError, match=r"all others of 16 bits in color.*convert them to 8 bits"):
+        imagefolder.read(tmp_path, (8, 8))
+
+
+def test_a_dark_bitmap_of_16_bits_a_pixel_is_read(tmp_path):
+    """5 or 6 bits a channel, not 16."""
+    good_tree(tmp_path)
+    pixels = np.full(64, 0x0841, dtype="<u2").tobytes()
+    header = struct.pack("<IiiHHIIiiII3I", 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0xF800, 0x07E0, 0x001F)
+    start = 14 + len(header)
+    content = b"BM" + struct.pack("<IHHI", start + 128, 0, 0, start) + header + pixels
+    (tmp_path / "train" / "cat" / "dark.bmp").write_bytes(content)
+    assert imagefolder.read(tmp_path, (8, 8)).train[0][2].max() == 8
+
+
+def test_a_fits_is_passed_over(tmp_path, capsys):
+    """Pillow knows nothing of its zero point, BZERO: the darker half of 16 bits would be the brighter one."""
+    good_tree(tmp_path)
+    (tmp_path / "train" / "cat" / "sky.fits").write_bytes(b"SIMPLE  =                    T")
+    assert len(imagefolder.read(tmp_path, (8, 8)).train[0]) == 4
+    assert "passed over 1 that are no images of a class: train/cat/sky.fits" in capsys.readouterr().err
+
+
+def test_channels_that_are_not_used_are_said(tmp_path, capsys):
+    good_tree(tmp_path)
+    save(tmp_path / "train" / "cat" / "opaque.tif", GREEN, mode="RGBA")
+    assert capsys.readouterr().err == ""
+    infrared = tmp_path / "train" / "cat" / "infrared.tif"
+    save(infrared, GREEN, mode="RGBX")
+    with Image.open(infrared) as image:
+        assert (image.mode, image.tag_v2[277]) == ("RGB", 4)
+    assert is_plain(imagefolder.read(tmp_path, (8, 8)).train[0][2].permute(1, 2, 0).numpy().astype(int), GREEN)
+    err = capsys.readouterr().err
+    assert "more channels than color and opacity, which are not used: train/cat/infrared.tif" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_several_frames_are_said(tmp_path, capsys):
