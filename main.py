@@ -114,12 +114,16 @@ def main(argv=None) -> int:
 def train(settings: dict, dataset_name: str | None, argv: list[str]) -> int:
     """Train to the end, or until asked to stop, together with the other processes of the run."""
     stop = StopRequest()
-    with stop.listening():
+
+    def say_stopped_early() -> None:
+        say_stopped(f"stopped ({stop.reason}) before the training; the same command starts again")
+
+    with stop.listening(before_leaving=say_stopped_early):
         try:
             with distributed.process_group(torch.device(settings["device"])) as device:
                 return find_and_run(settings, dataset_name, device, stop, argv)
         except StoppedAtOnce:  # out of the group: other processes may be waiting there, which ends as this one leaves
-            say_stopped(f"stopped ({stop.reason}) before the training; the same command starts again")
+            say_stopped_early()
             return 130 if stop.by_keyboard else utils.EXIT_AGAIN
 
 

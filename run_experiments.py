@@ -17,7 +17,7 @@ import masks
 import utils
 from pipeline import identity
 from report import results
-from sweep import launch, slurm
+from sweep import gpus, launch, slurm
 from sweep.plan import DONE, FAILED, RUNNING, Job, PlannedRun, data_dir_of, last_lines, make_plan
 from utils import json_list, number_type
 
@@ -75,7 +75,7 @@ def parse_args(argv=None):
 
 
 def print_plan(plan: list[PlannedRun], slots: list[str]) -> None:
-    """`slots` as of launch.make_slots; none = Slurm's."""
+    """`slots` as of gpus.make_slots; none = Slurm's."""
     turn = 0
     for run in plan:
         if run.is_finished():
@@ -173,12 +173,12 @@ def main(argv=None) -> int:
     on_slurm, slots = args.launcher == "slurm", []
     if not on_slurm:
         try:
-            gpus = launch.gpu_ids(args.gpus)
+            found = gpus.to_use(args.gpus)
         except utils.UsageError:
             if not args.dry_run or args.gpus is None:
                 raise
-            gpus = [str(index) for index in range(args.gpus or 0)]  # a plan may be made for another machine
-        slots = launch.make_slots(gpus, args.runs_per_gpu, args.gpus_per_run)
+            found = [str(index) for index in range(args.gpus or 0)]  # a plan may be made for another machine
+        slots = gpus.make_slots(found, args.runs_per_gpu, args.gpus_per_run)
     plan = make_plan(args, "cuda" if (args.gpus != 0 if on_slurm else slots[0]) else "cpu")
     if args.dry_run:
         print_plan(plan, slots)

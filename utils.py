@@ -119,7 +119,7 @@ def run_cli(main: Callable[[], int], leave: Callable[[int], None] = sys.exit) ->
         interrupted = isinstance(error, KeyboardInterrupt)
         code = 130 if interrupted else getattr(error, "exit_code", 1)
         said = "interrupted" if interrupted else f"error: {' '.join(str(error).split()) or type(error).__name__}"
-        print(f"{program}: {said}", file=sys.stderr)
+        say(f"{program}: {said}")
     leave(code)
 
 
@@ -151,7 +151,13 @@ def first_line(error: BaseException) -> str:
 
 def warn(message: str) -> None:
     """On one line, whatever the names in it."""
-    print(f"{Path(sys.argv[0]).name}: warning: {' '.join(message.splitlines())}", file=sys.stderr)
+    say(f"{Path(sys.argv[0]).name}: warning: {' '.join(message.splitlines())}")
+
+
+def say(line: str) -> None:
+    """On stderr. That it cannot be written there (a full disk, a reader that has gone) changes nothing else."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def number_type(

@@ -107,10 +107,10 @@ def _walk(root: Path, folder: Path, passed_over: list[str], above: tuple[Path, .
     if not entries:
         passed_over.append(f"{folder.relative_to(root)}/")
     for entry in entries:
-        if entry.is_dir():
-            folders.append(entry)
-        elif entry.suffix.lower() in image_suffixes() and entry.is_file():
+        if entry.suffix.lower() in image_suffixes() and entry.is_file():
             images.append(entry)
+        elif entry.is_dir():
+            folders.append(entry)
         else:
             passed_over.append(str(entry.relative_to(root)))
     for subfolder in folders:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import utils
 
@@ -20,6 +20,7 @@ PARENT = "LOCAL_ATTENTION_PARENT"
 SECONDS_BETWEEN_LOOKS = 1.0
 GONE = "the sweep is gone"
 SECONDS_TO_STOP = 300.0  # then it is taken for hung
+SECONDS_TO_ANSWER = 1.0  # where there is nothing to save; then a long call of torch is not waited for
 
 
 class StoppedAtOnce(BaseException):
@@ -36,15 +37,19 @@ class StopRequest:
         self._over = threading.Event()
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within, signals are requests; not in a thread, where Python has no signals: they are left to the main one."""
+    def listening(self, before_leaving: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Within, signals are requests; not in a thread, where Python has no signals: they are left to the main one.
+
+        `before_leaving` is called if the process must end from within a long call, see `_end_where_it_is`.
+        """
         in_main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if in_main else ()
         before = {number: signal.signal(number, self._receive) for number in numbers}
         if parent := os.environ.get(PARENT):
             threading.Thread(target=self._watch, args=(int(parent),), daemon=True).start()
         try:
-            yield
+            with self._heard_in_long_calls(before_leaving) if in_main else contextlib.nullcontext():
+                yield
         finally:
             self._over.set()
             asked = self.reason is not None and not self.by_keyboard  # schedulers ask by several ways, and again
@@ -73,6 +78,29 @@ class StopRequest:
         if number == signal.SIGINT:
             with contextlib.suppress(OSError):  # in `2>&1 | tee log` Ctrl-C has ended tee as well
                 os.write(2, b"stopping after this step; Ctrl-C once more stops at once\n")
+
+    @contextlib.contextmanager
+    def _heard_in_long_calls(self, before_leaving: Callable[[], None]) -> Iterator[None]:
+        """Python calls no handler while torch computes; a thread hears of signals all the same, by a pipe."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._end_where_it_is, args=(read_end, before_leaving), daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(write_end)
+
+    def _end_where_it_is(self, read_end: int, before_leaving: Callable[[], None]) -> None:
+        """End the process that a scheduler has asked to stop, if `at_once` is kept waiting by a long call."""
+        with open(read_end, "rb", buffering=0) as signals:
+            while received := signals.read(1):
+                time.sleep(SECONDS_TO_ANSWER)
+                if self._may_raise and received[0] != signal.SIGINT:  # a second Ctrl-C is the user's to give
+                    self.reason = signal.Signals(received[0]).name
+                    before_leaving()
+                    os._exit(utils.EXIT_AGAIN)
 
     def _watch(self, parent: int) -> None:
         is_ours = os.getppid() == parent  # else torchrun is between

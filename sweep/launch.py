@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import utils
 from runtime.stopping import PARENT
+from sweep import gpus
 from sweep.plan import DONE, ELSEWHERE, FAILED, RUNNING, WAITING, Job, last_lines
 
 POLL_SECONDS = 0.2
@@ -50,122 +49,6 @@ class Rules:
         return [sys.executable, script, "--nproc_per_node", number, *options]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GPUs
-
-
-def gpu_ids(num_gpus: int | None) -> list[str]:
-    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them: the first `num_gpus`, or all with None; [] = the CPU.
-
-    Raises UsageError if there are fewer. GPUs are counted by CUDA_VISIBLE_DEVICES, else by nvidia-smi; where neither
-    is there the number asked for is believed.
-    """
-    if num_gpus == 0:
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        found, counted_by = visible_gpus(visible), "CUDA_VISIBLE_DEVICES names"
-        hides_all = visible.strip() in ("", "-1")
-        if not found and not hides_all:
-            raise utils.UsageError(
-                f"CUDA_VISIBLE_DEVICES is {visible!r}, which names no GPU that CUDA can use (it takes none where one "
-                "is there twice); correct or unset it, or run on the CPU with --gpus 0"
-            )
-    else:
-        found, counted_by = _ask_nvidia_smi(), "nvidia-smi lists"
-    if num_gpus is None:
-        return found or []
-    if found is None:
-        return [str(index) for index in range(num_gpus)]
-    if num_gpus > len(found):
-        raise utils.UsageError(
-            f"--gpus {num_gpus}, but {counted_by} {len(found)}; ask for at most that many, --gpus 0 runs on the CPU"
-        )
-    return found[:num_gpus]
-
-
-def visible_gpus(visible: str) -> list[str]:
-    """The GPUs that CUDA takes from CUDA_VISIBLE_DEVICES: those before the first name that is none.
-
-    A name is an index, or the (beginning of the) UUID of a GPU or of a MIG slice. Warns of names that are passed over.
-    Where one is there twice, CUDA takes none.
-    """
-    names = [name.strip() for name in visible.split(",")]
-    found = list(itertools.takewhile(_is_gpu_name, names))
-    if len(set(found)) < len(found):
-        return []
-    rest = names[len(found) :]
-    if found and rest and rest[0] != "-1":
-        utils.warn(
-            f"CUDA stops at {rest[0]!r} in CUDA_VISIBLE_DEVICES={visible}, which is no GPU; only {', '.join(found)} "
-            "can be used"
-        )
-    return found
-
-
-def _is_gpu_name(name: str) -> bool:
-    return re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", name) is not None
-
-
-def _ask_nvidia_smi() -> list[str] | None:
-    """Indices of the GPUs; of one that is divided into MIG slices, the UUIDs of the slices. None without nvidia-smi."""
-    answer = _call_nvidia_smi("-L")
-    if answer is None:
-        return None
-    gpus: list[tuple[str, list[str]]] = []  # index, slices
-    for line in answer.stdout.splitlines():
-        if line.startswith("GPU "):
-            gpus.append((line.split()[1].rstrip(":"), []))
-        elif gpus and (uuid := re.search(r"\(UUID: (MIG-[^)]+)\)", line)):
-            gpus[-1][1].append(uuid[1])
-    return [name for index, slices in gpus for name in slices or [index]]
-
-
-def gpu_responds(gpu: str) -> bool:
-    """Whether nvidia-smi finds the GPU, or the MIG slice; True where there is no nvidia-smi."""
-    if gpu.startswith("MIG-"):  # which -i does not take
-        answer = _call_nvidia_smi("-L")
-        return answer is None or gpu in answer.stdout
-    answer = _call_nvidia_smi("-i", gpu, "-L")
-    return answer is None or answer.returncode == 0
-
-
-def _call_nvidia_smi(*options: str) -> subprocess.CompletedProcess | None:
-    """What it answers; a failure if it does not within half a minute, None where there is none."""
-    command = ["nvidia-smi", *options]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, returncode=1, stdout="", stderr="")
-    except OSError:
-        return None
-
-
-def make_slots(gpus: list[str], runs_per_gpu: int, gpus_per_run: int = 1) -> list[str]:
-    """One entry per slot, its GPUs as in CUDA_VISIBLE_DEVICES ("" = the CPU); few runs spread over many GPUs.
-
-    Raises UsageError if the GPUs are too few for one run, or slices, of which CUDA shows a process only one.
-    """
-    if not gpus:
-        return [""] * runs_per_gpu
-    if len(gpus) < gpus_per_run:
-        raise utils.UsageError(
-            f"--gpus_per_run {gpus_per_run}, but there are {len(gpus)} GPUs to use; ask for at most that many"
-        )
-    slices = [gpu for gpu in gpus if gpu.startswith("MIG-")]
-    if slices and gpus_per_run > 1:
-        raise utils.UsageError(
-            f"--gpus_per_run {gpus_per_run}, but {slices[0]} is a slice of a GPU, of which CUDA gives a run only one; "
-            "use --gpus_per_run 1, or name whole GPUs in CUDA_VISIBLE_DEVICES"
-        )
-    starts = range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)
-    return [",".join(gpus[start : start + gpus_per_run]) for start in starts] * runs_per_gpu
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The pool
-
-
 @dataclass(eq=False)
 class Child:
     """A process that runs a job."""
@@ -193,7 +76,7 @@ class Pool:
         num_cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count() or 1)
         self.threads = max(1, num_cpus // (len(slots) * rules.gpus_per_run))
         # Only of a GPU that nvidia-smi has found can it be said later that it has gone.
-        self.known_gpus = {gpu for gpu in set(",".join(slots).split(",")) if gpu and gpu_responds(gpu)}
+        self.known_gpus = {gpu for gpu in set(",".join(slots).split(",")) if gpu and gpus.responds(gpu)}
 
     def run(self) -> int | None:
         """Until no job is left that could be run; the signal that ended it early, or None.
@@ -316,7 +199,7 @@ class Pool:
 
     def _drop_lost_gpus(self, slot: str) -> bool:
         """Whether a GPU of the slot no longer answers; then no slot with it is used again."""
-        lost = {gpu for gpu in slot.split(",") if gpu in self.known_gpus and not gpu_responds(gpu)}
+        lost = {gpu for gpu in slot.split(",") if gpu in self.known_gpus and not gpus.responds(gpu)}
         if lost:
             self.slots = [slot for slot in self.slots if not lost & set(slot.split(","))]
             utils.warn(f"GPU {', '.join(sorted(lost))} no longer answers to nvidia-smi; nothing is started there again")

@@ -25,7 +25,7 @@ from pathlib import Path
 import utils
 from runtime import locks
 from runtime.stopping import PARENT
-from sweep import launch
+from sweep import gpus, launch
 from sweep.plan import DONE, FAILED, RUNNING, WAITING, Job, PlannedRun
 from utils import number_type
 
@@ -289,8 +289,8 @@ class Task:
         job, outcome = Job(self.run), self.root / f"{own_id()}.json"
         outcome.unlink(missing_ok=True)  # of the job before it was queued again
         try:
-            gpus = launch.gpu_ids(self.rules.gpus_per_run) if self.on_gpu else []
-            slots = launch.make_slots(gpus, 1, self.rules.gpus_per_run)
+            found = gpus.to_use(self.rules.gpus_per_run) if self.on_gpu else []
+            slots = gpus.make_slots(found, 1, self.rules.gpus_per_run)
             pool = launch.Pool([job], slots, self.rules, lambda: print(job.note, flush=True), lambda: None)
             pool.signals = signals
             stopped_by = pool.run()

@@ -375,7 +375,10 @@ def test_what_is_no_file_is_no_image_whatever_its_name(tmp_path, capsys):
         assert len(imagefolder.read(tmp_path, (8, 8)).train[1]) == 4
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
-    assert "passed over 6 that are no images of a class: train/eel, train/cat/dead.png, train/cat/pipe.jpg and 3 more" in err
+    assert (
+        "passed over 6 that are no images of a class: train/eel, train/cat/dead.png, train/cat/pipe.jpg and 3 more"
+        in err
+    )
 
 
 def test_an_image_beside_the_classes_is_not_called_no_image(tmp_path, capsys):

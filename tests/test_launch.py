@@ -12,18 +12,18 @@ from processes import alive, wait_for
 
 import utils
 from masks import MaskSpec
-from sweep import launch, slurm, torchrun
+from sweep import gpus, launch, slurm, torchrun
 from sweep.plan import PlannedRun
 
 TORCHRUN = utils.REPOSITORY / "sweep" / "torchrun.py"
 
 
 def test_slots_spread_few_runs_over_many_gpus():
-    assert launch.make_slots(["0", "1"], 2) == ["0", "1", "0", "1"]
-    assert launch.make_slots([], 3) == ["", "", ""]
-    assert launch.make_slots(["0", "1", "2", "3", "4"], 1, 2) == ["0,1", "2,3"]  # the fifth is left over
+    assert gpus.make_slots(["0", "1"], 2) == ["0", "1", "0", "1"]
+    assert gpus.make_slots([], 3) == ["", "", ""]
+    assert gpus.make_slots(["0", "1", "2", "3", "4"], 1, 2) == ["0,1", "2,3"]  # the fifth is left over
     with pytest.raises(utils.UsageError, match="--gpus_per_run 4, but there are 2 GPUs"):
-        launch.make_slots(["0", "1"], 1, 4)
+        gpus.make_slots(["0", "1"], 1, 4)
 
 
 @pytest.mark.parametrize(("exit_code", "answer"), [(0, True), (9, False), (None, True)])
@@ -33,7 +33,7 @@ def test_a_gpu_answers_as_nvidia_smi_says_where_there_is_one(tmp_path, monkeypat
         script.write_text(f'#!/bin/sh\n[ "$*" = "-i 3 -L" ] && exit {exit_code}\n')
         script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert launch.gpu_responds("3") is answer
+    assert gpus.responds("3") is answer
 
 
 def test_exit_codes_in_words():

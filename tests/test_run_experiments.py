@@ -13,7 +13,7 @@ from processes import alive, wait_for
 
 import run_experiments
 import utils
-from sweep import launch
+from sweep import gpus, launch
 
 STAND_IN = utils.REPOSITORY / "tests" / "stand_in.py"
 NAMES = {"full": "full", "cardinal": "2d_cardinal_expansion_1"}
@@ -23,11 +23,11 @@ TWO = ["--mask_types", '["full", "2d_cardinal"]', "--expansion_steps", "[1]"]  #
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(run_experiments, "MAIN_SCRIPT", STAND_IN)
-    monkeypatch.setattr(launch, "gpu_responds", lambda gpu: True)
+    monkeypatch.setattr(gpus, "responds", lambda gpu: True)
     monkeypatch.setattr(launch, "SECONDS_BETWEEN_LOOKS", 0.1)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.05)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(launch, "_ask_nvidia_smi", lambda: [str(index) for index in range(8)])
+    monkeypatch.setattr(gpus, "_list_gpus", lambda: {str(index): [] for index in range(8)})
     output = tmp_path / "experiments"
     output.mkdir()
 
@@ -175,7 +175,7 @@ def test_a_run_that_was_asked_to_stop_starts_again(sweep, capsys):
 
 def test_a_gpu_that_falls_off_gets_no_more_runs(sweep, capsys, monkeypatch):
     answers = iter([True, True, False])  # two at the start; then the first that fails
-    monkeypatch.setattr(launch, "gpu_responds", lambda gpu: next(answers, True))
+    monkeypatch.setattr(gpus, "responds", lambda gpu: next(answers, True))
     assert sweep("--gpus", "2", *TWO, "--seeds", "[0, 1, 2]", "--", "--fail_once", NAMES["full"]) == 0
     captured = capsys.readouterr()
     assert "no longer answers to nvidia-smi" in captured.err
@@ -188,7 +188,7 @@ def test_a_gpu_that_falls_off_gets_no_more_runs(sweep, capsys, monkeypatch):
 
 def test_without_any_gpu_left_the_sweep_ends(sweep, monkeypatch, capsys):
     answers = iter([True])
-    monkeypatch.setattr(launch, "gpu_responds", lambda gpu: next(answers, False))
+    monkeypatch.setattr(gpus, "responds", lambda gpu: next(answers, False))
     with pytest.raises(utils.UserError, match="no GPU is left that answers; 2 of 2 runs left"):
         sweep("--gpus", "1", *TWO, "--", "--fail", NAMES["full"])
     assert len(calls(sweep.output)) == 1
@@ -209,7 +209,7 @@ def start_sweep(output, *arguments):
             "import pathlib, sys",
             f"sys.path.insert(0, {str(utils.REPOSITORY)!r})",
             "import run_experiments, utils",
-            "from sweep import launch",
+            "from sweep import gpus, launch",
             "launch.SECONDS_BETWEEN_LOOKS = 0.1",
             f"run_experiments.MAIN_SCRIPT = pathlib.Path({str(STAND_IN)!r})",
             "utils.run_cli(run_experiments.main)",

@@ -21,7 +21,7 @@ import utils
 from attention import choice
 from masks import MaskSpec
 from runtime import distributed, hardware, locks
-from sweep import launch, plan
+from sweep import gpus, launch, plan
 from training import run_folder
 
 RUN = [
@@ -48,6 +48,14 @@ def test_closed_output_changes_nothing_but_what_is_seen(redirection):
     assert b"Traceback" not in done.stdout + done.stderr
     done = script("plot_result.py", "--results_path", "nowhere", redirection)
     assert done.returncode == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_an_error_or_a_warning_that_cannot_be_written_changes_no_exit_code():
+    done = script("plot_result.py", "--results_path", "nowhere", "2>/dev/full")
+    assert done.returncode == 2
+    done = script("-c", "'import utils; utils.run_cli(lambda: utils.warn(chr(97)) or 0)'", "2>/dev/full")
+    assert done.returncode == 0
 
 
 def test_characters_that_an_encoding_lacks_are_escaped():
@@ -131,7 +139,7 @@ def test_one_process_needs_no_torchrun(monkeypatch, variables):
 
 
 @pytest.mark.parametrize(
-    ("visible", "gpus"),
+    ("visible", "expected"),
     [
         ("0,foo,1", ["0"]),
         ("0,,1", ["0"]),
@@ -143,9 +151,9 @@ def test_one_process_needs_no_torchrun(monkeypatch, variables):
         ("-1", []),
     ],
 )
-def test_gpus_are_read_from_the_variable_as_cuda_reads_it(monkeypatch, capsys, visible, gpus):
+def test_gpus_are_read_from_the_variable_as_cuda_reads_it(monkeypatch, capsys, visible, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launch.gpu_ids(None) == gpus
+    assert gpus.to_use(None) == expected
     warned = "CUDA stops at" in capsys.readouterr().err
     assert warned == (visible in ("0,foo,1", "0,,1"))
 
@@ -156,8 +164,15 @@ def test_a_variable_that_names_no_gpu_is_an_error_and_not_the_cpu(monkeypatch, v
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     for number in (None, 2):
         with pytest.raises(utils.UsageError, match=rf"'{visible}', which names no GPU.*--gpus 0"):
-            launch.gpu_ids(number)
-    assert launch.gpu_ids(0) == []
+            gpus.to_use(number)
+    assert gpus.to_use(0) == []
+
+
+def test_a_number_beyond_the_gpus_there_are_ends_the_list(monkeypatch, capsys):
+    monkeypatch.setattr(gpus, "_list_gpus", lambda: {"0": [], "1": []})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,9,1")
+    assert gpus.to_use(None) == ["0"]
+    assert "CUDA stops at '9'" in capsys.readouterr().err
 
 
 LISTING = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)
@@ -177,12 +192,12 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 
 def test_slices_of_a_gpu_are_used_by_their_names(nvidia_smi):
-    assert launch.gpu_ids(None) == ["MIG-a", "MIG-b", "1"]
-    assert launch.gpu_responds("MIG-b")
-    assert not launch.gpu_responds("MIG-c")
-    assert launch.make_slots(launch.gpu_ids(None), 1) == ["MIG-a", "MIG-b", "1"]
+    assert gpus.to_use(None) == ["MIG-a", "MIG-b", "1"]
+    assert gpus.responds("MIG-b")
+    assert not gpus.responds("MIG-c")
+    assert gpus.make_slots(gpus.to_use(None), 1) == ["MIG-a", "MIG-b", "1"]
     with pytest.raises(utils.UsageError, match=r"--gpus_per_run 2, but MIG-a is a slice of a GPU.*--gpus_per_run 1"):
-        launch.make_slots(launch.gpu_ids(None), 1, 2)
+        gpus.make_slots(gpus.to_use(None), 1, 2)
 
 
 def test_a_slice_has_not_the_rate_of_the_whole_card(monkeypatch):
@@ -199,7 +214,7 @@ def test_the_order_of_gpus_is_set_only_where_their_numbers_are_ours(tmp_path, mo
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
-    monkeypatch.setattr(launch, "gpu_responds", lambda gpu: True)
+    monkeypatch.setattr(gpus, "responds", lambda gpu: True)
     monkeypatch.setattr(launch.subprocess, "Popen", lambda command, env, **kwargs: started.append(env))
     job = plan.Job(plan.PlannedRun(MaskSpec(), 0, tmp_path, ()))
     pool = launch.Pool([job], ["0"], launch.Rules(tmp_path / "main.py"), lambda: None, lambda: None)
@@ -292,6 +307,36 @@ def test_a_stop_before_the_training_is_answered_at_once(tmp_path, monkeypatch, r
     assert time.monotonic() - start < 5
     assert found == code
     assert "before the training; the same command starts again" in output
+
+
+def test_a_stop_within_a_long_call_of_torch_is_answered_as_well(tmp_path):
+    """Python calls no signal handler before such a call returns."""
+    runner = tmp_path / "runner.py"
+    runner.write_text(
+        "import pathlib, torch, main, utils\n"
+        "def be_slow(*args, **kwargs):\n"
+        f"    pathlib.Path({str(tmp_path)!r}, 'measures').touch()\n"
+        "    x = torch.ones(16_384, 16_384)\n    x @ x\n"  # half a minute on one core
+        "main.choose_backend = be_slow\nutils.run_cli(main.main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(runner), *RUN, "--mask_type", "2d_cardinal", "--output_dir", str(tmp_path / "out")],
+        cwd=utils.REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(utils.REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for((tmp_path / "measures").exists)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75
+    assert time.monotonic() - start < 5  # two seconds on a quiet machine
+    assert output.splitlines()[-1] == "stopped (SIGTERM) before the training; the same command starts again"
 
 
 def test_a_signal_while_images_are_read_ends_a_real_process(tmp_path):
