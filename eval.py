@@ -9,31 +9,56 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 import attention
 import data
 import utils
 from runtime import distributed, hardware
 from training.checkpoints import load_checkpoint, rebuild_model
 from training.evaluation import evaluate
+from training.settings import Settings
 
 SPLITS = ("test", "train")
 
 
 def parse_args(argv=None):
-    parser = utils.ArgumentParser(description="Evaluate a checkpoint; the model is rebuilt from what it says.")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a run folder")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="images to evaluate on")
-    parser.add_argument(
-        "--data_dir", type=utils.home_path, metavar="DIR", help="where the data is (default: as in training)"
+    parser = utils.ArgumentParser(
+        description="Evaluate a checkpoint; the model is rebuilt from what it says."
     )
-    parser.add_argument("--batch_size", type=utils.number_type(int, minimum=1), default=256, help="images a batch")
-    parser.add_argument("--device", choices=hardware.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
-    parser.add_argument("--precision", choices=hardware.PRECISIONS, help="of the model (default: as in training)")
-    parser.add_argument(
-        "--backend", choices=attention.BACKENDS[1:], default="dense", help="how masked attention is computed"
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a run folder")
+    add("--split", choices=SPLITS, default="test", help="images to evaluate on")
+    add(
+        "--data_dir",
+        type=utils.home_path,
+        metavar="DIR",
+        help="where the data is (default: as in training)",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSON to write (default: eval_<split>.json beside it)"
+    batch_size = utils.number_type(int, minimum=1)
+    add("--batch_size", type=batch_size, default=256, help="images per batch")
+    add(
+        "--device",
+        choices=hardware.DEVICES,
+        default="auto",
+        help="auto: CUDA, else MPS, else the CPU",
+    )
+    add(
+        "--precision",
+        choices=hardware.PRECISIONS,
+        help="of the model (default: as in training)",
+    )
+    add(
+        "--backend",
+        choices=attention.BACKENDS[1:],
+        default="dense",
+        help="how masked attention is computed",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON to write (default: eval_<split>.json beside the checkpoint)",
     )
     return parser.parse_args(argv)
 
@@ -44,37 +69,22 @@ def main(argv=None) -> int:
     if distributed.WORLD_SIZE > 1:
         raise utils.UsageError("eval.py runs on one process; start it without torchrun")
     hardware.keep_freed_memory()
+
     state = load_checkpoint(args.checkpoint)
-    settings, config = state["settings"], state["model_config"]
+    settings = Settings.from_dict(state["settings"])
     device = hardware.pick_device(args.device)
-    precision = hardware.resolve_precision(args.precision or settings["precision"], device)
+    precision = hardware.resolve_precision(args.precision or settings.machine.precision, device)
     model = rebuild_model(state, args.backend).to(device)
     with utils.usage_errors():
         model.compiled_mask.check_device(device)
-    data_dir = args.data_dir or settings["data_dir"]
-    options = {"skip_unreadable": True} if settings.get("skip_unreadable") else {}
-    dataset = data.load_dataset(settings["dataset"], data_dir, config["img_size"], device, **options)
-    if dataset.class_names != state["data"]["class_names"]:
-        raise utils.UserError(
-            f"the data has classes {dataset.class_names}, the checkpoint was trained on "
-            f"{state['data']['class_names']}; point --data_dir at the data that it was trained on"
-        )
-    trained_on = state["data"].get("checksum")  # None in older checkpoints
-    is_as_trained = None if trained_on is None else dataset.checksum == trained_on
-    if is_as_trained is False:
-        utils.warn(
-            f"{dataset.label} holds other images than the checkpoint was trained and tested with; they are normalized "
-            'as those were, and the JSON notes it ("data_as_trained")'
-        )
-    # Normalized as in training, whatever images lie in the folder now.
-    dataset.mean, dataset.std = state["data"]["mean"], state["data"]["std"]
-    split = getattr(dataset, args.split)
-    batches = data.eval_batches(dataset, split, args.batch_size)
-    result = evaluate(model, batches, config["num_classes"], device, precision)
-    output = args.output or args.checkpoint.with_name(f"eval_{args.split}.json")
+
+    dataset, is_as_trained = load_dataset(args.data_dir, state, settings, device)
+    batches = data.eval_batches(dataset, getattr(dataset, args.split), args.batch_size)
+    result = evaluate(model, batches, dataset.num_classes, device, precision)
+
     report = {
         "checkpoint": str(args.checkpoint),
-        "epoch": len(state["history"]),  # that were finished
+        "epoch": len(state["history"]),  # finished epochs
         "data": dataset.label,
         "data_as_trained": is_as_trained,
         "split": args.split,
@@ -83,14 +93,50 @@ def main(argv=None) -> int:
         **result,
         "provenance": hardware.provenance(sys.argv[1:] if argv is None else argv, device),
     }
+    output = args.output or args.checkpoint.with_name(f"eval_{args.split}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     utils.write_text(output, format_json(report))
     print(f"{describe(report)}\nwrote {output}")
     return 0
 
 
+def load_dataset(
+    data_dir: str | None, state: dict, settings: Settings, device: torch.device
+) -> tuple[data.Dataset, bool | None]:
+    """The data, and whether it is what the checkpoint was trained with (None if unknown).
+
+    Raises UserError if its classes differ from those of the checkpoint.
+    """
+    dataset = data.load_dataset(
+        settings.data.dataset,
+        data_dir or settings.data.data_dir,
+        state["model_config"]["img_size"],
+        device,
+        **({"skip_unreadable": True} if settings.data.skip_unreadable else {}),
+    )
+    trained_on = state["data"]
+    if dataset.class_names != trained_on["class_names"]:
+        raise utils.UserError(
+            f"the data has classes {dataset.class_names}, the checkpoint was trained on "
+            f"{trained_on['class_names']}; point --data_dir at the data that it was trained on"
+        )
+
+    is_as_trained = None
+    if trained_on.get("checksum") is not None:  # older checkpoints have none
+        is_as_trained = dataset.checksum == trained_on["checksum"]
+    if is_as_trained is False:
+        utils.warn(
+            f"{dataset.label} holds other images than the checkpoint was trained and tested with; "
+            'they are normalized as those were, and the JSON notes it ("data_as_trained")'
+        )
+
+    # Normalize as in training, whatever images are in the folder now.
+    dataset.mean, dataset.std = trained_on["mean"], trained_on["std"]
+    return dataset, is_as_trained
+
+
 def format_json(report: dict) -> str:
-    """The report as JSON, the confusion matrix one row per line: 1,000 classes are not a million lines."""
+    """The report as JSON, with one line per row of the confusion matrix, not one per number."""
     rows = ",\n".join(f"    {json.dumps(row)}" for row in report["confusion_matrix"])
     text = json.dumps(report | {"confusion_matrix": []}, indent=2, allow_nan=False)
     return text.replace('"confusion_matrix": []', f'"confusion_matrix": [\n{rows}\n  ]') + "\n"
@@ -98,21 +144,29 @@ def format_json(report: dict) -> str:
 
 def describe(report: dict) -> str:
     """The report as text: totals, then one line per class with its most common confusion."""
-    top5 = "" if report["top5_accuracy"] is None else f", top-5 {report['top5_accuracy']:.2f}%"
+    top5 = ""
+    if report["top5_accuracy"] is not None:
+        top5 = f", top-5 {report['top5_accuracy']:.2f}%"
     lines = [
-        f"{report['data']}, {report['split']}, epoch {report['epoch']}: loss {report['loss']:.4f}, "
-        f"top-1 {report['top1_accuracy']:.2f}%{top5} ({report['num_images']} images, "
-        f"{report['images_per_second']:.0f} images/s)"
+        f"{report['data']}, {report['split']}, epoch {report['epoch']}: "
+        f"loss {report['loss']:.4f}, top-1 {report['top1_accuracy']:.2f}%{top5} "
+        f"({report['num_images']} images, {report['images_per_second']:.0f} images/s)"
     ]
-    names, width = report["class_names"], max(map(len, report["class_names"]))
-    for name, accuracy, row in zip(names, report["per_class_accuracy"], report["confusion_matrix"], strict=True):
+
+    names = report["class_names"]
+    width = max(map(len, names))
+    accuracies, matrix = report["per_class_accuracy"], report["confusion_matrix"]
+    for name, accuracy, row in zip(names, accuracies, matrix, strict=True):
         if accuracy is None:
             lines.append(f"  {name:<{width}}  no images")
             continue
-        wrong = {other: count for other, count in zip(names, row, strict=True) if other != name and count}
-        taken_for = max(wrong, key=wrong.get, default=None)
-        confusion = f"   most often taken for {taken_for} ({wrong[taken_for]})" if taken_for else ""
-        lines.append(f"  {name:<{width}}  {accuracy:6.2f}% of {sum(row)}{confusion}")
+        line = f"  {name:<{width}}  {accuracy:6.2f}% of {sum(row)}"
+        counts = zip(names, row, strict=True)
+        wrong = {other: count for other, count in counts if other != name and count}
+        if wrong:
+            taken_for = max(wrong, key=wrong.get)
+            line += f"   most often taken for {taken_for} ({wrong[taken_for]})"
+        lines.append(line)
     return "\n".join(lines)
 
 

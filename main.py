@@ -18,81 +18,15 @@ import data
 import models
 import utils
 from attention import Choice
-from masks import MaskSpec
 from pipeline import identity, sources
 from report import figures, mask_pictures
 from runtime import distributed, hardware
 from runtime.stopping import StoppedAtOnce, StopRequest
 from training import run_folder
 from training.checkpoints import load_latest
-from training.settings import parse_args, resolve_settings
+from training.command_line import parse_args, resolve_settings
+from training.settings import Settings
 from training.trainer import Stopped, Trainer, micro_batch_size
-
-
-def build_model(settings: dict, in_channels: int, num_classes: int) -> models.VisionTransformer:
-    """The model with freshly drawn weights; the same seed gives the same weights whatever the mask."""
-    torch.manual_seed(settings["seed"])
-    with utils.usage_errors():
-        side = settings["img_size"] // settings["patch_size"]
-        mask = MaskSpec.from_settings(settings).build(max(side, 1), max(side, 1))
-        return models.VisionTransformer(
-            img_size=settings["img_size"],
-            patch_size=settings["patch_size"],
-            in_channels=in_channels,
-            num_classes=num_classes,
-            dropout=settings["dropout"],
-            drop_path=settings["drop_path"],
-            pool=settings["pool"],
-            attention_mask=mask,
-            backend=settings["backend"],
-            **{name: settings[name] for name in models.PRESETS[settings["model"]]},
-        )
-
-
-def choose_backend(model: models.VisionTransformer, settings: dict, num_train: int, device: torch.device) -> Choice:
-    """How masked attention is to be computed in this run; not counted as training time."""
-    num_steps = settings["epochs"] * data.steps_per_epoch(num_train, settings["batch_size"])
-    config, dtype = model.config, torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
-    with utils.usage_errors():
-        return attention.choose_backend(
-            model.compiled_mask,
-            micro_batch_size(settings),
-            config["num_heads"],
-            config["embed_dim"] // config["num_heads"],
-            dtype,
-            device,
-            num_calls=config["depth"] * num_steps * settings["grad_accumulation"],
-        )
-
-
-def describe_model(model: models.VisionTransformer, settings: dict) -> dict:
-    """The number of parameters, the numbers of neighbors, and what share of the arithmetic the attention has."""
-    choice = model.compiled_mask.choice
-    num_patches, mask, flops = model.num_patches, model.compiled_mask.mask, models.count_forward_flops(model)
-    mean = num_patches if mask is None else mask.sum(1, dtype=torch.float64).mean().item()
-    nominal = MaskSpec.from_settings(settings).num_neighbors(num_patches)
-    return {
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "attention": {
-            "grid": list(model.grid),
-            "num_patches": num_patches,
-            "num_neighbors_nominal": nominal,
-            "num_neighbors_mean": mean,
-            "density": mean / num_patches,
-            "attention_share_of_flops": flops["attention"] / flops["total"],
-            "forward_flops_per_image": flops["total"],
-            "backend": choice.backend,
-            "backend_reason": choice.reason,
-            "backend_seconds": choice.timings,
-        },
-    }
-
-
-def dry_run(settings: dict, folder: Path) -> None:
-    in_channels, num_classes = sources.channels_and_classes(settings["dataset"], settings["data_dir"])
-    model = build_model(settings, in_channels, num_classes)
-    settings = settings | {"dataset_name": folder.parents[1].name}
-    print(json.dumps({"run_folder": str(folder), "settings": settings, **describe_model(model, settings)}, indent=2))
 
 
 def main(argv=None) -> int:
@@ -101,17 +35,18 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     distributed.check_environment()
+
     with hardware.device_errors(args.grad_accumulation):
         if args.device in ("auto", "cuda"):
             distributed.take_own_gpu()
         settings = resolve_settings(args)
-        if settings["dry_run"]:
+        if settings.run.dry_run:
             dry_run(settings, find_run(settings, args.dataset_name)[0])
             return 0
         return train(settings, args.dataset_name, argv)
 
 
-def train(settings: dict, dataset_name: str | None, argv: list[str]) -> int:
+def train(settings: Settings, dataset_name: str | None, argv: list[str]) -> int:
     """Train to the end, or until asked to stop, together with the other processes of the run."""
     stop = StopRequest()
 
@@ -120,24 +55,31 @@ def train(settings: dict, dataset_name: str | None, argv: list[str]) -> int:
 
     with stop.listening(before_leaving=say_stopped_early):
         try:
-            with distributed.process_group(torch.device(settings["device"])) as device:
+            with distributed.process_group(torch.device(settings.machine.device)) as device:
                 return find_and_run(settings, dataset_name, device, stop, argv)
-        except StoppedAtOnce:  # out of the group: other processes may be waiting there, which ends as this one leaves
+        except StoppedAtOnce:
+            # Say it outside of the group: others may be waiting there, until this process leaves.
             say_stopped_early()
             return 130 if stop.by_keyboard else utils.EXIT_AGAIN
 
 
 def find_and_run(
-    settings: dict, dataset_name: str | None, device: torch.device, stop: StopRequest, argv: list[str]
+    settings: Settings,
+    dataset_name: str | None,
+    device: torch.device,
+    stop: StopRequest,
+    argv: list[str],
 ) -> int:
-    """Find the run's folder and the data, and do what is left of the run."""
+    """Find the run's folder and its data, and do what is left of the run."""
     with stop.at_once():
-        found = find_run(settings, dataset_name) if distributed.IS_FIRST else None  # where others hear of an error
+        # Only the first process looks; the others hear what it found, an error included.
+        found = find_run(settings, dataset_name) if distributed.IS_FIRST else None
         folder, known = distributed.from_first(found)
-        settings["dataset_name"] = folder.parents[1].name
+        settings = settings.changed(dataset_name=folder.parents[1].name)
         if run_folder.is_finished(folder, settings, known):
             return 0
         dataset = load_dataset(settings, device)
+
     try:
         with run_folder.only_writer(folder):
             return run(settings, dataset, folder, device, stop, argv)
@@ -147,90 +89,218 @@ def find_and_run(
         return 130 if distributed.any_rank(stop.by_keyboard) else utils.EXIT_AGAIN
 
 
-def say_stopped(message: str) -> None:
-    if distributed.IS_FIRST:
-        try:
-            print(message, flush=True)
-        except BrokenPipeError:  # in `| tee log` Ctrl-C has ended tee as well
-            utils.drop_output()
-
-
-def find_run(settings: dict, dataset_name: str | None) -> tuple[Path, dict | None]:
-    """The run's folder, and what is known of the data before it is read: see `identity.describe`."""
-    known = identity.describe(settings["dataset"], settings["data_dir"])
-    where = (settings[name] for name in ("output_dir", "dataset", "data_dir"))
-    folder = identity.find_run_folder(*where, dataset_name, settings["run_name"], settings["seed"], known)
-    if folder.parents[1].name != settings["dataset_name"] and not settings["dry_run"]:
-        print(f"the run was begun in {folder}, where all image folders once were, and stays there", flush=True)
+def find_run(settings: Settings, dataset_name: str | None) -> tuple[Path, dict | None]:
+    """The run's folder, and what is known of the data unread, see `identity.describe`."""
+    dataset, data_dir = settings.data.dataset, settings.data.data_dir
+    known = identity.describe(dataset, data_dir)
+    folder = identity.find_run_folder(
+        settings.run.output_dir,
+        dataset,
+        data_dir,
+        dataset_name,
+        settings.run.run_name,
+        settings.optimization.seed,
+        known,
+    )
+    if folder.parents[1].name != settings.run.dataset_name and not settings.run.dry_run:
+        print(
+            f"the run was begun in {folder}, where all image folders once were, and stays there",
+            flush=True,
+        )
     return folder, known
 
 
-def load_dataset(settings: dict, device: torch.device) -> data.Dataset:
-    limit, img_size = settings["device_data_limit"], (settings["img_size"],) * 2
-    limit_bytes = None if limit is None else limit * 2**30
-    options = {"skip_unreadable": True} if settings["skip_unreadable"] else {}
-    return data.load_dataset(settings["dataset"], settings["data_dir"], img_size, device, limit_bytes, **options)
+def load_dataset(settings: Settings, device: torch.device) -> data.Dataset:
+    limit = settings.data.device_data_limit
+    return data.load_dataset(
+        settings.data.dataset,
+        settings.data.data_dir,
+        (settings.model.img_size, settings.model.img_size),
+        device,
+        None if limit is None else limit * 2**30,
+        **({"skip_unreadable": True} if settings.data.skip_unreadable else {}),
+    )
 
 
 def run(
-    settings: dict, dataset: data.Dataset, folder: Path, device: torch.device, stop: StopRequest, argv: list[str]
+    settings: Settings,
+    dataset: data.Dataset,
+    folder: Path,
+    device: torch.device,
+    stop: StopRequest,
+    argv: list[str],
 ) -> int:
-    """Begin the run or go on with it, to its end."""
+    """Begin or resume the run, and finish it."""
     with stop.at_once():
-        # Another process may have finished it before this one had the folder.
+        # Another process may have finished it before this one got the folder.
         if run_folder.is_finished(folder, settings, dataset.describe()):
             return 0
         trainer = prepare(settings, dataset, folder, device, stop, argv)
+
     history = trainer.train()
     if distributed.IS_FIRST:
         utils.write_json(folder / utils.SUMMARY, run_folder.summarize(history, trainer.config))
-        print(f"finished: {history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images; results in {folder}")
+        accuracy = f"{history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images"
+        print(f"finished: {accuracy}; results in {folder}")
     return 0
 
 
 def prepare(
-    settings: dict, dataset: data.Dataset, folder: Path, device: torch.device, stop: StopRequest, argv: list[str]
+    settings: Settings,
+    dataset: data.Dataset,
+    folder: Path,
+    device: torch.device,
+    stop: StopRequest,
+    argv: list[str],
 ) -> Trainer:
-    """The trainer, where the run was left; config.json and the picture of the mask are written."""
-    mine = (run_folder.read_to_go_on(folder), load_latest(folder)) if distributed.IS_FIRST else None
-    record, state = distributed.from_first(mine)
+    """The trainer, where the run was left; writes config.json and the picture of the mask."""
+    found = None
+    if distributed.IS_FIRST:
+        found = run_folder.read_to_resume(folder), load_latest(folder)
+    record, state = distributed.from_first(found)
+
     model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
     if record is None:
-        choice = choose_backend(model, settings, len(dataset.train), device) if distributed.IS_FIRST else None
+        choice = None
+        if distributed.IS_FIRST:
+            choice = choose_backend(model, settings, len(dataset.train), device)
         choice = distributed.from_first(choice)
-    else:  # what was chosen when the run began, so that a resume is exact
-        choice = Choice(record.config["attention"]["backend"], record.config["attention"]["backend_reason"])
+    else:  # the backend that the run began with, so that a resume is exact
+        about = record.config["attention"]
+        choice = Choice(about["backend"], about["backend_reason"])
     with utils.usage_errors():
         model.compiled_mask.apply_choice(choice)
         model.compiled_mask.check_device(device)
+
     provenance = hardware.provenance(argv, device)
-    config = run_folder.make_config(record, settings, describe_model(model, settings), dataset.describe(), provenance)
-    if state is not None:  # config.json may have been removed
+    about_model, about_data = describe_model(model, settings), dataset.describe()
+    config = run_folder.make_config(record, settings, about_model, about_data, provenance)
+    if state is not None:  # compare it as well: config.json may have been removed
         run_folder.refuse_other_settings(folder, state["settings"], settings)
         run_folder.refuse_other_data(folder, state["data"], config["data"])
-    trainer = Trainer(model, dataset, config, folder, device, stop)
+
+    trainer = Trainer(model, dataset, settings, config, folder, device, stop)
     if state is not None:
         trainer.load(state)
+
     if distributed.IS_FIRST:
         utils.write_json(folder / utils.CONFIG, config)
         draw_mask(model, settings, folder)
-        what = f"{config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}"
-        print(f"{folder}: {what}", flush=True)
+        about = f"{config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}"
+        print(f"{folder}: {about}", flush=True)
         if state is not None:
-            print(f"resuming in epoch {trainer.epoch} after step {trainer.step}", flush=True)
+            place = f"epoch {trainer.progress.epoch} after step {trainer.step}"
+            print(f"resuming in {place}", flush=True)
     return trainer
 
 
-def draw_mask(model: models.VisionTransformer, settings: dict, folder: Path) -> None:
-    """Write the picture of the mask, or one warning: a training does not depend on it."""
-    path = folder / utils.MASK_PICTURE
-    try:
-        picture = mask_pictures.draw_attention_mask(
-            model.compiled_mask.mask, *model.grid, MaskSpec.from_settings(settings).label
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+def build_model(settings: Settings, in_channels: int, num_classes: int) -> models.VisionTransformer:
+    """The model with newly drawn weights, which depend on the seed and not on the mask."""
+    model = settings.model
+    torch.manual_seed(settings.optimization.seed)
+    with utils.usage_errors():
+        side = max(model.img_size // model.patch_size, 1)  # patches
+        return models.VisionTransformer(
+            img_size=model.img_size,
+            patch_size=model.patch_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            embed_dim=model.embed_dim,
+            depth=model.depth,
+            num_heads=model.num_heads,
+            dropout=model.dropout,
+            drop_path=model.drop_path,
+            pool=model.pool,
+            attention_mask=settings.mask.spec.build(side, side),
+            backend=settings.mask.backend,
         )
+
+
+def choose_backend(
+    model: models.VisionTransformer, settings: Settings, num_train: int, device: torch.device
+) -> Choice:
+    """How to compute masked attention in this run; not counted as training time."""
+    config, optimization = model.config, settings.optimization
+    num_steps = optimization.epochs * data.steps_per_epoch(num_train, optimization.batch_size)
+    is_bf16 = settings.machine.precision == "bf16"
+
+    with utils.usage_errors():
+        return attention.choose_backend(
+            model.compiled_mask,
+            micro_batch_size(settings),
+            config["num_heads"],
+            config["embed_dim"] // config["num_heads"],
+            torch.bfloat16 if is_bf16 else torch.float32,
+            device,
+            num_calls=config["depth"] * num_steps * settings.machine.grad_accumulation,
+        )
+
+
+def describe_model(model: models.VisionTransformer, settings: Settings) -> dict:
+    """The number of parameters, the numbers of neighbors, and attention's share of the FLOPs."""
+    num_patches, mask = model.num_patches, model.compiled_mask.mask
+    mean_neighbors = num_patches
+    if mask is not None:
+        mean_neighbors = mask.sum(1, dtype=torch.float64).mean().item()
+
+    flops = models.count_forward_flops(model)
+    choice = model.compiled_mask.choice
+    return {
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "attention": {
+            "grid": list(model.grid),
+            "num_patches": num_patches,
+            "num_neighbors_nominal": settings.mask.spec.num_neighbors(num_patches),
+            "num_neighbors_mean": mean_neighbors,
+            "density": mean_neighbors / num_patches,
+            "attention_share_of_flops": flops["attention"] / flops["total"],
+            "forward_flops_per_image": flops["total"],
+            "backend": choice.backend,
+            "backend_reason": choice.reason,
+            "backend_seconds": choice.timings,
+        },
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# What the user sees
+
+
+def dry_run(settings: Settings, folder: Path) -> None:
+    in_channels, num_classes = sources.channels_and_classes(
+        settings.data.dataset, settings.data.data_dir
+    )
+    model = build_model(settings, in_channels, num_classes)
+    settings = settings.changed(dataset_name=folder.parents[1].name)
+    resolved = {
+        "run_folder": str(folder),
+        "settings": settings.to_dict(),
+        **describe_model(model, settings),
+    }
+    print(json.dumps(resolved, indent=2))
+
+
+def draw_mask(model: models.VisionTransformer, settings: Settings, folder: Path) -> None:
+    """Write the picture of the mask. If that fails, warn: the training does not need it."""
+    path, mask = folder / utils.MASK_PICTURE, model.compiled_mask.mask
+    try:
+        picture = mask_pictures.draw_attention_mask(mask, *model.grid, settings.mask.spec.label)
         figures.save(picture, path)
     except Exception as error:  # whatever matplotlib raises
-        utils.warn(f"training goes on without {path}, which could not be drawn: {utils.first_line(error)}")
+        reason = utils.first_line(error)
+        utils.warn(f"training goes on without {path}, which could not be drawn: {reason}")
+
+
+def say_stopped(message: str) -> None:
+    if distributed.IS_FIRST:
+        try:
+            print(message, flush=True)
+        except BrokenPipeError:  # Ctrl-C in `main.py | tee log` has ended tee as well
+            utils.drop_output()
 
 
 if __name__ == "__main__":

@@ -26,14 +26,6 @@ CHECKPOINT, PREVIOUS_CHECKPOINT = "last.pt", "previous.pt"
 LOCK = ".lock"  # held while a process writes to the folder; the system frees that of a dead one
 
 
-# Settings that say where and how a run computes, not what it computes: a resumed run may change them.
-NOT_PART_OF_THE_RESULT = (
-    *("data_dir", "skip_unreadable", "output_dir", "dataset_name", "device", "device_data_limit"),
-    *("grad_accumulation", "checkpoint_activations", "log_every", "checkpoint_every_minutes"),
-    *("dry_run", "debug"),
-)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors and command lines
 

@@ -28,8 +28,10 @@ import utils
 from benchmarks import pipeline
 from runtime import hardware
 from runtime.stopping import StopRequest
-from training.settings import COMPILE, RECIPES, resolve_settings
-from training.settings import parse_args as parse_run
+from training.command_line import COMPILE, resolve_settings
+from training.command_line import parse_args as parse_run
+from training.progress import Progress
+from training.settings import RECIPES
 from training.trainer import Trainer
 
 MATRIX_SIZE = {"cuda": 8192}  # of the matrix product, by device
@@ -58,10 +60,10 @@ def our_loop(args, pixels: torch.Tensor, precision: str, options: list[str], dev
     run += ["--device", device.type, "--precision", precision, "--checkpoint_every_minutes", "0", *options]
     settings = resolve_settings(parse_run(run))
     dataset, folder = pipeline.dataset_of(pixels, args.img_size, device), Path(tempfile.gettempdir())
-    trainer = Trainer(build_ours(args).to(device), dataset, {"settings": settings}, folder, device, StopRequest())
+    trainer = Trainer(build_ours(args).to(device), dataset, settings, {}, folder, device, StopRequest())
 
     def epoch() -> None:
-        trainer.start_epoch(1)
+        trainer.start_epoch(Progress())
         trainer.train_epoch()
 
     return epoch

@@ -17,11 +17,12 @@ import utils
 from masks import MASK_TYPES, MaskSpec
 from report import text
 from training.run_record import RunRecord, number
+from training.settings import MAY_CHANGE
 
 GIB = 2**30
 # What the runs of a sweep are meant to differ in, and settings that say where a run is, not what it computes. The
 # device is compared by its name, in the provenance.
-MAY_DIFFER = {"mask_type", "expansion_step", "run_name", "seed", *utils.NOT_PART_OF_THE_RESULT}
+MAY_DIFFER = {"mask_type", "expansion_step", "run_name", "seed", *MAY_CHANGE}
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,10 @@ def test_a_run_lies_in_a_folder_called_like_its_data(pets, tmp_path, monkeypatch
     assert checkpoints.load_checkpoint(run_folder(pets) / "last.pt")["data"]["files"] == config["data"]["files"]
     monkeypatch.chdir(pets / "pets")
     settings = main.resolve_settings(main.parse_args(arguments(".", "output")))
-    assert settings["dataset_name"] == "pets"
+    assert settings.run.dataset_name == "pets"
     settings = main.resolve_settings(main.parse_args(arguments(".", "output", "--dataset_name", "mine")))
-    assert settings["dataset_name"] == "mine"
-    assert main.resolve_settings(main.parse_args(["--device", "cpu"]))["dataset_name"] == "cifar10"
+    assert settings.run.dataset_name == "mine"
+    assert main.resolve_settings(main.parse_args(["--device", "cpu"])).run.dataset_name == "cifar10"
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished", "no config.json"])

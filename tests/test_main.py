@@ -192,7 +192,7 @@ def test_dry_run_trains_and_writes_nothing(tmp_path, capsys):
 
 
 def test_defaults_are_those_of_the_design():
-    settings = resolve_settings(parse_args([]))
+    settings = resolve_settings(parse_args([])).to_dict()
     expected = {
         "mask_type": "full",
         "expansion_step": None,

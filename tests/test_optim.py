@@ -1,15 +1,18 @@
 """Which weights decay, the schedule, Muon's share, and the moving average against its formula."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from models import VisionTransformer
 from training import optimizers
+from training.settings import Settings
 
 SMALL = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
-SETTINGS = {"lr": 1.0, "weight_decay": 0.1, "warmup_fraction": 0.2, "optimizer": "adamw"}
+SETTINGS = Settings.from_dict({"lr": 1.0, "weight_decay": 0.1}).optimization
+MUON = replace(SETTINGS, optimizer="muon")
 
 
 def named_groups(model, optimizer):
@@ -30,7 +33,7 @@ def test_weight_decay_is_on_the_matrices_alone():
 
 def test_muon_has_the_matrices_of_the_blocks():
     model = VisionTransformer(**SMALL)
-    adamw, muon = optimizers.build_optimizers(model, SETTINGS | {"optimizer": "muon"})
+    adamw, muon = optimizers.build_optimizers(model, MUON)
     ((by_muon, decay),) = named_groups(model, muon)
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert by_muon == {f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers}
@@ -43,8 +46,8 @@ def test_muon_has_the_matrices_of_the_blocks():
 
 
 def test_the_schedule_warms_up_then_falls_to_zero():
-    both = optimizers.build_optimizers(VisionTransformer(**SMALL), SETTINGS | {"optimizer": "muon"})
-    schedulers = optimizers.build_schedulers(both, SETTINGS, total_steps=10)
+    both = optimizers.build_optimizers(VisionTransformer(**SMALL), MUON)
+    schedulers = optimizers.build_schedulers(both, warmup_fraction=0.2, total_steps=10)
     rates = []
     for _ in range(10):
         (rate,) = {scheduler.get_last_lr()[0] for scheduler in schedulers}

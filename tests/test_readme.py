@@ -10,7 +10,8 @@ from parsers import parser_of
 
 import masks
 import utils
-from training.settings import RECIPES, parse_args, resolve_settings, strong_lr
+from training.command_line import parse_args, resolve_settings
+from training.settings import RECIPES, strong_lr
 
 README = (utils.REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -85,9 +86,9 @@ def test_the_recipes_are_those_of_the_table():
     rows = re.findall(r"^\| `--(\w+)` \| ([^|]*) \| ([^|]*) \|$", table, flags=re.MULTILINE)
     assert {name for name, *_ in rows} == set(RECIPES["plain"]) == set(RECIPES["strong"])
     for column, recipe in enumerate(("plain", "strong"), start=1):
-        settings = resolve_settings(parse_args(["--recipe", recipe, "--device", "cpu"]))
+        settings = resolve_settings(parse_args(["--recipe", recipe, "--device", "cpu"])).to_dict()
         assert {row[0]: row[column].strip(" `") for row in rows} == {row[0]: str(settings[row[0]]) for row in rows}
     given = ["--recipe", "strong", "--lr", "0.5", "--mix", "0", "--batch_size", "512"]
     settings = resolve_settings(parse_args([*given, "--device", "cpu"]))
-    assert (settings["lr"], settings["mix"], settings["policy"]) == (0.5, 0.0, "rand")
+    assert (settings.optimization.lr, settings.augmentation.mix, settings.augmentation.policy) == (0.5, 0.0, "rand")
     assert [strong_lr(size) for size in (64, 128, 256, 512)] == [0.0005, 0.001, 0.001, 0.002]

@@ -140,7 +140,7 @@ def test_a_path_may_begin_at_home(monkeypatch):
 
     monkeypatch.setenv("HOME", "/home/me")
     settings = main.resolve_settings(main.parse_args(["--data_dir=~/x", "--output_dir=~/y", "--device", "cpu"]))
-    assert (settings["data_dir"], settings["output_dir"]) == ("/home/me/x", "/home/me/y")
+    assert (settings.data.data_dir, settings.run.output_dir) == ("/home/me/x", "/home/me/y")
     args = run_experiments.parse_args(["--output_dir=~/y", "--", "--data_dir=~/x"])
     assert (data_dir_of(args), args.output_dir) == ("/home/me/x", "/home/me/y")
     assert str(plot_result.parse_args(["--results_path=~/y"]).results_path) == "/home/me/y"

@@ -229,11 +229,13 @@ def test_running_out_of_memory_with_cuda_graphs_goes_on_without_them(tmp_path):
     job.micro_batches = 2
     assert job.arguments() == [*asked, "--grad_accumulation", "2", "--compile", "default"]
     settings = main.resolve_settings(main.parse_args([*job.arguments(), "--device", "cpu"]))
-    assert (settings["compile"], settings["grad_accumulation"]) == ("default", 2)
+    machine = settings.machine
+    assert (machine.compile, machine.grad_accumulation) == ("default", 2)
     utils.write_json(tmp_path / utils.CONFIG, {"provenance": {"command": ["main.py", *job.arguments()]}})
     (tmp_path / utils.SUMMARY).touch()
     assert job.run.is_finished()
-    run_folder.refuse_other(tmp_path, "settings", {"compile": "reduce-overhead"}, {"compile": "default"})
+    with_graphs = settings.changed(compile="reduce-overhead").to_dict()
+    run_folder.refuse_other_settings(tmp_path, with_graphs, settings)
 
 
 def raise_error(message):

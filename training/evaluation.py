@@ -12,15 +12,23 @@ from torch import Tensor, nn
 from runtime import distributed, hardware
 
 
-@torch.no_grad()  # not inference_mode, for which the kernels would be compiled once more
+@torch.no_grad()  # inference_mode would compile the kernels once more
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device, precision: str
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device,
+    precision: str,
 ) -> dict:
-    """Run the model over batches of (images [B, C, height, width], labels [B]), in a parallel run those of all ranks.
+    """Run the model over batches of (images [B, C, height, width], labels int64 [B]).
 
-    Nothing is read from the device before the end. Returns `loss` (mean cross-entropy, nats), `top1_accuracy`,
-    `top5_accuracy` (percent; None with 5 classes or fewer), `per_class_accuracy` (percent; None for a class without
-    images), `confusion_matrix` (rows true, columns predicted), `num_images`, `seconds`, `images_per_second`.
+    In a parallel run each process has its own batches, and all get the result for all of them.
+    Nothing is read from the device before the end.
+
+    Returns `loss` (mean cross-entropy, nats), `top1_accuracy`, `top5_accuracy` (percent; None with
+    5 classes or fewer), `per_class_accuracy` (percent; None for a class without images),
+    `confusion_matrix` (rows true, columns predicted), `num_images`, `seconds` and
+    `images_per_second`.
     """
     was_training = model.training
     model.eval()
@@ -28,28 +36,30 @@ def evaluate(
     loss_sum = torch.zeros((), device=device)
     top5_hits = torch.zeros((), dtype=torch.int64, device=device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+
     for images, labels in batches:
         with hardware.autocast(device, precision):
             logits = model(images)
         logits = logits.float()  # [B, classes]
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-        cells = labels * num_classes + logits.argmax(1)
-        confusion.scatter_add_(0, cells, torch.ones_like(cells))  # bincount would wait for the device
+
+        cells = labels * num_classes + logits.argmax(1)  # [B], of the flattened matrix
+        confusion.scatter_add_(0, cells, torch.ones_like(cells))  # bincount would synchronize
         if num_classes > 5:
             top5_hits += (logits.topk(5).indices == labels[:, None]).sum()
+
     distributed.sum_over_ranks(loss_sum, top5_hits, confusion)
     confusion = confusion.view(num_classes, num_classes).cpu()  # waits for the device
     seconds = time.perf_counter() - start
     model.train(was_training)
-    num_images, correct, per_class = int(confusion.sum()), confusion.diag(), confusion.sum(1)
+
+    num_images, num_correct = int(confusion.sum()), int(confusion.diag().sum())
+    per_class = zip(confusion.diag().tolist(), confusion.sum(1).tolist(), strict=True)
     return {
         "loss": loss_sum.item() / num_images,
-        "top1_accuracy": 100 * int(correct.sum()) / num_images,
+        "top1_accuracy": 100 * num_correct / num_images,
         "top5_accuracy": 100 * top5_hits.item() / num_images if num_classes > 5 else None,
-        "per_class_accuracy": [
-            100 * hits / count if count else None
-            for hits, count in zip(correct.tolist(), per_class.tolist(), strict=True)
-        ],
+        "per_class_accuracy": [100 * hits / n if n else None for hits, n in per_class],
         "confusion_matrix": confusion.tolist(),
         "num_images": num_images,
         "seconds": seconds,

@@ -1,4 +1,4 @@
-"""What a run folder holds, read back: the one reader for resuming, sweeps and reports. Imports no torch."""
+"""What a run folder holds: the one reader for resuming, sweeps and reports. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 import utils
 from masks import MaskSpec
+from training.settings import Settings
 from utils import UserError
 
 FORMAT = 2  # of config.json and summary.json, as they are written
-FORMATS = (1, 2)  # that are read: what is read here is the same in both
-LARGEST = 1e100  # beyond, a number is taken for damage: sums and axes would overflow
+FORMATS = (1, 2)  # that can be read: what is read here is the same in both
+LARGEST = 1e100  # a larger number is taken for damage: sums and axes would overflow
 
-# What is read from a config.json without asking twice.
+# Checked once, when a config.json is read, so that its readers need not check.
 REQUIRED = {
     "settings": {
         "mask_type": str,
@@ -29,40 +30,57 @@ REQUIRED = {
     "provenance": {},
 }
 OPTIONAL = {
-    "attention": {"grid": list, "attention_share_of_flops": float, "backend": str, "backend_reason": str},
+    "settings": {
+        "model": str,
+        "img_size": int,
+        "patch_size": int,
+        "pool": str,
+        "grad_accumulation": int,
+    },
+    "attention": {
+        "grid": list,
+        "attention_share_of_flops": float,
+        "backend": str,
+        "backend_reason": str,
+    },
     "provenance": {"device": str, "git_commit": str, "versions": dict},
 }
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: its config.json, and, read when they are asked for, metrics.jsonl and summary.json."""
+    """One run: its config.json; metrics.jsonl and summary.json are read when needed."""
 
     folder: Path
     config: dict
 
     @classmethod
     def read(cls, folder: Path, formats: tuple[int, ...] = FORMATS) -> RunRecord | None:
-        """None where there is no run yet. Raises UserError for a config.json that is damaged or of another format."""
+        """None where there is no run yet.
+
+        Raises UserError for a config.json that is damaged or has another format.
+        """
         path = folder / utils.CONFIG
         if not path.exists():
             return None
         config = utils.read_json(path)
         if config.get("format") not in formats:
             expected = " or ".join(map(str, formats))
-            raise UserError(f"{path} has format {config.get('format')!r}, expected {expected}; move it away")
+            raise UserError(
+                f"{path} has format {config.get('format')!r}, expected {expected}; move it away"
+            )
         utils.check_sections(path, config, REQUIRED, OPTIONAL)
         return cls(folder, config)
 
     @cached_property
     def metrics(self) -> list[dict]:
-        """One row per epoch. Raises UserError if they cannot be read."""
+        """One row per epoch. Raises UserError for a file that cannot be read."""
         path = self.folder / utils.METRICS
         return utils.read_json_lines(path) if path.exists() else []
 
     @cached_property
     def summary(self) -> dict | None:
-        """None for a run that is not finished. Raises UserError for one that cannot be read."""
+        """None for a run that is not finished. Raises UserError for an unreadable file."""
         path = self.folder / utils.SUMMARY
         if not path.exists():
             return None
@@ -76,21 +94,25 @@ class RunRecord:
 
     @property
     def mask(self) -> MaskSpec:
-        return MaskSpec.from_settings(self.settings)
+        return Settings.from_dict(self.settings).mask.spec
 
     @property
     def state(self) -> str:
-        """`incomplete` or `done`; where the run is absent there is no record."""
+        """`incomplete` or `done`. An absent run has no record."""
         return "incomplete" if self.summary is None else "done"
 
     def curve(self, metric: str) -> dict[int, float]:
         """Epoch -> value, for the epochs that have one."""
-        values = [(row.get("epoch"), number(row, metric)) for row in self.metrics]
-        return {epoch: value for epoch, value in values if isinstance(epoch, int) and value is not None}
+        curve = {}
+        for row in self.metrics:
+            epoch, value = row.get("epoch"), number(row, metric)
+            if isinstance(epoch, int) and value is not None:
+                curve[epoch] = value
+        return curve
 
 
 def peek(folder: Path, section: str) -> dict:
-    """A section of config.json as it stands; {} where there is none that can be read. For deciding what to start."""
+    """A section of config.json, unchecked, or {} if it cannot be read; to decide what to start."""
     try:
         value = utils.read_json(folder / utils.CONFIG).get(section)
     except UserError:

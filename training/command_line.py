@@ -1,0 +1,145 @@
+"""The command line of main.py: a flag for each setting, and the settings that flags resolve to."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import Field, fields
+
+import torch
+
+import attention
+import masks
+import models
+import utils
+from attention import diagonal
+from masks import MaskSpec
+from pipeline import augment, identity, sources
+from runtime import hardware
+from training import optimizers
+from training.settings import FLAGS, RECIPES, SECTIONS, Settings, strong_lr
+from utils import UsageError
+
+COMPILE = ("off", "auto", "default", "reduce-overhead")
+EPOCHS_WORTH_COMPILING = 10
+
+# Each list belongs to the module that knows what to do with its items.
+CHOICES = {
+    "mask_type": masks.MASK_TYPES,
+    "backend": attention.BACKENDS,
+    "dataset": sources.DATASETS,
+    "recipe": RECIPES,
+    "model": models.PRESETS,
+    "pool": models.POOLS,
+    "policy": augment.POLICIES,
+    "optimizer": optimizers.OPTIMIZERS,
+    "device": hardware.DEVICES,
+    "precision": hardware.PRECISIONS,
+    "compile": COMPILE,
+}
+
+
+def build_parser() -> utils.ArgumentParser:
+    parser = utils.ArgumentParser(
+        description="Train one ViT with one attention pattern. Run it again to resume."
+    )
+    for section in SECTIONS.values():
+        group = parser.add_argument_group(section.title)
+        for setting in fields(section):
+            if setting.name != "debug":  # which every script has
+                group.add_argument(f"--{setting.name}", **_options(setting))
+    return parser
+
+
+def _options(setting: Field) -> dict:
+    """What argparse is to know of a flag."""
+    about = setting.metadata
+    options = {"default": about["default"], "help": about["help"]}
+    if about["default"] is False:
+        return options | {"action": "store_true"}
+    if about["default"] is True:
+        return options | {"action": argparse.BooleanOptionalAction}
+
+    options |= {name: about[name] for name in ("type", "metavar") if about[name] is not None}
+    if setting.name in CHOICES:
+        options["choices"] = CHOICES[setting.name]
+    if setting.name == "compile":  # without a value: on
+        options |= {"nargs": "?", "const": "default"}
+    return options
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.recipe != "plain":
+        parser.set_defaults(**RECIPES[args.recipe])
+        args = parser.parse_args(argv)
+    return args
+
+
+def resolve_settings(args: argparse.Namespace) -> Settings:
+    """Every setting, with nothing left to be decided: what a resumed run is compared by.
+
+    Raises UsageError for flags that do not go together.
+    """
+    _check(args)
+    settings = {name: getattr(args, name) for name in FLAGS}
+
+    if args.mask_type == "full":
+        settings["expansion_step"] = None
+    for name, value in models.PRESETS[args.model].items():
+        settings[name] = settings[name] or value
+    if args.lr is None:
+        settings["lr"] = strong_lr(args.batch_size)
+
+    device = hardware.pick_device(args.device).type
+    settings["device"] = device
+    settings["precision"] = hardware.resolve_precision(args.precision, torch.device(device))
+    settings["compile"] = resolve_compile(args.compile, device, args.epochs)
+
+    if args.run_name is None:
+        settings["run_name"] = MaskSpec(args.mask_type, args.expansion_step).run_name
+    if args.dataset_name is None:
+        settings["dataset_name"] = identity.default_dataset_name(args.dataset, args.data_dir)
+    for name in ("run_name", "dataset_name"):
+        utils.check_folder_name(f"--{name}", settings[name])
+    return Settings.from_dict(settings)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.compile == "reduce-overhead" and args.grad_accumulation > 1:
+        raise UsageError(
+            "--compile reduce-overhead replays the memory of a step, where gradients cannot add "
+            f"up; use --compile default with --grad_accumulation {args.grad_accumulation}"
+        )
+    if args.grad_accumulation > args.batch_size:
+        raise UsageError(
+            f"--grad_accumulation {args.grad_accumulation} asks for more micro-batches than "
+            f"--batch_size {args.batch_size} has images; use at most {args.batch_size}"
+        )
+    if args.skip_unreadable and args.dataset != identity.IMAGE_FOLDER:
+        raise UsageError(
+            f"--skip_unreadable is for --dataset {identity.IMAGE_FOLDER}, "
+            f"got --dataset {args.dataset}"
+        )
+
+
+def complete(found: dict, asked: Settings) -> dict:
+    """The settings of a run, those of an older checkout with the default of each newer flag."""
+    arguments = ["--model", asked.model.model, "--device", asked.machine.device]
+    return resolve_settings(parse_args(arguments)).to_dict() | found
+
+
+def resolve_compile(mode: str, device: str, epochs: int) -> str:
+    """Turn `auto` into "default" where compiling soon pays, else into "off".
+
+    It pays on CUDA in runs of many epochs. Raises UsageError where torch.compile does not work.
+    """
+    if mode == "auto":
+        may_pay = device == "cuda" and epochs >= EPOCHS_WORTH_COMPILING
+        return "default" if may_pay and diagonal.can_compile(device) else "off"
+
+    if mode != "off" and (error := diagonal.compile_error(device)) is not None:
+        raise UsageError(
+            f"--compile: torch.compile does not work here: {error}; fix that, or use --compile off"
+        )
+    return mode
