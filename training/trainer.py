@@ -166,8 +166,14 @@ class Trainer:
         if not mixes:
             augmentation = replace(augmentation, mix=0.0)
         batches = data.train_batches(
-            *(self.dataset, self.batch_size, s["seed"], self.epoch, augmentation, self.epoch_step),
-            *(distributed.RANK, distributed.WORLD_SIZE),
+            self.dataset,
+            batch_size=self.batch_size,
+            seed=s["seed"],
+            epoch=self.epoch,
+            augmentation=augmentation,
+            start_step=self.epoch_step,
+            rank=distributed.RANK,
+            world_size=distributed.WORLD_SIZE,
         )
         self.model.train()
         self.clock = time.perf_counter()
