@@ -64,7 +64,7 @@ def same(batches, others):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scikit-learn's digits
 
 
@@ -98,7 +98,7 @@ def test_digits_are_those_of_scikit_learn():
     assert ours == {(image.tobytes(), int(label)) for image, label in zip(theirs, digits.target, strict=True)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # torchvision's datasets: small files of their formats
 
 
@@ -193,7 +193,7 @@ def test_without_network_the_error_says_what_to_do(tmp_path, no_network, name):
 
 def test_a_corrupt_archive_is_not_unpacked(tmp_path, no_network):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half an archive")
-    with pytest.raises(UserError, match="if a file there is damaged, remove it"):
+    with pytest.raises(UserError, match="If a file there is damaged, remove it"):
         data.load_dataset("cifar10", str(tmp_path), (32, 32), CPU)
     assert no_network  # it was to be downloaded anew
     assert not (tmp_path / "cifar-10-batches-py").exists()
@@ -227,7 +227,7 @@ def test_files_damaged_after_the_download(tmp_path, no_network):
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=r"\S: \S+.*damaged, remove it") as caught:
                 data.load_dataset("fashion_mnist", str(root), (32, 32), CPU)
-            assert ": . With" not in str(caught.value)  # a bare AssertionError has no words
+            assert ": . It" not in str(caught.value)  # a bare AssertionError has no message
 
 
 def test_a_killed_download_of_fashion_mnist_is_taken_up_again(tmp_path, no_network, monkeypatch):
@@ -281,7 +281,7 @@ def test_main_without_network_ends_in_one_line(tmp_path):
     assert [path.name for path in (tmp_path / "data").iterdir() if path.suffix != ".lock"] == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Before the images are read
 
 
@@ -305,7 +305,7 @@ def test_a_dry_run_of_a_missing_folder_ends_in_one_line(tmp_path, run_script):
     assert str(tmp_path / "none") in err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mean and deviation
 
 
@@ -327,7 +327,7 @@ def test_constant_images_stay_finite(value):
     assert data.normalize(images, mean, std).abs().max() < 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is done to a batch, against one image at a time
 
 SHAPES = [(6, 3, 8, 8), (5, 1, 6, 11), (4, 3, 13, 5), (1, 3, 9, 9)]
@@ -376,7 +376,7 @@ def test_an_image_that_shrinks_is_antialiased():
     assert result.abs().max() < 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -505,7 +505,7 @@ def test_batches_on_cuda_are_those_of_the_cpu(monkeypatch, fits):
         assert torch.equal(one[1], other[1].cpu())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A real image folder, where somebody has unpacked it
 
 
@@ -533,7 +533,7 @@ def test_the_jpeg_copy_of_cifar10(monkeypatch):
     assert labels.shape == (16,)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Resizing, augmentation, ranks, streaming
 
 
