@@ -1,10 +1,12 @@
-"""Datasets as one uint8 tensor on the device, and batches made from them there: crop, flip, augment, mix, resize.
+"""Datasets as one uint8 tensor on the device, and the batches made from it.
 
-Nothing is done image by image in Python. All random draws of an epoch are a pure function of (seed, epoch), made on the
-CPU and whole: an exact resume needs no stored state, a rank of a parallel run takes its part of them, and nothing waits
-for the device.
+Nothing loops over images in Python: whole batches are cropped, flipped, augmented, mixed and
+resized on the device. All random draws of an epoch are a pure function of (seed, epoch), made up
+front on the CPU. So an exact resume needs no stored state, each rank of a parallel run takes its
+share of the same draws, and nothing waits for the device.
 
-Shapes: n images of the split, b of the batch, C channels, H x W pixels as stored, h x w pixels as the model wants.
+Shapes: n images in the split, b in the batch, C channels, H x W pixels as stored, h x w pixels as
+the model expects them.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from torch import Tensor
 from pipeline import augment, mixing, sources
 from runtime import hardware
 
-BYTES_AT_ONCE = 2**23  # of images that are augmented together, if that is more than a batch
-FETCHES_AHEAD = 3  # of a dataset that streams
+BYTES_AT_ONCE = 2**23  # Small batches are augmented together, up to this many bytes of images.
+FETCHES_AHEAD = 3  # Batches gathered in advance when a dataset is streamed.
 
 
 @dataclass
 class Split:
-    """Images and labels: both on the compute device, or both on the CPU, from where batches are then streamed."""
+    """Images and labels: both on the compute device or, if batches are streamed, on the CPU."""
 
     images: Tensor  # uint8 [n, C, H, W]
     labels: Tensor  # int64 [n]
@@ -40,22 +42,26 @@ class Split:
         return len(self.labels)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Dataset:
     name: str
     label: str  # display name in tables and plots
     class_names: list[str]
     train: Split
     test: Split
-    mean: list[float]  # of each channel of the training images, in units of [0, 1]
+
+    # Mean and standard deviation of each channel of the training images, in units of [0, 1].
+    mean: list[float]
     std: list[float]
-    flip: bool  # whether a mirrored image is of the same class
+
+    flip: bool  # whether a mirrored image still belongs to its class
     img_size: tuple[int, int]  # (h, w) of the batches
-    device: torch.device  # of the batches
-    streams: bool = False  # whether batches are fetched ahead, from images that are not on the device
+    device: torch.device  # where batches end up
+    streams: bool = False  # images stay on the CPU, and batches are fetched ahead of their use
+
     checksum: str = ""  # of all images and labels
-    files: dict | None = None  # of an image folder: number, and a hash of names and sizes
-    notes: dict = field(default_factory=dict)  # what was not as usual, for config.json
+    files: dict | None = None  # image folders only: number of images, hash of names and sizes
+    notes: dict = field(default_factory=dict)  # anything unusual, for config.json
 
     @property
     def in_channels(self) -> int:
@@ -91,20 +97,39 @@ def load_dataset(
     limit_bytes: float | None = None,
     **options,
 ) -> Dataset:
-    """Read a dataset of sources.DATASETS; batches will be of `img_size` = (h, w) on `device`.
+    """Read one of sources.DATASETS; its batches will have `img_size` = (h, w) and be on `device`.
 
-    Images of more than `limit_bytes` (by default half of a GPU's free memory) stay on the CPU, and their batches are
-    streamed. `options` are the source's own. Raises UserError, with the remedy, if the data cannot be read.
+    If the images exceed `limit_bytes` (default: half of the GPU's free memory), they stay on the
+    CPU and their batches are streamed. `options` are passed on to the source. Raises UserError,
+    with what to do about it, if the data cannot be read.
     """
     source = sources.DATASETS[name]
     loaded = source.load(Path(data_dir), img_size, **options)
-    mean, std = channel_statistics(loaded.train[0])
-    num_bytes = sum(images.nbytes for images, _ in (loaded.train, loaded.test))
-    streams = num_bytes > (_bytes_for_data(device) if limit_bytes is None else limit_bytes)
+    train_images, train_labels = loaded.train
+    test_images, test_labels = loaded.test
+
+    if limit_bytes is None:
+        limit_bytes = _bytes_for_data(device)
+    streams = train_images.nbytes + test_images.nbytes > limit_bytes
     storage = torch.device("cpu") if streams else device
-    splits = [Split(images.to(storage), labels.to(storage)) for images, labels in (loaded.train, loaded.test)]
-    about, crc = (name, loaded.label, loaded.class_names), checksum(loaded)
-    return Dataset(*about, *splits, mean, std, source.flip, img_size, device, streams, crc, loaded.files, loaded.notes)
+
+    mean, std = channel_statistics(train_images)
+    return Dataset(
+        name=name,
+        label=loaded.label,
+        class_names=loaded.class_names,
+        train=Split(train_images.to(storage), train_labels.to(storage)),
+        test=Split(test_images.to(storage), test_labels.to(storage)),
+        mean=mean,
+        std=std,
+        flip=source.flip,
+        img_size=img_size,
+        device=device,
+        streams=streams,
+        checksum=checksum(loaded),
+        files=loaded.files,
+        notes=loaded.notes,
+    )
 
 
 def checksum(loaded: sources.Images) -> str:
@@ -116,46 +141,55 @@ def checksum(loaded: sources.Images) -> str:
 
 
 def _bytes_for_data(device: torch.device) -> float:
-    """Up to half of the free memory of a GPU; what the CPU has loaded already fits there."""
-    return torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else float("inf")
+    """Half of a GPU's free memory; no limit on the CPU, where the images already are."""
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    return free / 2
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each channel of uint8 images [n, C, H, W], in units of [0, 1]; from exact counts."""
+    """Mean and standard deviation per channel of uint8 images [n, C, H, W], in units of [0, 1].
+
+    They come from histograms, so they are exact for any number of images.
+    """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in images.unbind(1):
         share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
         mean = share @ values
+        std = (share @ (values - mean).square()).sqrt()
+
         means.append(mean.item())
-        stds.append(max((share @ (values - mean).square()).sqrt().item(), 1 / 255))  # a constant channel stays finite
+        stds.append(max(std.item(), 1 / 255))  # A constant channel would be divided by 0.
     return means, stds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images; the flags of main.py of the same names."""
+    """What is done to training images. The fields are the flags of main.py with the same names."""
 
     crop: bool = True
-    flip: bool = True  # where the dataset allows it
-    policy: str = "none"  # of augment.POLICIES
-    random_erasing: float = 0.0  # probability
+    flip: bool = True  # only if the dataset allows it
+    policy: str = "none"  # one of augment.POLICIES
+    random_erasing: float = 0.0  # probability per image
     mix: float = 0.0  # share of the batches that are mixed
     mixup_alpha: float = 0.8
     cutmix_alpha: float = 1.0
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Batches an epoch; the last one may be smaller."""
+    """Batches per epoch; the last one may be smaller."""
     return -(-num_images // batch_size)
 
 
 def train_batches(
     dataset: Dataset,
+    *,
     batch_size: int,
     seed: int,
     epoch: int,
@@ -164,37 +198,52 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of images float32 [b, C, h, w] and labels, each training image once, shuffled and augmented.
+    """Yield (images float32 [b, C, h, w], labels): every training image once, shuffled, augmented.
 
-    Labels are int64 [b], or float32 [b, classes] in a batch that was mixed. `batch_size` is that of all ranks
-    together, of which each takes its part (`rank_part`); a rank without a part gets one image that is not its own.
+    Labels are int64 [b], or float32 [b, classes] in a mixed batch. `batch_size` counts the images
+    of all ranks, of which each rank gets its part (`rank_part`). A rank whose part is empty gets
+    one image of another rank, so that it has something to compute.
     """
-    draws = EpochDraws(dataset, augmentation or Augmentation(), batch_size, seed, epoch)
-    num_steps = steps_per_epoch(draws.num_images, batch_size)
+    augmentation = augmentation or Augmentation()
+    draws = EpochDraws(dataset, augmentation, batch_size, seed, epoch)
+    num_steps = steps_per_epoch(len(dataset.train), batch_size)
     steps = [draws.positions_of(step, rank, world_size) for step in range(num_steps)]
 
-    # Wherever the epoch goes on, the groups of batches that are augmented together are the same.
+    # Resume at the start of a group, so that the groups are the same as without an interruption.
     at_once = batches_at_once(dataset.train.images, batch_size // world_size)
     first = start_step - start_step % at_once
     groups = [steps[start : start + at_once] for start in range(first, num_steps, at_once)]
 
-    fetched = fetch(dataset.train, (draws.order[torch.cat(group)] for group in groups), dataset)
+    indices = (draws.order[torch.cat(group)] for group in groups)
+    fetched = fetch(dataset.train, indices, dataset)
     step = first
     for group, (images, labels) in zip(groups, fetched, strict=True):
-        images, sizes = draws.augment(images, torch.cat(group)), [len(positions) for positions in group]
-        for positions, x, y in zip(group, images.split(sizes), labels.split(sizes), strict=True):
+        images = draws.augment(images, torch.cat(group))
+
+        sizes = [len(positions) for positions in group]
+        batches = zip(group, images.split(sizes), labels.split(sizes), strict=True)
+        for positions, batch_images, batch_labels in batches:
             if step >= start_step:
-                yield draws.finish(x, y, positions, step)
+                yield draws.finish(batch_images, batch_labels, positions, step)
             step += 1
 
 
 def batches_at_once(images: Tensor, batch_size: int) -> int:
-    """How many batches are fetched and augmented together: of small images a batch costs little more than its start."""
-    return max(1, BYTES_AT_ONCE // (max(1, batch_size) * images[0].nbytes))
+    """How many batches to fetch and augment together.
+
+    A batch of small images takes the GPU little longer than launching the work does.
+    """
+    batch_bytes = max(1, batch_size) * images[0].nbytes
+    return max(1, BYTES_AT_ONCE // batch_bytes)
 
 
-def eval_batches(dataset: Dataset, split: Split, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator:
-    """Batches of (images float32 [b, C, h, w], labels int64 [b]) in order, as they are; a rank's are every n-th."""
+def eval_batches(
+    dataset: Dataset, split: Split, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images float32 [b, C, h, w], labels int64 [b]) in order, without augmentation.
+
+    The ranks take turns: each gets every `world_size`-th batch.
+    """
     starts = range(rank * batch_size, len(split), world_size * batch_size)
     indices = (torch.arange(start, min(start + batch_size, len(split))) for start in starts)
     for images, labels in fetch(split, indices, dataset):
@@ -202,131 +251,194 @@ def eval_batches(dataset: Dataset, split: Split, batch_size: int, rank: int = 0,
 
 
 def rank_part(num_images: int, rank: int, world_size: int) -> tuple[int, int]:
-    """(first, last + 1) of the images of a batch that a rank takes: as even as can be, none if there are too few."""
+    """The part [start, stop) of a batch that a rank takes: as even as possible, maybe empty."""
     return rank * num_images // world_size, (rank + 1) * num_images // world_size
 
 
-def fetch(split: Split, indices: Iterable[Tensor], dataset: Dataset) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images uint8 [b, C, H, W], labels [b]) on the device for each of `indices`, int64 [b] on the CPU.
+def fetch(
+    split: Split, indices: Iterable[Tensor], dataset: Dataset
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images uint8 [b, C, H, W], labels [b]) on the device, for each int64 [b] in `indices`.
 
-    Images that are not on the device are gathered ahead of their use, in a thread, into pinned memory.
+    The indices are on the CPU. If the images are too, a thread gathers them ahead of their use.
     """
-    if not dataset.streams:
-        for index in indices:
-            index = hardware.to_device(index, dataset.device)
-            yield split.images.index_select(0, index), split.labels[index]  # images[index] goes byte by byte
+    if dataset.streams:
+        yield from _fetch_ahead(split, indices, dataset.device)
         return
 
+    for index in indices:
+        index = hardware.to_device(index, dataset.device)
+        # index_select, because images[index] copies uint8 one byte at a time.
+        yield split.images.index_select(0, index), split.labels[index]
+
+
+def _fetch_ahead(
+    split: Split, indices: Iterable[Tensor], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `fetch`, from images on the CPU: gathered in a thread, into pinned memory."""
+
     def gather(index: Tensor) -> tuple[Tensor, Tensor]:
-        parts = split.images.index_select(0, index), split.labels[index]
-        return tuple(hardware.pinned(part, dataset.device) for part in parts)
+        images = split.images.index_select(0, index)
+        labels = split.labels[index]
+        return hardware.pinned(images, device), hardware.pinned(labels, device)
 
     indices = iter(indices)
     with ThreadPoolExecutor(1) as thread:
-        ahead = deque(thread.submit(gather, index) for index in islice(indices, FETCHES_AHEAD))
-        while ahead:
-            batch = ahead.popleft().result()
-            ahead.extend(thread.submit(gather, index) for index in islice(indices, 1))
-            yield tuple(part.to(dataset.device, non_blocking=True) for part in batch)
+        queue = deque(thread.submit(gather, index) for index in islice(indices, FETCHES_AHEAD))
+        while queue:
+            images, labels = queue.popleft().result()
+            queue.extend(thread.submit(gather, index) for index in islice(indices, 1))
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 class EpochDraws:
-    """Everything random about an epoch's batches, on the CPU: the order, and for each position in it the rest."""
+    """Everything random about the batches of an epoch, on the CPU.
 
-    def __init__(self, dataset: Dataset, augmentation: Augmentation, batch_size: int, seed: int, epoch: int):
-        self.num_images, self.batch_size = len(dataset.train), batch_size
+    That is the order of the images, and what happens to the image at each position in this order.
+    """
+
+    def __init__(
+        self, dataset: Dataset, augmentation: Augmentation, batch_size: int, seed: int, epoch: int
+    ):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.num_images = len(dataset.train)
         self.seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+        # Crops and flips are drawn even if they are off, so that the other draws stay the same.
         generator = torch.Generator().manual_seed(self.seed)
-        n, size, a = self.num_images, tuple(dataset.train.images.shape[-2:]), augmentation
+        n = self.num_images
+        image_size = tuple(dataset.train.images.shape[-2:])
         self.order = torch.randperm(n, generator=generator)
+
         self.padding = crop_padding(dataset.train.images)
-        offsets = torch.randint(2 * self.padding + 1, (n, 2), generator=generator)
-        self.offsets = offsets if a.crop else torch.full_like(offsets, self.padding)
-        mirrored = torch.rand(n, generator=generator) < 0.5
-        self.mirrored = mirrored if a.flip and dataset.flip else torch.zeros_like(mirrored)
-        self.policy = augment.draw_policy(a.policy, n, size, generator)
-        self.boxes = augment.draw_erasing(a.random_erasing, n, size, generator)
-        self.alphas = {"mixup": a.mixup_alpha, "cutmix": a.cutmix_alpha}
-        self.kinds = mixing.draw_kinds(a.mix, self.alphas, steps_per_epoch(n, batch_size), generator)
-        self.erases, self.dataset = a.random_erasing > 0, dataset
+        self.offsets = torch.randint(2 * self.padding + 1, (n, 2), generator=generator)
+        if not augmentation.crop:
+            self.offsets = torch.full_like(self.offsets, self.padding)
+
+        self.mirrored = torch.rand(n, generator=generator) < 0.5
+        if not (augmentation.flip and dataset.flip):
+            self.mirrored = torch.zeros_like(self.mirrored)
+
+        self.policy = augment.draw_policy(augmentation.policy, n, image_size, generator)
+
+        self.erases = augmentation.random_erasing > 0
+        self.boxes = augment.draw_erasing(augmentation.random_erasing, n, image_size, generator)
+
+        self.alphas = {"mixup": augmentation.mixup_alpha, "cutmix": augmentation.cutmix_alpha}
+        num_steps = steps_per_epoch(n, batch_size)
+        self.kinds = mixing.draw_kinds(augmentation.mix, self.alphas, num_steps, generator)
 
     def positions_of(self, step: int, rank: int, world_size: int) -> Tensor:
-        """Where in the epoch a rank's images of a batch are; those of a mixed batch with the partner of the first."""
+        """int64 [b]: where in the epoch's order a rank's images of a batch are.
+
+        In a mixed batch one more comes first: the image that the rank's first one is mixed with.
+        """
         first = step * self.batch_size
         size = min(self.batch_size, self.num_images - first)
         start, stop = rank_part(size, rank, world_size)
+
         positions = torch.arange(start, max(stop, start + 1))
         if self.kinds[step] is not None:
             positions = torch.cat([positions[:1] - 1, positions])
         return first + positions % size
 
     def augment(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Images as stored, uint8 [b, C, H, W], of any batches -> the same, cropped, mirrored, and by the policy."""
-        offsets, mirrored = (hardware.to_device(x[positions], images.device) for x in (self.offsets, self.mirrored))
+        """Crop, mirror and apply the policy to stored images uint8 [b, C, H, W] of any batches."""
+        offsets = hardware.to_device(self.offsets[positions], images.device)
+        mirrored = hardware.to_device(self.mirrored[positions], images.device)
         images = crop_and_flip(images, offsets, mirrored, self.padding)
         return augment.apply_policy(images, self.policy.at(positions))
 
-    def finish(self, images: Tensor, labels: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """A batch, uint8 [b, C, H, W], at `positions_of(step)` -> float32 [b, C, h, w], erased, mixed; and labels."""
-        dataset, kind = self.dataset, self.kinds[step]
-        images = normalize(images, dataset.mean, dataset.std)
+    def finish(
+        self, images: Tensor, labels: Tensor, positions: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Normalize, erase, mix and resize a batch: uint8 [b, C, H, W] -> float32 [b, C, h, w].
+
+        `positions` come from `positions_of(step)`. The labels are returned, mixed in the same way.
+        """
+        images = normalize(images, self.dataset.mean, self.dataset.std)
         if self.erases:
             images = augment.erase(images, self.boxes[positions])
+
+        kind = self.kinds[step]
         if kind is not None:
-            seed = self.seed + step
-            images, labels = mixing.mix(kind, self.alphas[kind], images, labels, dataset.num_classes, seed)
-        return resize(images, dataset.img_size), labels
+            alpha, seed = self.alphas[kind], self.seed + step
+            num_classes = self.dataset.num_classes
+            images, labels = mixing.mix(kind, alpha, images, labels, num_classes, seed)
+        return resize(images, self.dataset.img_size), labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pixels
 
 
 def crop_padding(images: Tensor) -> int:
-    """Pixels of padding around an image before it is cropped: an eighth of its shorter side, 4 of 32."""
+    """Pixels to pad around an image before cropping: an eighth of its shorter side (4 for 32)."""
     return round(min(images.shape[-2:]) / 8)
 
 
 def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: int) -> Tensor:
-    """Pad images [b, C, H, W] with black, cut each out at its offset [b, 2] in [0, 2 * padding], mirror the `mirrored`.
+    """Pad images [b, C, H, W] with black, crop each at its offset, and mirror the `mirrored` ones.
 
-    One gather for all images, channels and pixels.
+    `offsets` [b, 2] are (row, column) in [0, 2 * padding]. A single gather does all the work.
     """
     b, channels, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
+
     rows = offsets[:, :1] + torch.arange(height, device=images.device)  # [b, H]
-    columns = torch.arange(width, device=images.device)
-    columns = offsets[:, 1:] + torch.where(mirrored[:, None], width - 1 - columns, columns)  # [b, W]
+    columns = torch.arange(width, device=images.device)  # [W]
+    columns = torch.where(mirrored[:, None], width - 1 - columns, columns)  # [b, W]
+    columns = offsets[:, 1:] + columns  # [b, W]
+
     pixels = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]  # [b, H, W]
-    pixels = pixels.view(b, 1, -1).expand(-1, channels, -1)
+    pixels = pixels.view(b, 1, -1).expand(-1, channels, -1)  # [b, C, H * W]
     return padded.flatten(2).gather(2, pixels).view_as(images)
 
 
 def normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """uint8 [b, C, H, W] -> float32 of zero mean and unit variance."""
-    mean, std = (hardware.to_device(torch.tensor(values).view(-1, 1, 1), images.device) for values in (mean, std))
+    """uint8 [b, C, H, W] -> float32 with zero mean and unit variance."""
+    mean = hardware.to_device(torch.tensor(mean).view(-1, 1, 1), images.device)
+    std = hardware.to_device(torch.tensor(std).view(-1, 1, 1), images.device)
     return images.float().sub_(255 * mean).div_(255 * std)
 
 
 def resize(images: Tensor, img_size: tuple[int, int]) -> Tensor:
-    """Float [b, C, H, W] -> [b, C, h, w], bilinear, antialiased to shrink. The last thing done: most images grow."""
-    if images.shape[-2:] == img_size:
-        return images
+    """Float [b, C, H, W] -> [b, C, h, w], bilinear, antialiased if a side shrinks.
+
+    This comes last, since most images grow and everything before it is cheaper on small ones.
+    """
     height, width = images.shape[-2:]
-    if img_size[0] % height == 0 and img_size[1] % width == 0:
-        return enlarge(enlarge(images, img_size[1] // width, dim=3), img_size[0] // height, dim=2)
-    shrinks = height > img_size[0] or width > img_size[1]
+    new_height, new_width = img_size
+    if (height, width) == (new_height, new_width):
+        return images
+
+    if new_height % height == 0 and new_width % width == 0:
+        images = enlarge(images, new_width // width, dim=3)
+        return enlarge(images, new_height // height, dim=2)
+
+    shrinks = height > new_height or width > new_width
     return F.interpolate(images, img_size, mode="bilinear", antialias=shrinks)
 
 
 def enlarge(x: Tensor, factor: int, dim: int) -> Tensor:
-    """Linear interpolation by a whole factor along one dimension, as F.interpolate has it but three times as fast.
+    """Linear interpolation by a whole factor along one dimension, 3x as fast as F.interpolate.
 
-    All pixels between the same two neighbors are one broadcast operation; the border is repeated outwards.
+    The new pixels between the same two neighbors are computed in one broadcast operation. The
+    border is extended by repeating it.
     """
     size = x.shape[dim]
-    x = torch.cat([x.narrow(dim, 0, 1), x, x.narrow(dim, size - 1, 1)], dim).unsqueeze(dim + 1)
-    phases = torch.arange(factor, device=x.device, dtype=x.dtype) / factor + (0 if factor % 2 else 0.5 / factor)
+    first = x.narrow(dim, 0, 1)
+    last = x.narrow(dim, size - 1, 1)
+    x = torch.cat([first, x, last], dim).unsqueeze(dim + 1)  # [..., size + 2, 1, ...]
+
+    # Where the new pixels lie between two old ones, as a fraction of their distance.
+    phases = torch.arange(factor, device=x.device, dtype=x.dtype) / factor
+    if factor % 2 == 0:
+        phases = phases + 0.5 / factor
     phases = phases.view(-1, *[1] * (x.ndim - dim - 2))
-    between = torch.lerp(x.narrow(dim, 0, size + 1), x.narrow(dim, 1, size + 1), phases)  # [..., size + 1, factor, ...]
+
+    lower = x.narrow(dim, 0, size + 1)
+    upper = x.narrow(dim, 1, size + 1)
+    between = torch.lerp(lower, upper, phases)  # [..., size + 1, factor, ...]
     return between.flatten(dim, dim + 1).narrow(dim, (factor + 1) // 2, size * factor)

@@ -91,8 +91,18 @@ def pil_loader(
 
 def dataset_of(pixels: torch.Tensor, img_size: int, device: torch.device) -> data.Dataset:
     split = data.Split(pixels.to(device), torch.zeros(len(pixels), dtype=torch.int64, device=device))
-    names, mean, std = [str(number) for number in range(10)], [0.5] * 3, [0.25] * 3
-    return data.Dataset("random", "Random", names, split, split, mean, std, True, (img_size, img_size), device)
+    return data.Dataset(
+        name="random",
+        label="Random",
+        class_names=[str(number) for number in range(10)],
+        train=split,
+        test=split,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        flip=True,
+        img_size=(img_size, img_size),
+        device=device,
+    )
 
 
 def rate(epoch: Callable[[], Iterator], device: torch.device) -> float:
@@ -112,7 +122,9 @@ def measure_size(img_size: int, device: torch.device, num_workers: int) -> dict[
     few, epochs = pixels[: NUM_PIL_IMAGES[img_size]], {}
     for name, how in AUGMENTATIONS.items():
         loader = pil_loader(few, img_size, num_workers, device, augmentation=how)
-        epochs[name] = lambda how=how: data.train_batches(dataset, BATCH_SIZE, 0, 1, how)
+        epochs[name] = lambda how=how: data.train_batches(
+            dataset, batch_size=BATCH_SIZE, seed=0, epoch=1, augmentation=how
+        )
         epochs[PIL + name] = lambda loader=loader: loader
     rates = {name: [] for name in epochs}
     for turn in range(ROUNDS + 1):

@@ -1,1 +1,1 @@
-"""Where images come from and what is done to them before `data.py` makes batches."""
+"""Where images come from, and what is done to them before `data.py` makes batches."""

@@ -1,6 +1,8 @@
-"""Which data a run is of, told from the files' names and sizes alone, and where its folder lies. Imports no torch.
+"""Which data a run used, and where its folder is. Imports no torch.
 
-Only image folders need that: torchvision checks what it has downloaded, and the digits come with scikit-learn.
+The images of a folder are identified by their files' names and sizes alone, without reading them.
+Other datasets don't need this: torchvision checks what it downloads, and the digits come with
+scikit-learn.
 """
 
 from __future__ import annotations
@@ -13,19 +15,21 @@ import utils
 from pipeline import imagefiles
 from utils import UsageError, UserError
 
-IMAGE_FOLDER = "imagefolder"  # the --dataset; all runs of image folders once shared a folder of this name
+# A value of --dataset. Runs on any image folder used to share one output folder of this name.
+IMAGE_FOLDER = "imagefolder"
 DATA_DIR = "data"  # the default of --data_dir
 NAMES_SHOWN = 5
 
 
 def describe(dataset: str, data_dir: str) -> dict | None:
-    """`label`, `class_names` and `files` of an image folder, no image read; None for a dataset known by its name.
+    """`label`, `class_names` and `files` of an image folder; None for a dataset known by its name.
 
-    `files` holds the number of images of each split, and a hash of their names and sizes that is the same wherever
-    the folder lies. Raises UserError if the folder cannot be read.
+    No image is read. `files` is the `fingerprint` of the folder, which does not change when the
+    folder is moved. Raises UserError if the folder cannot be read.
     """
     if dataset != IMAGE_FOLDER:
         return None
+
     root = Path(data_dir)
     found = imagefiles.list_images(root)
     return {
@@ -36,15 +40,16 @@ def describe(dataset: str, data_dir: str) -> dict | None:
 
 
 def fingerprint(root: Path, found: imagefiles.ImageFiles) -> dict:
-    """The number of images of each split, and the hash of their names and sizes."""
-    numbers = {split: len(images) for split, images in found.splits.items()}
+    """The number of images in each split, and a hash of their names and sizes."""
+    counts = {split: len(images) for split, images in found.splits.items()}
     paths = [path for images in found.splits.values() for path, _ in images]
-    return numbers | {"hash": _hash_names_and_sizes(root, paths)}
+    return {**counts, "hash": _hash_names_and_sizes(root, paths)}
 
 
 def _hash_names_and_sizes(root: Path, paths: list[Path]) -> str:
+    files = [(path.relative_to(root).as_posix(), _size(path)) for path in paths]
     digest = hashlib.sha256()
-    for name, size in sorted((path.relative_to(root).as_posix(), _size(path)) for path in paths):
+    for name, size in sorted(files):
         digest.update(os.fsencode(name) + b"\0%d\0" % size)
     return digest.hexdigest()[:16]
 
@@ -52,34 +57,48 @@ def _hash_names_and_sizes(root: Path, paths: list[Path]) -> str:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # gone since it was listed: whoever reads the images says so
+    except OSError:  # The file is gone since it was listed; reading the images will report it.
         return 0
 
 
 def is_known(found: dict) -> bool:
-    """Whether a run's `data`, of its config.json, holds the hash: before there was one, only reading all told."""
+    """Whether the `data` of a run's config.json has the hash.
+
+    Runs of earlier versions do not: only reading all images tells whether they used the same data.
+    """
     return isinstance(found.get("files"), dict)
 
 
 def differences(found: dict, data: dict) -> list[str]:
-    """What tells a run's `data`, of its config.json, from that of `describe`; [] where it is the same, as far as known.
+    """How the `data` of a run's config.json differs from `data` as `describe` returns it.
 
-    The label does not count: it is only what the data is called.
+    The list is empty if they are the same, as far as can be told. The label does not count: it is
+    only a display name.
     """
     differing = []
+
     classes_there = found.get("class_names")
-    classes_there = list(map(str, classes_there)) if isinstance(classes_there, list) else []
+    if not isinstance(classes_there, list):
+        classes_there = []
+    classes_there = [str(name) for name in classes_there]
     if classes_there != data["class_names"]:
         only_there = sorted(set(classes_there) - set(data["class_names"]))
         only_here = sorted(set(data["class_names"]) - set(classes_there))
-        there, here = (imagefiles.some_of(names, NAMES_SHOWN) or "none" for names in (only_there, only_here))
+        there = imagefiles.some_of(only_there, NAMES_SHOWN) or "none"
+        here = imagefiles.some_of(only_here, NAMES_SHOWN) or "none"
         differing.append(f"classes {there} only there, {here} only here")
-    files = found["files"] if is_known(found) else {"train": found.get("num_train"), "test": found.get("num_test")}
+
+    files = {"train": found.get("num_train"), "test": found.get("num_test")}
+    if is_known(found):
+        files = found["files"]
     for split in ("train", "test"):
         if files.get(split) != data["files"][split]:
-            differing.append(f"{files.get(split)} {split} images there, {data['files'][split]} here")
+            differing.append(
+                f"{files.get(split)} {split} images there, {data['files'][split]} here"
+            )
+
     if not differing and is_known(found) and files.get("hash") != data["files"]["hash"]:
-        differing.append("as many images, but with other names or sizes")
+        differing.append("the same number of images, but other names or sizes")
     return differing
 
 
@@ -87,32 +106,43 @@ def refuse_other_data(folder: Path, differing: list[str]) -> None:
     """Raise UsageError if there are differences."""
     if differing:
         raise UsageError(
-            f"{folder} holds a run of other data: {'; '.join(differing)}. Choose another --dataset_name or "
-            "--output_dir, or remove the folder"
+            f"{folder} holds a run on other data: {'; '.join(differing)}. Choose another "
+            "--dataset_name or --output_dir, or remove the folder"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where a run lies
+# --------------------------------------------------------------------------------------------------
+# Where the folder of a run is
 
 
 def default_dataset_name(dataset: str, data_dir: str) -> str:
-    """The folder of a dataset's runs: an image folder has its own name, not that of all image folders."""
-    return (Path(data_dir).resolve().name if dataset == IMAGE_FOLDER else "") or dataset
+    """The folder for a dataset's runs: the dataset's name or, for an image folder, the folder's."""
+    if dataset != IMAGE_FOLDER:
+        return dataset
+    return Path(data_dir).resolve().name or dataset
 
 
 def find_run_folder(
-    output_dir: str, dataset: str, data_dir: str, dataset_name: str | None, run_name: str, seed: int, data: dict | None
+    output_dir: str,
+    dataset: str,
+    data_dir: str,
+    dataset_name: str | None,
+    run_name: str,
+    seed: int,
+    data: dict | None,
 ) -> Path:
-    """Where a run lies or is to lie; `data` as `describe` has it.
+    """The folder of a run, whether it exists or not; `data` as `describe` returns it.
 
-    Without a --dataset_name, a run that was begun when all image folders shared one place stays there.
+    Without a --dataset_name, a run stays where earlier versions put it, in the folder that the runs
+    on all image folders shared.
     """
     if dataset_name is None and data is not None:
         shared = utils.run_folder(output_dir, IMAGE_FOLDER, run_name, seed)
         if _holds_run_of(shared, data):
             return shared
-    return utils.run_folder(output_dir, dataset_name or default_dataset_name(dataset, data_dir), run_name, seed)
+
+    dataset_name = dataset_name or default_dataset_name(dataset, data_dir)
+    return utils.run_folder(output_dir, dataset_name, run_name, seed)
 
 
 def _holds_run_of(folder: Path, data: dict) -> bool:
@@ -120,8 +150,9 @@ def _holds_run_of(folder: Path, data: dict) -> bool:
         return False
     try:
         found = utils.read_json(folder / utils.CONFIG).get("data")
-    except UserError:  # which is said when the run goes on
+    except UserError:  # Resuming the run will report it.
         return True
+
     if not isinstance(found, dict) or differences(found, data):
         return False
     return is_known(found) or found.get("label") == data["label"]

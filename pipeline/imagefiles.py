@@ -1,6 +1,6 @@
-"""Which files of an image folder are its images: `<root>/train/<class>/**` and `<root>/test/<class>/**`. Opens none.
+"""Find the images of a folder: `<root>/train/<class>/**` and `<root>/test/<class>/**`.
 
-Imports no torch: a sweep looks at names and sizes alone.
+Opens no file and imports no torch, as a sweep only looks at names and sizes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from pathlib import Path
 from utils import UserError
 
 LAYOUT = "expected train/<class>/* and test/<class>/* in --data_dir"
-TEST_FOLDERS = ("test", "val", "validation")  # the first that is there serves
-# Formats that Pillow recognizes and cannot decode by itself; of FITS it passes over BZERO, without which 16 bits wrap.
+TEST_FOLDERS = ("test", "val", "validation")  # the first one that exists is used
+
+# Formats that Pillow recognizes but cannot decode by itself, and FITS, where Pillow ignores the
+# zero point BZERO, so that 16-bit values wrap around.
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
@@ -24,8 +26,8 @@ class ImageFiles:
     class_names: list[str]
     train: list[tuple[Path, int]]  # (path, label)
     test: list[tuple[Path, int]]
-    test_folder: str  # of TEST_FOLDERS
-    passed_over: list[str] = field(default_factory=list)  # what is no image of a class, relative to the root
+    test_folder: str  # one of TEST_FOLDERS
+    ignored: list[str] = field(default_factory=list)  # not images of a class; relative to the root
 
     @property
     def splits(self) -> dict[str, list[tuple[Path, int]]]:
@@ -35,91 +37,104 @@ class ImageFiles:
 @functools.cache
 def readable_formats() -> tuple[str, ...]:
     """The formats that Pillow can decode, in the order in which it tries them."""
-    from PIL import Image  # deferred: a sweep of other data does not need it
+    from PIL import Image  # deferred: a sweep on other data does not need it
 
-    Image.preinit()  # JPEG, PNG and the like come first
+    Image.preinit()  # Registers JPEG, PNG and other common formats first.
     Image.init()
     return tuple(name for name in Image.ID if name not in NOT_DECODED)
 
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Lower-case endings of the names of files in these formats, such as `.png`."""
+    """The lower-case file extensions of these formats, such as `.png`."""
     from PIL import Image  # deferred: see above
 
-    formats = {*readable_formats(), "MPO"}  # of a phone, which the reader of JPEG opens
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+    formats = {*readable_formats(), "MPO"}  # MPO comes from phones and is opened as JPEG.
+    extensions = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in extensions.items() if name in formats)
 
 
 def list_images(root: Path) -> ImageFiles:
-    """Every image below the class folders; no image is opened, and nothing said.
+    """Every image in the class folders and below, without opening any or printing anything.
 
-    Raises UserError for a folder that is missing, empty, or of a class that could not be learned.
+    Raises UserError if a folder is missing or empty, or if a class has no training images.
     """
-    passed_over = []
-    class_names = find_classes(root, "train", passed_over)
-    test_folder = next((name for name in TEST_FOLDERS if (root / name).exists()), TEST_FOLDERS[0])
-    in_test = set(find_classes(root, test_folder, passed_over))
-    test_only = in_test - set(class_names)
+    ignored = []
+    class_names = find_classes(root, "train", ignored)
+    existing = [name for name in TEST_FOLDERS if (root / name).exists()]
+    test_folder = existing[0] if existing else TEST_FOLDERS[0]
+    test_classes = find_classes(root, test_folder, ignored)
+
+    test_only = set(test_classes) - set(class_names)
     if test_only:
         raise UserError(
-            f"{root}: {names_of_classes(test_only)} only in {test_folder}/, not in train/: nothing could learn it; "
-            "remove or add images"
+            f"{root}: {names_of_classes(test_only)} only in {test_folder}/, not in train/; add "
+            "training images, or remove the test images"
         )
 
     train, test = [], []
     for label, name in enumerate(class_names):
-        train += [(path, label) for path in _images_of_class(root, root / "train" / name, passed_over)]
-        if name in in_test:
-            test += [(path, label) for path in _images_of_class(root, root / test_folder / name, passed_over)]
-    unused = [name for name in TEST_FOLDERS if name != test_folder and (root / name).is_dir()]
-    return ImageFiles(class_names, train, test, test_folder, [*passed_over, *(f"{name}/" for name in unused)])
+        paths = _images_of_class(root, root / "train" / name, ignored)
+        train += [(path, label) for path in paths]
+        if name in test_classes:
+            paths = _images_of_class(root, root / test_folder / name, ignored)
+            test += [(path, label) for path in paths]
+
+    unused = [name for name in existing if name != test_folder]
+    ignored += [f"{name}/" for name in unused if (root / name).is_dir()]
+    return ImageFiles(class_names, train, test, test_folder, ignored)
 
 
-def find_classes(root: Path, split: str, passed_over: list[str] | None = None) -> list[str]:
-    """The names of the class folders of a split, sorted; what else lies there is added to `passed_over`."""
+def find_classes(root: Path, split: str, ignored: list[str] | None = None) -> list[str]:
+    """The sorted names of a split's class folders; whatever else is there is added to `ignored`."""
     entries = _entries(root / split)
     names = [entry.name for entry in entries if entry.is_dir()]
     if not names:
         raise UserError(f"no class folders in {root / split}; {LAYOUT}")
-    if passed_over is not None:
-        passed_over += [f"{split}/{entry.name}" for entry in entries if not entry.is_dir()]
+
+    if ignored is not None:
+        ignored += [f"{split}/{entry.name}" for entry in entries if not entry.is_dir()]
     return names
 
 
-def _images_of_class(root: Path, folder: Path, passed_over: list[str]) -> list[Path]:
-    found = _walk(root, folder, passed_over, above=())
+def _images_of_class(root: Path, folder: Path, ignored: list[str]) -> list[Path]:
+    found = _walk(root, folder, ignored, parents=())
     if not found:
-        raise UserError(f"no images in {folder}, in none of the formats that Pillow reads; {LAYOUT}")
+        raise UserError(f"no images in {folder} in a format that Pillow can read; {LAYOUT}")
     return found
 
 
-def _walk(root: Path, folder: Path, passed_over: list[str], above: tuple[Path, ...]) -> list[Path]:
-    """The images in a folder, then those of its subfolders, each in order of name; links are followed, not in a ring.
+def _walk(root: Path, folder: Path, ignored: list[str], parents: tuple[Path, ...]) -> list[Path]:
+    """The images in a folder, then those in its subfolders, each sorted by name.
 
-    A file is an image by its name's ending; a pipe, a socket or a dead link is none, whatever its name.
+    An image is a file with the right extension. A pipe, a socket or a dead link is not one,
+    whatever its name. Links are followed, except to one of the `parents`, which would never end.
     """
     real = folder.resolve()
-    if real in above:
-        passed_over.append(f"{folder.relative_to(root)}/")
+    if real in parents:
+        ignored.append(f"{folder.relative_to(root)}/")
         return []
-    images, folders, entries = [], [], _entries(folder)
+
+    entries = _entries(folder)
     if not entries:
-        passed_over.append(f"{folder.relative_to(root)}/")
+        ignored.append(f"{folder.relative_to(root)}/")
+
+    images, subfolders = [], []
     for entry in entries:
         if entry.suffix.lower() in image_suffixes() and entry.is_file():
             images.append(entry)
         elif entry.is_dir():
-            folders.append(entry)
+            subfolders.append(entry)
         else:
-            passed_over.append(str(entry.relative_to(root)))
-    for subfolder in folders:
-        images += _walk(root, subfolder, passed_over, (*above, real))
+            ignored.append(str(entry.relative_to(root)))
+
+    for subfolder in subfolders:
+        images += _walk(root, subfolder, ignored, (*parents, real))
     return images
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What a folder holds, in order of name; hidden files are passed over."""
+    """The contents of a folder, sorted by name and without hidden files."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
@@ -127,10 +142,12 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def read_label(root: Path) -> str:
-    """How the data is to be called: the text of label.txt on one line, or the folder's name."""
-    path, expected = root / "label.txt", "expected a line of UTF-8 text"
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise UserError(f"{path} is no file; {expected}")
+    """The display name of the data: the text in label.txt on one line, or the folder's name."""
+    path = root / "label.txt"
+    expected = "expected one line of UTF-8 text"
+    if path.exists() and not path.is_file():  # Opening a pipe would wait forever.
+        raise UserError(f"{path} is not a file; {expected}")
+
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -141,10 +158,12 @@ def read_label(root: Path) -> str:
 
 
 def names_of_classes(names: set[str]) -> str:
-    return f"class{'es' if len(names) > 1 else ''} {', '.join(sorted(names))}"
+    noun = "class" if len(names) == 1 else "classes"
+    return f"{noun} {', '.join(sorted(names))}"
 
 
 def some_of(names: list[str], number: int) -> str:
-    """The first names, and how many more there are."""
+    """The first `number` names, and how many more there are."""
+    text = ", ".join(names[:number])
     more = len(names) - number
-    return ", ".join(names[:number]) + (f" and {more} more" if more > 0 else "")
+    return f"{text} and {more} more" if more > 0 else text

@@ -1,8 +1,9 @@
-"""Where the images come from: scikit-learn's digits, torchvision's downloads, a folder of your own.
+"""Where the images come from: scikit-learn's digits, torchvision's downloads, your own folder.
 
-A dataset of your own: a function (data_dir, img_size) -> `Images`, and an entry in DATASETS.
+To add a dataset, write a function (data_dir, img_size) -> `Images` and add it to DATASETS.
 
-Shapes: n images of a split, C channels, H x W pixels as stored; img_size = (h, w) as the model wants them.
+Shapes: n images in a split, C channels, H x W pixels as stored; img_size = (h, w) as the model
+expects them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,77 +28,109 @@ from utils import UserError
 
 @dataclass
 class Images:
-    """What a loader returns for both splits: uint8 images [n, C, H, W] and int64 labels [n], on the CPU."""
+    """What a loader returns, on the CPU."""
 
-    train: tuple[Tensor, Tensor]
+    train: tuple[Tensor, Tensor]  # uint8 images [n, C, H, W], int64 labels [n]
     test: tuple[Tensor, Tensor]
     class_names: list[str]
     label: str  # display name in tables and plots
-    files: dict | None = None  # of an image folder, as identity.describe has it
-    notes: dict = field(default_factory=dict)  # for config.json: what was not as usual
+    files: dict | None = None  # image folders only, from identity.fingerprint
+    notes: dict = field(default_factory=dict)  # anything unusual, for config.json
 
 
 def load_sklearn_digits(data_dir: Path, img_size: tuple[int, int]) -> Images:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, in a fixed stratified split of 1,437 and 360."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels.
+
+    The split into 1,437 for training and 360 for testing is stratified and always the same.
+    """
     from sklearn.datasets import load_digits  # deferred: takes seconds to import
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)[:, None]  # [n, 1, 8, 8], from 0..16
-    parts = train_test_split(pixels, digits.target, test_size=360, stratify=digits.target, random_state=0)
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # stored as 0..16
+    parts = train_test_split(
+        pixels[:, None],  # [n, 1, 8, 8]
+        digits.target,
+        test_size=360,
+        stratify=digits.target,
+        random_state=0,
+    )
     train_images, test_images, train_labels, test_labels = map(torch.from_numpy, parts)
-    names = [str(name) for name in digits.target_names]
-    return Images((train_images, train_labels), (test_images, test_labels), names, "digits (scikit-learn)")
+    return Images(
+        train=(train_images, train_labels),
+        test=(test_images, test_labels),
+        class_names=[str(name) for name in digits.target_names],
+        label="digits (scikit-learn)",
+    )
 
 
 def load_torchvision(class_name: str, label: str) -> Callable[[Path, tuple[int, int]], Images]:
-    """A loader of one of torchvision's datasets, downloaded and checksummed on first use."""
+    """A loader for one of torchvision's datasets, downloaded and checksummed on first use."""
 
     def load(data_dir: Path, img_size: tuple[int, int]) -> Images:
         import torchvision  # deferred: takes seconds to import
 
         kind = getattr(torchvision.datasets, class_name)
-        quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
-            # The runs of a sweep start together: one downloads, the others wait. A read-only folder is only read.
-            writable = os.access(data_dir, os.W_OK)
-            lock = data_dir / f".{class_name}.lock"
-            risk = "runs that start together may each download the data"
-            with locks.acquire_if_possible(lock, risk) if writable else contextlib.nullcontext(), quiet:
-                splits = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
-        except Exception as error:  # no network, a bad checksum, a damaged archive: torchvision raises anything
+            with _download_lock(data_dir, class_name), _no_progress_bars_in_logs():
+                train = kind(str(data_dir), train=True, download=True)
+                test = kind(str(data_dir), train=False, download=True)
+        except Exception as error:  # torchvision may raise anything: no network, a damaged archive
+            url = getattr(kind, "url", None) or getattr(kind, "mirrors", ["its authors"])[0]
             reason = str(error) or type(error).__name__
-            where = getattr(kind, "url", None) or getattr(kind, "mirrors", ["its authors"])[0]
             raise UserError(
-                f"cannot load {label} from {data_dir.resolve()}: {reason}. With a network it is "
-                f"downloaded there on first use; without, get it from {where} and put it there; if a file there is "
-                "damaged, remove it. --dataset digits needs no download"
+                f"cannot load {label} from {data_dir.resolve()}: {reason}. It is downloaded there "
+                f"on first use; without a network, get it from {url} and put it there. If a file "
+                "there is damaged, remove it. --dataset digits needs no download"
             ) from error
-        train, test = ((_as_channels_first(split.data), torch.as_tensor(split.targets)) for split in splits)
-        return Images(train, test, list(splits[0].classes), label)
+
+        return Images(
+            train=(_as_channels_first(train.data), torch.as_tensor(train.targets)),
+            test=(_as_channels_first(test.data), torch.as_tensor(test.targets)),
+            class_names=list(train.classes),
+            label=label,
+        )
 
     return load
+
+
+def _download_lock(data_dir: Path, class_name: str) -> AbstractContextManager:
+    """Let one of several runs that start together download the data while the others wait."""
+    if not os.access(data_dir, os.W_OK):
+        return contextlib.nullcontext()  # A read-only folder can only be read.
+    risk = "runs that start together may each download the data"
+    return locks.acquire_if_possible(data_dir / f".{class_name}.lock", risk)
+
+
+def _no_progress_bars_in_logs() -> AbstractContextManager:
+    if sys.stderr.isatty():
+        return contextlib.nullcontext()
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 def _as_channels_first(pixels: np.ndarray | Tensor) -> Tensor:
     """[n, H, W] or [n, H, W, C] -> [n, C, H, W]."""
     pixels = torch.as_tensor(pixels)
-    return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    if pixels.ndim == 3:
+        return pixels.unsqueeze(1)
+    return pixels.permute(0, 3, 1, 2).contiguous()
 
 
-def load_imagefolder(data_dir: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -> Images:
+def load_imagefolder(
+    data_dir: Path, img_size: tuple[int, int], skip_unreadable: bool = False
+) -> Images:
     return Images(**vars(imagefolder.read(data_dir, img_size, skip_unreadable)))
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a dataset comes from, and what is known of it before it is read."""
+    """Where a dataset comes from, and what is known about it before it is read."""
 
     load: Callable[[Path, tuple[int, int]], Images]
     in_channels: int
-    num_classes: int | None  # None: as many as there are folders
-    flip: bool
+    num_classes: int | None  # None: one per class folder
+    flip: bool  # whether a mirrored image still belongs to its class
 
 
 DATASETS = {
@@ -111,4 +145,5 @@ DATASETS = {
 def channels_and_classes(name: str, data_dir: str) -> tuple[int, int]:
     """(in_channels, num_classes) of a dataset, without reading or downloading its images."""
     source = DATASETS[name]
-    return source.in_channels, source.num_classes or len(imagefiles.find_classes(Path(data_dir), "train"))
+    num_classes = source.num_classes or len(imagefiles.find_classes(Path(data_dir), "train"))
+    return source.in_channels, num_classes

@@ -1,4 +1,4 @@
-"""Each operation against torchvision, one image at a time; what is drawn against torchvision's ranges."""
+"""Operations and the ranges of the draws against torchvision, which does one image at a time."""
 
 import math
 
@@ -20,15 +20,22 @@ def seeded(seed=0):
 
 
 def random_images(*shape, seed=0):
-    """Blocks of 2 x 2 equal pixels over half of the gray levels: histograms and extremes that are not trivial."""
+    """Blocks of 2 x 2 equal pixels over half of the gray levels.
+
+    So histograms and extremes are not trivial.
+    """
     *batch, height, width = shape
-    small = torch.randint(40, 170, (*batch, -(-height // 2), -(-width // 2)), generator=seeded(seed)).byte()
-    return small.repeat_interleave(2, -2).repeat_interleave(2, -1)[..., :height, :width].contiguous()
+    small_shape = (*batch, -(-height // 2), -(-width // 2))
+    small = torch.randint(40, 170, small_shape, generator=seeded(seed)).byte()
+    large = small.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    return large[..., :height, :width].contiguous()
 
 
 def affine(image, translate=(0, 0), slopes=(0, 0), center=None):
     shear = [math.degrees(math.atan(slope)) for slope in slopes]
-    return transforms.affine(image, angle=0, translate=list(translate), scale=1, shear=shear, center=center)
+    return transforms.affine(
+        image, angle=0, translate=list(translate), scale=1, shear=shear, center=center
+    )
 
 
 REFERENCE = {
@@ -50,12 +57,25 @@ REFERENCE = {
 
 
 def all_magnitudes(op, image_size):
-    """Every magnitude of TrivialAugment, of both signs where it has one: float32 [m]."""
+    """Every magnitude of TrivialAugment, with both signs if it is signed: float32 [m]."""
     values = augment.magnitude_table("trivial", image_size)[OPS.index(op)]
-    return torch.cat((values, -values)) if OPS.index(op) < augment.NUM_SIGNED else values
+    is_signed = OPS.index(op) < augment.NUM_SIGNED
+    return torch.cat((values, -values)) if is_signed else values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def draws_of(op, magnitudes):
+    """The same operation for each image, with the magnitudes float32 [m]."""
+    ops = torch.full((1, len(magnitudes)), OPS.index(op))
+    return Draws(ops, magnitudes[None])
+
+
+def one_at_a_time(op, images, magnitudes):
+    """What torchvision makes of each image."""
+    pairs = zip(images, magnitudes.tolist(), strict=True)
+    return torch.stack([REFERENCE[op](image, value) for image, value in pairs])
+
+
+# --------------------------------------------------------------------------------------------------
 # Operations
 
 
@@ -66,17 +86,16 @@ def test_operation_against_torchvision(op, channels, image_size):
     magnitudes = all_magnitudes(op, image_size)
     images = random_images(len(magnitudes), channels, *image_size)
     images[0] = 77  # constant
-    too_small = image_size[0] * image_size[1] < 255  # PIL's steps are of pixels / 255, and it leaves such as they are
-    ops = torch.full((1, len(images)), OPS.index(op))
-    changed = apply_policy(images, Draws(ops, magnitudes[None]))
-    pairs = zip(images, magnitudes.tolist(), strict=True)
-    expected = torch.stack([REFERENCE[op](image, value) for image, value in pairs])
+
+    changed = apply_policy(images, draws_of(op, magnitudes))
+    expected = one_at_a_time(op, images, magnitudes)
     assert changed.dtype == torch.uint8
     assert changed.shape == images.shape
-    differing = (changed != expected).flatten(1).float().mean(1)  # the share of the pixels of each image
+
+    differing = (changed != expected).flatten(1).float().mean(1)  # share of the pixels, per image
     if op in augment.AFFINE_OPS:
-        # At these angles pixels fall halfway between two, and rounding errors choose: most of all a quarter turn of
-        # images with one odd side.
+        # At these angles pixels fall halfway between two others, and rounding errors decide. It is
+        # worst for a quarter turn of an image with one odd side.
         tied = (magnitudes.round(decimals=3) % 45 == 0) & (op == "rotate")
         assert differing[~tied].mean() < 0.001
         assert not tied.any() or differing[tied].max() < 0.4
@@ -85,26 +104,32 @@ def test_operation_against_torchvision(op, channels, image_size):
         assert differing.mean() < 0.01
     else:
         assert differing.sum() == 0
-    without_effect = op == "identity" or (op == "color" and channels == 1) or (op == "equalize" and too_small)
-    assert torch.equal(changed, images) == without_effect
+
+    # PIL equalizes in steps of pixels / 255, and leaves images with fewer pixels alone.
+    too_small = image_size[0] * image_size[1] < 255
+    has_no_effect = (
+        op == "identity" or (op == "color" and channels == 1) or (op == "equalize" and too_small)
+    )
+    assert torch.equal(changed, images) == has_no_effect
 
 
 def test_extreme_gray_levels_stay_in_range():
-    images = torch.tensor([0, 255], dtype=torch.uint8).repeat(2 * 3 * 8 * 4).view(2, 3, 8, 8).repeat(31, 1, 1, 1)
+    stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(2 * 3 * 8 * 4).view(2, 3, 8, 8)
+    images = stripes.repeat(31, 1, 1, 1)
     for op in augment.BLEND_OPS:
         magnitudes = all_magnitudes(op, (8, 8))
-        changed = apply_policy(images, Draws(torch.full((1, 62), OPS.index(op)), magnitudes[None]))
-        expected = [REFERENCE[op](image, value) for image, value in zip(images, magnitudes.tolist(), strict=True)]
-        assert (changed.int() - torch.stack(expected).int()).abs().max() <= 1  # nothing wraps around
+        changed = apply_policy(images, draws_of(op, magnitudes))
+        expected = one_at_a_time(op, images, magnitudes)
+        assert (changed.int() - expected.int()).abs().max() <= 1  # nothing wraps around
 
 
 def test_color_leaves_one_channel_alone():
     images = random_images(62, 1, 9, 14)
-    draws = Draws(torch.full((1, 62), OPS.index("color")), all_magnitudes("color", (9, 14))[None])
+    draws = draws_of("color", all_magnitudes("color", (9, 14)))
     assert torch.equal(apply_policy(images, draws), images)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Draws and batches
 
 
@@ -113,6 +138,7 @@ def test_color_leaves_one_channel_alone():
 def test_operations_and_ranges_are_torchvisions(policy, image_size):
     space = THEIR_POLICIES[policy]()._AUGMENTATION_SPACE
     assert {name.lower() for name in space} == {op.replace("_", "") for op in OPS}
+
     table = augment.magnitude_table(policy, image_size)
     for op, values in zip(OPS, table, strict=True):
         levels, signed = space[THEIR_NAMES[op.replace("_", "")]]
@@ -137,11 +163,13 @@ def test_draws_are_uniform(policy):
     assert draws.ops.shape == draws.magnitudes.shape == (augment.NUM_ROUNDS[policy], 14_000)
     assert draws.ops.dtype == torch.int64
     assert draws.magnitudes.dtype == torch.float32
+
     table = augment.magnitude_table(policy, (32, 32))
     for ops, magnitudes in zip(draws.ops, draws.magnitudes, strict=True):
         counts = torch.bincount(ops, minlength=len(OPS))
         assert len(counts) == len(OPS)
-        assert (counts - 1000).abs().max() < 150  # 5 deviations
+        assert (counts - 1000).abs().max() < 150  # 5 standard deviations
+
         for op, values in enumerate(table):
             drawn = magnitudes[ops == op]
             allowed = values if policy == "trivial" else values[9:10]
@@ -174,7 +202,7 @@ def test_policy_none_draws_nothing():
 
 @pytest.mark.parametrize("policy", THEIR_POLICIES)
 def test_rounds_against_one_image_at_a_time(policy):
-    """The order of the batch is kept, and a second round starts from the first one's result."""
+    """The order of the batch is kept, and a second round starts from the result of the first."""
     images = random_images(60, 3, 8, 12)
     draws = draw_policy(policy, 60, (8, 12), seeded())
     changed = apply_policy(images, draws)
@@ -194,28 +222,36 @@ def test_equal_images_come_out_different(policy):
 
 def test_same_seed_same_batch():
     images = random_images(64, 3, 8, 8)
-    first, again, other = (apply_policy(images, draw_policy("rand", 64, (8, 8), seeded(s))) for s in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+
+    def augmented(seed):
+        return apply_policy(images, draw_policy("rand", 64, (8, 8), seeded(seed)))
+
+    assert torch.equal(augmented(3), augmented(3))
+    assert not torch.equal(augmented(3), augmented(4))
 
 
 @pytest.mark.parametrize("policy", augment.POLICIES)
-def test_batches_restrict_the_draws_of_the_epoch(policy):
+def test_batches_take_their_part_of_the_draws_of_the_epoch(policy):
     images = random_images(64, 3, 9, 14)
     draws = draw_policy(policy, 64, (9, 14), seeded())
     whole = apply_policy(images, draws)
-    halves = [apply_policy(images[half], draws.at(half)) for half in (slice(32), slice(32, None))]
+
+    first, second = slice(32), slice(32, None)
+    halves = [apply_policy(images[half], draws.at(half)) for half in (first, second)]
     assert torch.equal(torch.cat(halves), whole)
+
     positions = torch.randperm(64, generator=seeded(1))
     assert torch.equal(apply_policy(images[positions], draws.at(positions)), whole[positions])
 
 
 @pytest.mark.parametrize("policy", augment.POLICIES)
 def test_nothing_waits_for_the_device(policy):
-    """On the meta device, whatever needs a value of a tensor raises."""
+    """On the meta device, anything that needs the value of a tensor raises."""
     images = torch.empty(100, 3, 8, 8, dtype=torch.uint8, device="meta")
-    assert apply_policy(images, draw_policy(policy, 100, (8, 8), seeded())).shape == images.shape
-    assert erase(images.float(), draw_erasing(1.0, 100, (8, 8), seeded())).shape == images.shape
+    draws = draw_policy(policy, 100, (8, 8), seeded())
+    assert apply_policy(images, draws).shape == images.shape
+    boxes = draw_erasing(1.0, 100, (8, 8), seeded())
+    assert erase(images.float(), boxes).shape == images.shape
 
 
 @pytest.mark.cuda
@@ -224,6 +260,7 @@ def test_cuda_gives_the_same(policy):
     images = random_images(200, 3, 32, 32)
     draws = draw_policy(policy, 200, (32, 32), seeded())
     on_device = images.cuda()
+
     torch.cuda.set_sync_debug_mode("error")
     try:
         changed = apply_policy(on_device, draws)
@@ -237,7 +274,7 @@ def test_unknown_policy():
         draw_policy("auto", 1, (8, 8), seeded())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Random erasing
 
 
@@ -246,6 +283,7 @@ def test_erased_boxes_are_inside(image_size):
     boxes = draw_erasing(1.0, 5000, image_size, seeded())
     assert boxes.dtype == torch.int64
     assert boxes.shape == (5000, 4)
+
     corner, size = boxes.split(2, 1)
     assert (corner >= 0).all()
     assert (size >= 0).all()
@@ -259,10 +297,13 @@ def test_erased_area_and_ratio_are_in_range():
     size = draw_erasing(1.0, 5000, (1000, 1200), seeded())[:, 2:].double()
     uncut = (size < torch.tensor((1000, 1200))).all(1)
     assert uncut.float().mean() > 0.98
-    share, ratio = size.prod(1) / 1.2e6, size[uncut, 0] / size[uncut, 1]
+
+    share = size.prod(1) / 1.2e6
     assert 0.0199 < share.min() < 0.021
     assert 0.32 < share.max() < 0.3301
     assert share.mean() == pytest.approx(0.175, abs=0.005)
+
+    ratio = size[uncut, 0] / size[uncut, 1]
     assert 0.299 < ratio.min() < 0.31
     assert 3.2 < ratio.max() < 3.32
     assert ratio.log().mean() == pytest.approx(0, abs=0.06)
@@ -282,6 +323,7 @@ def test_erase_against_a_loop(dtype):
     expected = images.clone()
     for image, (top, left, height, width) in zip(expected, boxes.tolist(), strict=True):
         image[:, top : top + height, left : left + width] = 0
+
     erased = erase(images, boxes)
     assert erased.dtype == dtype
     assert torch.equal(erased, expected)

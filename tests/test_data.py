@@ -31,11 +31,26 @@ def random_images(*shape, seed=0):
 
 
 def dataset_of(images, labels=None, img_size=None, flip=True, mean=None, std=None):
+    """The images as both splits; by default each has its own label, and batches hold 0..255."""
     channels = images.shape[1]
     split = data.Split(images, torch.arange(len(images)) if labels is None else labels)
-    mean, std = mean or [0.0] * channels, std or [1 / 255] * channels  # by default batches hold 0..255
-    img_size = img_size or tuple(images.shape[-2:])
-    return data.Dataset("own", "Own", ["a", "b"], split, split, mean, std, flip, img_size, CPU)
+    return data.Dataset(
+        name="own",
+        label="Own",
+        class_names=["a", "b"],
+        train=split,
+        test=split,
+        mean=mean or [0.0] * channels,
+        std=std or [1 / 255] * channels,
+        flip=flip,
+        img_size=img_size or tuple(images.shape[-2:]),
+        device=CPU,
+    )
+
+
+def train_batches(dataset, batch_size, seed=0, epoch=1, augmentation=None, **options):
+    how = {"batch_size": batch_size, "seed": seed, "epoch": epoch, "augmentation": augmentation}
+    return data.train_batches(dataset, **how, **options)
 
 
 def collect(batches):
@@ -49,7 +64,7 @@ def same(batches, others):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scikit-learn's digits
 
 
@@ -83,7 +98,7 @@ def test_digits_are_those_of_scikit_learn():
     assert ours == {(image.tobytes(), int(label)) for image, label in zip(theirs, digits.target, strict=True)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # torchvision's datasets: small files of their formats
 
 
@@ -178,7 +193,7 @@ def test_without_network_the_error_says_what_to_do(tmp_path, no_network, name):
 
 def test_a_corrupt_archive_is_not_unpacked(tmp_path, no_network):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half an archive")
-    with pytest.raises(UserError, match="if a file there is damaged, remove it"):
+    with pytest.raises(UserError, match="If a file there is damaged, remove it"):
         data.load_dataset("cifar10", str(tmp_path), (32, 32), CPU)
     assert no_network  # it was to be downloaded anew
     assert not (tmp_path / "cifar-10-batches-py").exists()
@@ -212,7 +227,7 @@ def test_files_damaged_after_the_download(tmp_path, no_network):
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=r"\S: \S+.*damaged, remove it") as caught:
                 data.load_dataset("fashion_mnist", str(root), (32, 32), CPU)
-            assert ": . With" not in str(caught.value)  # a bare AssertionError has no words
+            assert ": . It" not in str(caught.value)  # a bare AssertionError has no message
 
 
 def test_a_killed_download_of_fashion_mnist_is_taken_up_again(tmp_path, no_network, monkeypatch):
@@ -266,7 +281,7 @@ def test_main_without_network_ends_in_one_line(tmp_path):
     assert [path.name for path in (tmp_path / "data").iterdir() if path.suffix != ".lock"] == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Before the images are read
 
 
@@ -290,7 +305,7 @@ def test_a_dry_run_of_a_missing_folder_ends_in_one_line(tmp_path, run_script):
     assert str(tmp_path / "none") in err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mean and deviation
 
 
@@ -312,7 +327,7 @@ def test_constant_images_stay_finite(value):
     assert data.normalize(images, mean, std).abs().max() < 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is done to a batch, against one image at a time
 
 SHAPES = [(6, 3, 8, 8), (5, 1, 6, 11), (4, 3, 13, 5), (1, 3, 9, 9)]
@@ -361,7 +376,7 @@ def test_an_image_that_shrinks_is_antialiased():
     assert result.abs().max() < 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -370,7 +385,7 @@ def test_an_epoch_holds_each_image_once_and_its_own_label(num_images, batch_size
     """Image i is i + 1 all over: what is left of it after the crop tells which it was."""
     numbers = torch.arange(num_images, dtype=torch.uint8)
     dataset = dataset_of((numbers + 1).view(-1, 1, 1, 1).expand(-1, 3, 8, 8))
-    batches = list(data.train_batches(dataset, batch_size, seed=0, epoch=1))
+    batches = list(train_batches(dataset, batch_size))
     assert len(batches) == data.steps_per_epoch(num_images, batch_size)
     assert [len(labels) for _, labels in batches[:-1]] == [batch_size] * (len(batches) - 1)
     images, labels = collect(batches)
@@ -388,7 +403,7 @@ def test_training_batches_are_the_oracle_of_their_images():
     crops = [transforms.crop(padded, top, left, 8, 10) for top in range(3) for left in range(3)]
     counts = {crop.numpy().tobytes(): 0 for image in crops for crop in (image, transforms.horizontal_flip(image))}
     assert len(counts) == 18
-    for images, _ in data.train_batches(dataset, 100, seed=0, epoch=1):
+    for images, _ in train_batches(dataset, 100):
         kinds = {image.numpy().tobytes() for image in images.round().byte()}
         assert len(kinds) > 10  # drawn for each image, not for the batch
         for image in images.round().byte():
@@ -400,7 +415,7 @@ def test_training_batches_are_the_oracle_of_their_images():
 def test_no_flip_where_a_mirrored_image_is_another():
     base = random_images(1, 1, 8, 8)
     dataset = dataset_of(base.expand(200, -1, -1, -1), torch.zeros(200, dtype=torch.int64), flip=False)
-    images, _ = collect(data.train_batches(dataset, 64, seed=0, epoch=1))
+    images, _ = collect(train_batches(dataset, 64))
     assert len({image.numpy().tobytes() for image in images}) == 9
 
 
@@ -408,14 +423,14 @@ def test_batches_depend_on_seed_and_epoch_alone():
     dataset = dataset_of(random_images(20, 3, 8, 8))
 
     def batches(seed, epoch):
-        return list(data.train_batches(dataset, 8, seed, epoch))
+        return list(train_batches(dataset, 8, seed, epoch))
 
     reference = batches(0, 1)
     state = torch.random.get_rng_state()
     torch.rand(5)
     assert same(reference, batches(0, 1))
     torch.random.set_rng_state(state)
-    list(data.train_batches(dataset, 8, 5, 5))
+    list(train_batches(dataset, 8, seed=5, epoch=5))
     assert torch.equal(torch.random.get_rng_state(), state)  # nor do they disturb what others draw
     others = [batches(0, 2), batches(1, 1), batches(1, 0), batches(2**63, 1)]
     for index, other in enumerate(others):
@@ -428,13 +443,16 @@ def test_batches_depend_on_seed_and_epoch_alone():
 @pytest.mark.parametrize("start_step", [0, 1, 2, 3, 9])
 def test_start_step_continues_exactly(start_step):
     dataset = dataset_of(random_images(21, 3, 8, 8), img_size=(12, 12))
-    whole = list(data.train_batches(dataset, 8, 3, 4))
-    assert same(list(data.train_batches(dataset, 8, 3, 4, start_step=start_step)), whole[start_step:])
+    whole = list(train_batches(dataset, 8, seed=3, epoch=4))
+    resumed = list(train_batches(dataset, 8, seed=3, epoch=4, start_step=start_step))
+    assert same(resumed, whole[start_step:])
 
 
 def test_the_draws_of_an_image_do_not_depend_on_the_batch_size():
     dataset = dataset_of(random_images(21, 3, 8, 8))
-    assert same(*([collect(data.train_batches(dataset, size, 3, 4))] for size in (4, 50)))
+    small = collect(train_batches(dataset, 4, seed=3, epoch=4))
+    large = collect(train_batches(dataset, 50, seed=3, epoch=4))
+    assert same([small], [large])
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
@@ -450,7 +468,7 @@ def test_evaluation_is_in_order_and_untouched(batch_size):
 
 def test_rectangular_batches():
     dataset = dataset_of(random_images(5, 3, 8, 12), img_size=(16, 20))
-    for batches in (data.train_batches(dataset, 4, 0, 0), data.eval_batches(dataset, dataset.test, 4)):
+    for batches in (train_batches(dataset, 4), data.eval_batches(dataset, dataset.test, 4)):
         assert [tuple(images.shape) for images, _ in batches] == [(4, 3, 16, 20), (1, 3, 16, 20)]
 
 
@@ -458,7 +476,9 @@ def test_batches_leave_the_data_as_it_is():
     images = random_images(9, 3, 8, 8)
     dataset = dataset_of(images.clone(), img_size=(8, 8))
     for _ in range(2):
-        for batch, _ in [*data.train_batches(dataset, 4, 0, 0), *data.eval_batches(dataset, dataset.test, 4)]:
+        trained_on = list(train_batches(dataset, 4))
+        evaluated_on = list(data.eval_batches(dataset, dataset.test, 4))
+        for batch, _ in trained_on + evaluated_on:
             batch.zero_()
     assert torch.equal(dataset.train.images, images)
 
@@ -479,13 +499,13 @@ def test_batches_on_cuda_are_those_of_the_cpu(monkeypatch, fits):
     monkeypatch.setattr(data, "_bytes_for_data", lambda device: float("inf") if fits else 0)
     here, there = (data.load_dataset("digits", "nowhere", (16, 16), device) for device in (CPU, cuda))
     assert there.train.images.is_cuda == fits
-    for one, other in zip(data.train_batches(here, 100, 0, 1), data.train_batches(there, 100, 0, 1), strict=True):
+    for one, other in zip(train_batches(here, 100), train_batches(there, 100), strict=True):
         assert other[0].is_cuda
         torch.testing.assert_close(one[0], other[0].cpu(), atol=1e-4, rtol=1e-4)
         assert torch.equal(one[1], other[1].cpu())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A real image folder, where somebody has unpacked it
 
 
@@ -508,12 +528,12 @@ def test_the_jpeg_copy_of_cifar10(monkeypatch):
     assert dataset.label == "CIFAR-10 (JPEG q75 copy)"
     assert dataset.class_names[:2] == ["airplane", "automobile"]
     assert dataset.mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.01)  # CIFAR-10's
-    images, labels = next(data.train_batches(dataset, 16, 0, 1))
+    images, labels = next(train_batches(dataset, 16))
     assert images.shape == (16, 3, 224, 224)
     assert labels.shape == (16,)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Resizing, augmentation, ranks, streaming
 
 
@@ -531,18 +551,19 @@ STRONG = data.Augmentation(policy="rand", random_erasing=0.5, mix=0.5)
 
 def test_switched_off_augmentation_leaves_the_images_alone():
     images = random_images(10, 3, 8, 8)
-    batches = data.train_batches(dataset_of(images), 4, 0, 1, data.Augmentation(crop=False, flip=False))
-    found, labels = collect(batches)
+    nothing = data.Augmentation(crop=False, flip=False)
+    found, labels = collect(train_batches(dataset_of(images), 4, augmentation=nothing))
     assert torch.equal(found.round().byte(), images[labels])
 
 
 def test_each_image_of_a_batch_is_augmented_by_its_own_draws():
-    dataset = dataset_of(random_images(1, 3, 16, 16).expand(64, -1, -1, -1), torch.zeros(64, dtype=torch.int64))
-    for how in (
+    copies = random_images(1, 3, 16, 16).expand(64, -1, -1, -1)
+    dataset = dataset_of(copies, labels=torch.zeros(64, dtype=torch.int64))
+    for augmentation in (
         data.Augmentation(crop=False, flip=False, policy="trivial"),
-        data.Augmentation(False, random_erasing=1),
+        data.Augmentation(crop=False, random_erasing=1),
     ):
-        ((images, _),) = data.train_batches(dataset, 64, 0, 1, how)
+        ((images, _),) = train_batches(dataset, 64, augmentation=augmentation)
         assert len({image.numpy().tobytes() for image in images}) > 20
 
 
@@ -554,15 +575,18 @@ def labelled(num_images, num_classes=5, size=8):
 
 def test_mixed_batches_have_mixed_targets():
     dataset = labelled(640)
-    batches = list(data.train_batches(dataset, 10, 0, 1, data.Augmentation(mix=0.5)))
+    batches = list(train_batches(dataset, 10, augmentation=data.Augmentation(mix=0.5)))
     mixed = [labels for _, labels in batches if labels.ndim == 2]
     assert 15 < len(mixed) < 50
     for labels in mixed:
         torch.testing.assert_close(labels.sum(1), torch.ones(10))
         assert labels.shape == (10, 5)
     assert any((labels.max(1).values < 1).any() for labels in mixed)
-    assert not any(labels.ndim == 2 for _, labels in data.train_batches(dataset, 10, 0, 1))
-    assert all(labels.ndim == 2 for _, labels in data.train_batches(dataset, 10, 0, 1, data.Augmentation(mix=1)))
+
+    never = train_batches(dataset, 10)
+    assert not any(labels.ndim == 2 for _, labels in never)
+    always = train_batches(dataset, 10, augmentation=data.Augmentation(mix=1))
+    assert all(labels.ndim == 2 for _, labels in always)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
@@ -586,7 +610,7 @@ def test_an_image_is_mixed_with_the_one_before_it(kind):
 
 def test_mixing_disturbs_no_other_draws():
     state = torch.random.get_rng_state()
-    list(data.train_batches(labelled(20), 5, 0, 1, data.Augmentation(mix=1)))
+    list(train_batches(labelled(20), 5, augmentation=data.Augmentation(mix=1)))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -595,11 +619,13 @@ def test_mixing_disturbs_no_other_draws():
 def test_the_ranks_share_each_batch(augmentation, world_size):
     """21 images in batches of 6: the last has 3, fewer than there are ranks."""
     dataset = labelled(21)
-    whole = list(data.train_batches(dataset, 6, 3, 4, augmentation))
-    parts = [
-        list(data.train_batches(dataset, 6, 3, 4, augmentation, rank=rank, world_size=world_size))
-        for rank in range(world_size)
-    ]
+
+    def batches(**rank_and_world_size):
+        epoch = {"seed": 3, "epoch": 4, "augmentation": augmentation}
+        return list(train_batches(dataset, 6, **epoch, **rank_and_world_size))
+
+    whole = batches()
+    parts = [batches(rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, (images, labels) in enumerate(whole):
         limits = [data.rank_part(len(images), rank, world_size) for rank in range(world_size)]
         assert limits[0][0] == 0
@@ -618,7 +644,7 @@ def test_the_ranks_share_each_batch(augmentation, world_size):
 def test_batches_augmented_together_are_those_augmented_alone(monkeypatch, batches_at_once):
     dataset = labelled(50)
     monkeypatch.setattr(data, "BYTES_AT_ONCE", 0)
-    alone = list(data.train_batches(dataset, 8, 0, 1, STRONG))
+    alone = list(train_batches(dataset, 8, augmentation=STRONG))
     monkeypatch.setattr(data, "BYTES_AT_ONCE", batches_at_once * 8 * dataset.train.images[0].nbytes)
     fetched, fetch = [], data.fetch
 
@@ -628,7 +654,10 @@ def test_batches_augmented_together_are_those_augmented_alone(monkeypatch, batch
 
     monkeypatch.setattr(data, "fetch", recording)
     for start_step in range(8):
-        assert same(list(data.train_batches(dataset, 8, 0, 1, STRONG, start_step)), alone[start_step:])
+        together = list(
+            train_batches(dataset, 8, augmentation=STRONG, start_step=start_step)
+        )
+        assert same(together, alone[start_step:])
         groups = [group.tolist() for group in fetched]
         if start_step == 0:
             whole = groups
@@ -643,11 +672,12 @@ def test_streaming_gives_what_resident_images_give(monkeypatch, augmentation, by
     dataset, streaming = labelled(50), labelled(50)
     streaming.streams = True
     for start_step in (0, 3, 6, 7):
-        resident = list(data.train_batches(dataset, 8, 0, 1, augmentation, start_step))
-        assert same(list(data.train_batches(streaming, 8, 0, 1, augmentation, start_step)), resident)
+        how = {"batch_size": 8, "augmentation": augmentation, "start_step": start_step}
+        resident = list(train_batches(dataset, **how))
+        assert same(list(train_batches(streaming, **how)), resident)
     expected = list(data.eval_batches(dataset, dataset.test, 8))
     assert same(list(data.eval_batches(streaming, streaming.test, 8)), expected)
-    next(iter(data.train_batches(streaming, 8, 0, 1)))  # left in the middle: the thread ends all the same
+    next(iter(train_batches(streaming, 8)))  # abandoned midway: the thread ends anyway
 
 
 def test_the_limit_decides_what_streams():
@@ -660,9 +690,9 @@ def test_the_limit_decides_what_streams():
 @pytest.mark.parametrize("streams", [True, False])
 def test_batches_do_not_wait_for_the_device(streams):
     dataset = data.load_dataset("digits", "nowhere", (16, 16), torch.device("cuda"), 0 if streams else None)
-    list(data.train_batches(dataset, 100, 0, 1, STRONG))
+    list(train_batches(dataset, 100, augmentation=STRONG))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        list(data.train_batches(dataset, 100, 0, 2, STRONG))
+        list(train_batches(dataset, 100, epoch=2, augmentation=STRONG))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -97,7 +97,7 @@ def earlier(pets):
     return pets
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # main.py
 
 
@@ -137,7 +137,7 @@ def test_a_run_of_other_data_is_refused(pets, run_script, monkeypatch, kind, wor
     code, out, err = run_script(main.main, *arguments(other, pets / "output"))
     assert (code, len(err.splitlines())) == (2, 1), err
     assert out == ""
-    assert "holds a run of other data" in err
+    assert "holds a run on other data" in err
     assert words in err
     assert "--dataset_name" in err
     assert contents(run_folder(pets)) == before
@@ -189,7 +189,7 @@ def test_the_name_of_a_dataset_is_a_plain_folder_name(tmp_path, run_script, name
     assert (code, len(err.splitlines())) == (2, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What an earlier version has left
 
 
@@ -231,11 +231,11 @@ def test_an_earlier_run_is_not_handed_out_before_the_pixels_are_compared(earlier
     code, out, err = run_script(main.main, *arguments(other, earlier / "output"))
     assert (code, len(err.splitlines())) == (2, 1), err
     assert "nothing to do" not in out
-    assert "holds a run of other data: " in err
+    assert "holds a run on other data: " in err
     assert "checksum" in err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings that an earlier version did not have
 
 
@@ -266,7 +266,7 @@ def test_a_setting_that_a_checkpoint_does_not_have_had_its_default(pets, run_scr
     assert "resuming in epoch" in out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sweep
 
 
@@ -315,7 +315,7 @@ def test_a_sweep_of_other_data_starts_and_tabulates_nothing(pets, run_script, sc
     before = contents(pets / "output")
     code, out, err = run_script(run_experiments.main, *sweep(pets, pets / "pets", *more))
     assert (code, out, len(err.splitlines())) == (2, "", 1), err
-    assert ("cannot read the folder" if kind == "missing" else "holds a run of other data") in err
+    assert ("cannot read the folder" if kind == "missing" else "holds a run on other data") in err
     assert not started.exists()
     assert contents(pets / "output") == before
 
@@ -359,7 +359,7 @@ def test_a_sweep_compares_data_without_torch(pets):
     assert subprocess.run([sys.executable, "-c", program], cwd=utils.REPOSITORY).returncode == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reports
 
 
@@ -410,7 +410,7 @@ def test_the_logs_that_are_kept_can_be_plotted(logs):
     assert plot_result.load_comparison(logs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # eval.py
 
 
