@@ -201,7 +201,7 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tens
     if torch.compiler.is_compiling():
         return _flex(q, k, v, block_mask)
     configuration = (q.shape, q.stride(), q.dtype, q.device)
-    return diagonal.compiled(_flex, configuration)(q, k, v, block_mask)
+    return diagonal.compile_for(_flex, configuration)(q, k, v, block_mask)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:

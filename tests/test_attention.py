@@ -155,14 +155,14 @@ def test_compiled_kernels_match_the_oracle(mask_type, step, grid, num_global, he
 def test_each_configuration_is_compiled_however_many_there_are(monkeypatch):
     """Dynamo would fall back, or fail, at the recompile limit if the configurations shared a code object."""
     monkeypatch.setattr(diagonal, "_KERNELS", {})
-    compiled_before = diagonal.compiled.cache_info().currsize
+    compiled_before = diagonal.compile_for.cache_info().currsize
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for num_tokens in (4, 5, 6):
             mask = torch.eye(num_tokens, dtype=torch.bool)
             assert_matches_oracle(
                 compile_mask(mask, 0, "diagonal"), mask, random_qkv(num_tokens, dtype=torch.float32), 2e-5
             )
-    assert diagonal.compiled.cache_info().currsize == compiled_before + 6
+    assert diagonal.compile_for.cache_info().currsize == compiled_before + 6
     assert len(diagonal._KERNELS) == 6
     assert not {diagonal.forward, diagonal.backward} & {*diagonal._KERNELS.values()}  # none runs uncompiled
 
@@ -318,7 +318,7 @@ def test_each_configuration_of_flex_is_compiled_once_and_for_itself(flex_on_the_
         return compile_really(function, backend=keep, **arguments)
 
     monkeypatch.setattr(diagonal.torch, "compile", compile_quickly)
-    monkeypatch.setattr(diagonal, "compiled", functools.cache(diagonal.compiled.__wrapped__))
+    monkeypatch.setattr(diagonal, "compile_for", functools.cache(diagonal.compile_for.__wrapped__))
     shapes = [(mask_type, width) for width in (3, 4) for mask_type in ("2d_cardinal", "2d_all_neighbors")]
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for mask_type, width in [*shapes, *shapes]:
@@ -586,15 +586,15 @@ def test_a_kernel_that_the_compiler_refuses_runs_uncompiled(monkeypatch, capsys)
     monkeypatch.setattr(diagonal, "can_compile", lambda device_type: True)
     monkeypatch.setattr(diagonal, "_KERNELS", {})
     monkeypatch.setattr(diagonal.torch, "compile", refuse)
-    diagonal.compiled.cache_clear()
-    diagonal._warn_of_a_failed_compile.cache_clear()
+    diagonal.compile_for.cache_clear()
+    diagonal._warn_of_failed_compilation.cache_clear()
     mask = masks.build_attention_mask("2d_cardinal", 1, 3, 7)
     plan = compile_mask(mask, 1, "diagonal")
     for _ in range(2):
         assert_matches_oracle(plan, mask, random_qkv(22))
     assert calls == ["forward", "backward"]  # tried once
     assert capsys.readouterr().err.count("runs uncompiled: too many buffers\n") == 1
-    diagonal.compiled.cache_clear()
+    diagonal.compile_for.cache_clear()
 
 
 def test_exact_errors_are_computed_where_there_is_float64(monkeypatch):

@@ -324,7 +324,7 @@ def test_bad_checkpoints_end_in_one_line(finished, tmp_path, kind, run_script):
         (["--dropout", "1"], "below 1"),
         (["--mask_type", "3d"], "invalid choice"),
         (["--epoch", "3"], "unrecognized arguments"),
-        (["--img_size", "30", "--dry_run"], "30x30 is no multiple of patch_size 16"),
+        (["--img_size", "30", "--dry_run"], "30x30 is not a multiple of patch_size 16"),
         (["--run_name", "a/b", "--dry_run"], "plain folder name"),
         (["--run_name", "..", "--dry_run"], "plain folder name"),
         (["--run_name", "", "--dry_run"], "plain folder name"),
