@@ -90,7 +90,7 @@ def _draw(report: dict, ylabel: str, value_of, with_exponent: bool = False, with
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.minorticks_off()
-        figures.dress(panel, mask_type, "patches" if panel in panels[-num_columns:] else "", "")
+        figures.style_axes(panel, mask_type, "patches" if panel in panels[-num_columns:] else "", "")
         panel.legend(fontsize=7, frameon=False, handlelength=3.2)
     figure.supylabel(ylabel, fontsize=9)
     return figure

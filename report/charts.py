@@ -174,7 +174,7 @@ def _draw_in_pair(pair: tuple[Axes, Axes], row: Row, kind: str, style: dict, lab
 
 def _dress_pair(pair: tuple[Axes, Axes], kind: str) -> None:
     for axes, split in zip(pair, SPLITS.values(), strict=True):
-        figures.dress(axes, xlabel="epoch", ylabel=f"{split} {kind} ({UNITS[kind]})")
+        figures.style_axes(axes, xlabel="epoch", ylabel=f"{split} {kind} ({UNITS[kind]})")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(left=0)
 
@@ -191,7 +191,7 @@ def draw_accuracy_vs_neighbors(rows: list[Row]) -> Figure:
         return Spread(row.num_neighbors_mean, None, 1)
 
     figure, axes = _draw_comparison(rows, x_of)
-    figures.dress(axes, xlabel="neighbors of a patch, itself included (mean over the grid)", ylabel=FINAL_ACCURACY)
+    figures.style_axes(axes, xlabel="neighbors of a patch, itself included (mean over the grid)", ylabel=FINAL_ACCURACY)
     axes.set_xscale("log")
     axes.set_xticks(ticks := list(_round_numbers(*axes.get_xlim())), [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
@@ -207,7 +207,7 @@ def draw_accuracy_vs_throughput(rows: list[Row]) -> Figure:
         return row.throughput
 
     figure, axes = _draw_comparison(rows, x_of)
-    figures.dress(axes, xlabel="training throughput (images/s)", ylabel=FINAL_ACCURACY)
+    figures.style_axes(axes, xlabel="training throughput (images/s)", ylabel=FINAL_ACCURACY)
     _finish_comparison(figure, axes, rows, x_of)
     return figure
 

@@ -1,4 +1,4 @@
-"""A user's own text (the name of a run, of a dataset) made fit for a line, a picture or Markdown."""
+"""Make text that users chose (names of runs and datasets) safe for a line, a plot or Markdown."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 
 def one_line(text: str) -> str:
-    """The text with an escape, such as `\\n`, for each character that would break the line or not be seen.
+    """Escape (as in `\\n`) every character that would break the line or be invisible.
 
-    These are line breaks, tabs and other control characters, marks that turn the direction of writing, and bytes of a
-    file name that are no text.
+    These are line breaks, tabs and other control characters, marks that change the direction of
+    writing, and the undecodable bytes of a file name.
     """
     return "".join(map(_printable, text))
 
@@ -24,17 +24,26 @@ def _printable(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# -------------------------------------------------------------------------------------------------
+# Plots
 
 
 def labels(texts: Sequence[str], width: int) -> list[str]:
-    """The texts as pictures show them: on one line, of `width` columns at most, wider where two would look the same."""
+    """The texts as plots show them: each on one line, shortened to `width` columns.
+
+    The limit grows as far as needed to keep different texts apart.
+    """
     texts = [one_line(text) for text in texts]
     while len({shorten(text, width) for text in texts}) < len(set(texts)):
         width += 8
-    # matplotlib leaves labels that begin with an underscore out of the legend: a space of no width goes before it.
-    return ["\u200b" * text.startswith("_") + shorten(text, width) for text in texts]
+
+    shown = []
+    for text in texts:
+        # matplotlib leaves labels that begin with an underscore out of the legend. A zero-width
+        # space in front prevents that.
+        prefix = "\u200b" if text.startswith("_") else ""
+        shown.append(prefix + shorten(text, width))
+    return shown
 
 
 def label(text: str, width: int) -> str:
@@ -42,10 +51,12 @@ def label(text: str, width: int) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """The text, or its beginning and end with `…` between; a Chinese character takes two columns."""
+    """The text, or its beginning and end joined by `…`; a Chinese character takes two columns."""
     if num_columns(text) <= width:
         return text
-    start, end = text[: (width + 1) // 2], text[-(width // 2) :]
+
+    start = text[: (width + 1) // 2]
+    end = text[-(width // 2) :]
     while num_columns(start) + 1 + num_columns(end) > width:
         if num_columns(start) >= num_columns(end):
             start = start[:-1]
@@ -58,18 +69,22 @@ def num_columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Markdown
 
 
 def markdown(text: str) -> str:
-    """The text on one line, escaped so that Markdown shows it as it is, in a table as well."""
-    # An underscore between letters or digits is one already.
-    return re.sub(r"[\\`*|<\[\]~&$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))
+    """The text on one line, escaped so that Markdown shows it literally, even in a table."""
+    # An underscore between letters or digits needs no escape.
+    special = r"[\\`*|<\[\]~&$]|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(special, r"\\\g<0>", one_line(text))
 
 
 def code(text: str) -> str:
-    """The text on one line as Markdown's code: between more backticks than it has in a row."""
+    """The text on one line as Markdown code, fenced by more backticks than it has in a row."""
     text = one_line(text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
+    longest_run = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest_run + 1)
+    if longest_run == 0:
+        return f"{fence}{text}{fence}"
+    return f"{fence} {text} {fence}"

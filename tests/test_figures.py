@@ -1,4 +1,4 @@
-"""The style of the pictures, saving them, and the pictures of masks."""
+"""The style of figures, saving them, and the pictures of masks."""
 
 import itertools
 import os
@@ -16,11 +16,11 @@ from report import figures, mask_pictures
 
 
 def shown_cells(axes, color):
-    """Bool [height, width]: which cells of a drawn grid have a color."""
+    """Bool [height, width]: which cells of a drawn grid have this color."""
     return np.all(np.isclose(axes.images[0].get_array(), figures.rgb(color)), axis=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Style
 
 
@@ -38,8 +38,11 @@ def test_a_new_pattern_changes_no_other_style(monkeypatch):
     monkeypatch.setitem(masks.PATTERNS, "mine", masks.PATTERNS["cardinal"])
     monkeypatch.setitem(masks.PATTERNS, "yours", masks.PATTERNS["cardinal"])
     assert before == {mask_type: figures.style_of(mask_type) for mask_type in before}
-    new = [figures.style_of(f"{dimensions}_{name}") for name in ("mine", "yours") for dimensions in ("1d", "2d")]
-    assert len({(style["color"], style["marker"]) for style in [*new, *before.values()]}) == len(new) + len(before)
+
+    new_types = ("1d_mine", "2d_mine", "1d_yours", "2d_yours")
+    styles = [*before.values(), *map(figures.style_of, new_types)]
+    looks = {(style["color"], style["marker"]) for style in styles}
+    assert len(looks) == len(before) + len(new_types)
 
 
 def test_the_variants_of_a_mask_type_go_from_light_to_dark():
@@ -55,17 +58,16 @@ def test_blend(amount, mixed):
     assert figures.blend("#FF8000", "#000000", amount) == mixed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Saving
 
 
 @pytest.mark.parametrize("name", ["new/folder/a.png", "a.PNG", "a.svg", "a.pdf"])
-def test_save_writes_by_the_suffix_and_leaves_nothing_else(tmp_path, name):
+def test_save_writes_the_format_of_the_suffix_and_leaves_nothing_else(tmp_path, name):
     path = tmp_path / name
     figures.save(figures.new_figure(2, 1), path)
-    assert path.read_bytes()[:5].startswith(
-        {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[path.suffix.lower()]
-    )
+    magic = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[path.suffix.lower()]
+    assert path.read_bytes().startswith(magic)
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -75,8 +77,8 @@ def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, name):
         figures.save(figures.new_figure(2, 1), tmp_path / name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The user's own matplotlib
+# -------------------------------------------------------------------------------------------------
+# The user's matplotlib configuration
 
 HOSTILE = {
     "text.usetex": True,
@@ -99,7 +101,7 @@ figures.save_png_and_svg(figure, Path(sys.argv[2]) / "masks")
 
 @pytest.fixture
 def expected(tmp_path):
-    """The pictures of DRAW, as they should be."""
+    """What DRAW should write."""
     figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
     figures.save_png_and_svg(figure, tmp_path / "expected" / "masks")
     return read_all(tmp_path / "expected")
@@ -109,22 +111,25 @@ def read_all(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_no_configuration_of_matplotlib_changes_a_picture(tmp_path, expected):
-    """Neither the backend of a notebook that is not there, nor files that are damaged or ask for what is not there."""
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "matplotlibrc").write_bytes(b"axes.facecolor: red  # caf\xe9\n")
-    (tmp_path / "hostile").write_text("".join(f"{name}: {value}\n" for name, value in HOSTILE.items()))
-    surroundings = os.environ | {
+def test_no_configuration_of_matplotlib_changes_a_figure(tmp_path, expected):
+    """Neither a notebook backend that isn't installed, nor files that are damaged or hostile."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "matplotlibrc").write_bytes(b"axes.facecolor: red  # caf\xe9\n")
+    hostile = tmp_path / "hostile"
+    hostile.write_text("".join(f"{name}: {value}\n" for name, value in HOSTILE.items()))
+    environment = os.environ | {
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-        "MATPLOTLIBRC": str(tmp_path / "hostile"),
+        "MATPLOTLIBRC": str(hostile),
     }
+
     command = [sys.executable, "-c", DRAW, str(utils.REPOSITORY), str(tmp_path / "drawn")]
-    done = subprocess.run(command, cwd=tmp_path / "here", env=surroundings, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert read_all(tmp_path / "drawn") == expected
 
 
-def test_settings_of_the_process_change_no_picture_and_stay(tmp_path, expected):
+def test_settings_of_the_process_change_no_figure_and_are_kept(tmp_path, expected):
     with matplotlib.rc_context(HOSTILE):
         figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
         figures.save_png_and_svg(figure, tmp_path / "drawn" / "masks")
@@ -136,14 +141,15 @@ def test_one_drawing_that_fails_does_not_stop_the_others(tmp_path):
     def fail():
         raise RuntimeError("no\nway")
 
-    failed = figures.save_drawings(tmp_path, {"bad": fail, "good": lambda: figures.new_figure(2, 1)})
+    drawings = {"bad": fail, "good": lambda: figures.new_figure(2, 1)}
+    failed = figures.save_drawings(tmp_path, drawings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.png", "good.svg"]
-    with pytest.raises(utils.UserError, match=r"pictures that could not be drawn: bad \(no\)"):
+    with pytest.raises(utils.UserError, match=r"could not draw bad \(no\)"):
         figures.raise_failed(failed)
     figures.raise_failed({})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Masks
 
 
@@ -152,10 +158,12 @@ def test_neighborhoods_are_rows_of_the_mask(mask_type):
     height, width = 5, 8
     mask = masks.build_attention_mask(mask_type, 1, height, width)
     figure = mask_pictures.draw_attention_mask(mask, height, width, "a title")
-    whole, *panels = figure.axes
+    matrix, *panels = figure.axes
+
     expected = torch.ones(40, 40, dtype=torch.bool) if mask is None else mask
-    drawn = shown_cells(whole, mask_pictures.ATTENDED)
+    drawn = shown_cells(matrix, mask_pictures.ATTENDED)
     np.testing.assert_array_equal(np.broadcast_to(drawn, (40, 40)), expected)
+
     for axes, (row, column) in zip(panels, [(2, 4), (2, 0), (0, 0)], strict=True):
         neighbors = expected[row * width + column].reshape(height, width).numpy().copy()
         assert axes.get_title().endswith(f"{neighbors.sum()} neighbors")
@@ -168,8 +176,11 @@ def test_all_mask_types_in_one_picture(tmp_path):
     by_type = {name: masks.build_attention_mask(name, 1, 4, 6) for name in masks.MASK_TYPES}
     figure = mask_pictures.draw_mask_types(by_type, 4, 6)
     assert len(figure.axes) == 3 * len(by_type)
-    assert [axes.get_title() for axes in figure.axes[: len(by_type)]] == list(by_type)
-    assert [axes.get_xlabel() for axes in figure.axes[: len(by_type)]] == [f"{n} neighbors" for n in (24, 5, 9, 5, 9)]
+    first_row = figure.axes[: len(by_type)]
+    assert [axes.get_title() for axes in first_row] == list(by_type)
+    counts = [f"{n} neighbors" for n in (24, 5, 9, 5, 9)]
+    assert [axes.get_xlabel() for axes in first_row] == counts
+
     figures.save_png_and_svg(figure, tmp_path / "masks.v2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["masks.v2.png", "masks.v2.svg"]
 
@@ -181,7 +192,8 @@ def test_reduction_by_blocks_against_loops(size, block):
     num_blocks = -(-size // block)
     assert reduced.shape == (num_blocks, num_blocks)
     for i, j in itertools.product(range(num_blocks), repeat=2):
-        assert reduced[i, j] == mask[i * block : (i + 1) * block, j * block : (j + 1) * block].any()
+        square = mask[i * block : (i + 1) * block, j * block : (j + 1) * block]
+        assert reduced[i, j] == square.any()
 
 
 def test_a_large_mask_is_drawn_small():
@@ -190,6 +202,7 @@ def test_a_large_mask_is_drawn_small():
     figure = mask_pictures.draw_attention_mask(mask, height, width, "large")
     assert max(figure.axes[0].images[0].get_array().shape) <= mask_pictures.MAX_CELLS
     assert "6 × 6 to a dot" in figure.axes[0].get_title()
+
     full = mask_pictures.draw_attention_mask(None, 128, 128, "full")
     assert full.axes[0].images[0].get_array().shape == (1, 1, 3)
 

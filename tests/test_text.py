@@ -1,4 +1,4 @@
-"""A user's own text, made fit for a line, a picture and Markdown."""
+"""Text that users chose, made safe for a line, a plot and Markdown."""
 
 import pytest
 
@@ -53,6 +53,8 @@ def test_markdown(given, escaped):
     assert text.markdown(given) == escaped
 
 
-@pytest.mark.parametrize(("given", "shown"), [("ls -l", "`ls -l`"), ("a `b` ``c", "``` a `b` ``c ```")])
+@pytest.mark.parametrize(
+    ("given", "shown"), [("ls -l", "`ls -l`"), ("a `b` ``c", "``` a `b` ``c ```")]
+)
 def test_code(given, shown):
     assert text.code(given) == shown
