@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime import exit_codes
 from utils import UsageError, UserError, first_line, says_no_memory
 
 
@@ -104,9 +105,11 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 def leave(code: int) -> None:
     """Exit. A thread of gloo may outlive its group, and abort a process that takes its interpreter down in order."""
+    exit_codes.record(code)
     if WORLD_SIZE > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk, a reader that has gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import utils
+from runtime import exit_codes
 
 # The sweep's process, told to its runs: they stop when it is gone.
 PARENT = "LOCAL_ATTENTION_PARENT"
@@ -45,6 +46,8 @@ class StopRequest:
         in_main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if in_main else ()
         before = {number: signal.signal(number, self._receive) for number in numbers}
+        if in_main:
+            exit_codes.announce()
         if parent := os.environ.get(PARENT):
             threading.Thread(target=self._watch, args=(int(parent),), daemon=True).start()
         try:
@@ -100,7 +103,7 @@ class StopRequest:
                 if self._may_raise and received[0] != signal.SIGINT:  # a second Ctrl-C is the user's to give
                     self.reason = signal.Signals(received[0]).name
                     before_leaving()
-                    os._exit(utils.EXIT_AGAIN)
+                    exit_codes.exit_now(utils.EXIT_AGAIN)
 
     def _watch(self, parent: int) -> None:
         is_ours = os.getppid() == parent  # else torchrun is between
@@ -113,4 +116,4 @@ class StopRequest:
                 self.reason = GONE
             time.sleep(SECONDS_BETWEEN_LOOKS)
         if self.reason == GONE and not self._over.wait(SECONDS_TO_STOP):  # it hangs, and nobody is left to end it
-            os._exit(utils.EXIT_AGAIN)
+            exit_codes.exit_now(utils.EXIT_AGAIN)
