@@ -251,7 +251,7 @@ def json_list(kind: type, choices: Sequence | None = None):
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` at the end: the file is never half-written."""
+    """A temporary path to write to, renamed to `path` at the end: no file is half-written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
