@@ -1,8 +1,8 @@
-"""torchrun that exits with the script's own exit code, and gives the ranks time to save when it is asked to stop.
+"""torchrun that exits with the script's own exit code, and lets it save when asked to stop.
 
     python sweep/torchrun.py --standalone --nproc_per_node 4 main.py ...
 
-A sweep acts on the exit code of a run; plain torchrun exits with 1 whatever happened.
+A sweep acts on the exit code of a run; plain torchrun exits with 1 whatever went wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# This script is started by its path, so the repository is not importable yet.
+# This script is started by its path, so the repository can't be imported yet.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch.distributed import DistError, run
@@ -25,7 +25,7 @@ import utils
 from runtime import exit_codes
 from sweep import launch
 
-# If one rank exits with one of these, it is the cause, and the other ranks fail because of it.
+# A rank that exits with one of these is the cause, and the other ranks fail because of it.
 CAUSES = (utils.EXIT_OUT_OF_MEMORY, utils.EXIT_BUSY, utils.EXIT_AGAIN)
 
 
@@ -33,34 +33,42 @@ def main(argv=None) -> int:
     for number in launch.STOP_SIGNALS:
         signal.signal(number, pass_on_once)
 
-    # torchrun's own handlers would let a second signal interrupt the saving, so give it one that nobody sends.
+    # With torchrun's own handlers, a second signal would interrupt the saving. It insists on one.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(launch.GRACE_SECONDS)
     # On several nodes, srun starts this script once on each.
     os.environ.setdefault("PET_NODE_RANK", os.environ.get("SLURM_NODEID", "0"))
-    # The script has reported its error already, and better.
+    # The script reports its own errors, and better.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
     try:
         with tempfile.TemporaryDirectory(prefix="torchrun_", ignore_cleanup_errors=True) as folder:
             os.environ[exit_codes.FOLDER] = folder
-            os.environ.setdefault("PET_LOG_DIR", folder)  # or torchrun makes one that it leaves behind
-            try:
-                run.main(argv)
-            except SignalException:  # passed on to the ranks, which have exited since
-                return after_stop(exit_codes.collect(Path(folder)))
+            # By default, torchrun makes its own folder and leaves it behind.
+            os.environ.setdefault("PET_LOG_DIR", folder)
+            return run_ranks(argv, Path(folder))
+    except (DistError, OSError, RuntimeError, ValueError) as error:
+        # They found no meeting place, or the port is in use.
+        message = f"the processes cannot meet: {utils.first_line(error)}"
+        print(f"torchrun.py: error: {message}", file=sys.stderr)
+        return 1
+
+
+def run_ranks(argv: list[str] | None, folder: Path) -> int:
+    """Run torchrun to the end; returns the exit code. The ranks leave theirs in the folder."""
+    try:
+        run.main(argv)
+        return 0
     except ChildFailedError as error:
         return after_failure(error)
-    except (DistError, OSError, RuntimeError, ValueError) as error:  # no meeting place, a port in use
-        print(f"torchrun.py: error: the processes cannot meet: {utils.first_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    except SignalException:  # torchrun has passed the signal on, and the ranks have exited since
+        return after_stop(exit_codes.collect(folder))
 
 
 def pass_on_once(number: int, frame) -> None:
-    """Have torchrun pass a signal on to the ranks, and ignore all further ones, which must not interrupt the saving.
+    """Have torchrun pass a signal on to the ranks, and ignore any further ones.
 
-    Slurm, for one, sends several.
+    Slurm, for example, sends several; they must not interrupt the saving.
     """
     for each in launch.STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
@@ -69,12 +77,13 @@ def pass_on_once(number: int, frame) -> None:
 
 def after_failure(error: ChildFailedError) -> int:
     """The exit code after a rank has failed on its own."""
-    codes = [failure.exitcode for failure in error.failures.values()]
     rank, failure = error.get_first_failure()
     first = failure.exitcode
     if first < 0:
-        print(f"torchrun.py: error: rank {rank} was ended by {launch.describe_exit(first)}", file=sys.stderr)
+        how = launch.describe_exit(first)
+        print(f"torchrun.py: error: rank {rank} was ended by {how}", file=sys.stderr)
 
+    codes = [failure.exitcode for failure in error.failures.values()]
     for code in CAUSES:
         if code in codes:
             return code
@@ -82,7 +91,7 @@ def after_failure(error: ChildFailedError) -> int:
 
 
 def after_stop(codes: list[int]) -> int:
-    """The exit code after ranks that were asked to stop have exited with `codes`."""
+    """The exit code after the ranks were asked to stop and have exited with `codes`."""
     for code in codes:
         if code not in (0, utils.EXIT_AGAIN, 130):
             return code if code > 0 else 128 - code
