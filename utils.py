@@ -1,4 +1,4 @@
-"""What every script shares: errors, command lines, files written whole, run folders. Imports no torch."""
+"""What all scripts share: errors, command lines, atomic files, run folders. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
 
-# The files of a run folder, <output_dir>/<dataset_name>/<run_name>/seed_<n>/. SUMMARY is written last: its presence
-# means done.
-CONFIG, METRICS, SUMMARY, MASK_PICTURE, LOG = (
-    "config.json",
-    "metrics.jsonl",
-    "summary.json",
-    "attention_mask.png",
-    "log.txt",
-)
-CHECKPOINT, PREVIOUS_CHECKPOINT = "last.pt", "previous.pt"
-LOCK = ".lock"  # held while a process writes to the folder; the system frees that of a dead one
+# The files of a run folder, <output_dir>/<dataset_name>/<run_name>/seed_<n>/.
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"  # written last: if it is there, the run is done
+MASK_PICTURE = "attention_mask.png"
+LOG = "log.txt"
+CHECKPOINT = "last.pt"
+PREVIOUS_CHECKPOINT = "previous.pt"
+LOCK = ".lock"  # held while a process writes to the folder; the system frees it when that dies
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Errors and command lines
 
 
-# Exit codes beside 0 done, 1 failure, 130 interrupted; a sweep and a scheduler act on them.
+# Exit codes besides 0 (done), 1 (failure) and 130 (interrupted). Sweeps and schedulers act on them.
 EXIT_USAGE = 2
-EXIT_AGAIN = 75  # asked to stop: all is saved, the same command goes on
+EXIT_AGAIN = 75  # asked to stop, everything is saved: run the same command again to go on
 EXIT_BUSY = 76  # another process is writing to the run folder
 EXIT_OUT_OF_MEMORY = 77
 
 
 class UserError(Exception):
-    """Something that the user can fix. The message says what was received, what was expected and what to do."""
+    """Something that the user can fix.
+
+    The message says what was received, what was expected, and what to do.
+    """
 
     exit_code = 1
 
 
 class UsageError(UserError):
-    """The command line asks for something that cannot be."""
+    """The command line asks for something impossible."""
 
     exit_code = EXIT_USAGE
 
@@ -61,7 +62,7 @@ class OutOfMemoryError(UserError):
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn the ValueError of a function that was handed the user's own values into a UsageError."""
+    """Turn a ValueError about values from the command line into a UsageError."""
     try:
         yield
     except ValueError as error:
@@ -69,14 +70,19 @@ def usage_errors() -> Iterator[None]:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text, where there is one."""
+    """Adds the default to each help text, if there is one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help, no abbreviated flags, errors on one line, and --debug for `run_cli`."""
+    """argparse with defaults in the help, no abbreviated flags, and errors on one line.
+
+    Adds the flag --debug, which `run_cli` reads.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
@@ -85,7 +91,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         for argument in sys.argv[1:] if args is None else args:
             flag, _, value = argument.partition("=")
-            if flag.startswith("--") and value == "--":  # which argparse takes for a list of nothing
+            if flag.startswith("--") and value == "--":  # argparse would read an empty list
                 self.error(f"argument {flag}: expected a value, got '--'")
         return super().parse_known_args(args, namespace)
 
@@ -94,60 +100,70 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], int], leave: Callable[[int], None] = sys.exit) -> None:
-    """Run a script's main() and exit: 0 done, 1 failure, 2 usage, 130 interrupted; errors as one line on stderr.
+    """Run a script's main() and exit: 0 done, 1 failure, 2 usage error, 130 interrupted.
 
-    With `--debug` among the arguments the traceback comes before it.
+    Errors are printed as one line on stderr, with `--debug` after their traceback.
     """
     program = Path(sys.argv[0]).name
     make_output_safe()
     try:
         code = main()
-    except BrokenPipeError:  # the reader of our output has gone (`... | head`): nothing is left to say
+    except BrokenPipeError:  # nobody reads our output any more, as in `... | head`
         drop_output()
         code = 1
-    except (UserError, OSError, KeyboardInterrupt) as error:  # OSError: a disk that is full, a folder without access
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        interrupted = isinstance(error, KeyboardInterrupt)
-        code = 130 if interrupted else getattr(error, "exit_code", 1)
-        said = "interrupted" if interrupted else f"error: {' '.join(str(error).split()) or type(error).__name__}"
-        say(f"{program}: {said}")
+    except KeyboardInterrupt:
+        print_traceback_if_asked()
+        say(f"{program}: interrupted")
+        code = 130
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder without access
+        print_traceback_if_asked()
+        message = " ".join(str(error).split()) or type(error).__name__
+        say(f"{program}: error: {message}")
+        code = getattr(error, "exit_code", 1)
     leave(code)
 
 
+def print_traceback_if_asked() -> None:
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+
+
 def make_output_safe() -> None:
-    """Let no output fail: what a terminal's encoding lacks is escaped, and a closed stream swallows all."""
+    """Keep output from failing.
+
+    Characters that the terminal's encoding lacks are escaped, and a closed stream drops everything.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed, as by `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - stays open until the exit
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def drop_output() -> None:
-    """Discard further output: the reader closed the pipe."""
+    """Discard all further output, because the reader has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def says_no_memory(error: BaseException) -> bool:
-    """Whether an error, of whatever type, is about memory that could not be had, on a GPU or on the CPU."""
+    """Whether an error of any type is about running out of memory, on a GPU or on the CPU."""
     words = ("out of memory", "not enough memory", "DefaultCPUAllocator", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line; its type where it says nothing."""
+    """The first line of an error's message, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def warn(message: str) -> None:
-    """On one line, whatever the names in it."""
+    """Print a warning on one line, even if a name in it has several."""
     say(f"{Path(sys.argv[0]).name}: warning: {' '.join(message.splitlines())}")
 
 
 def say(line: str) -> None:
-    """On stderr. That it cannot be written there (a full disk, a reader that has gone) changes nothing else."""
+    """Print a line to stderr. If that fails (a full disk, a closed pipe), nothing else changes."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
@@ -159,24 +175,27 @@ def number_type(
     above: float | None = None,
     below: float | None = None,
 ):
-    """An argparse type: an int or a finite float with `minimum <= value <= maximum`, `above < value < below`."""
+    """An argparse type: an int or a finite float within bounds.
+
+    The bounds are `minimum <= value <= maximum` and `above < value < below`.
+    """
+    expected = "an integer" if kind is int else "a number"
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected {'an integer' if kind is int else 'a number'}, got {text!r}"
-            ) from None
-        limits = [
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+        bounds = [
             (minimum is None or value >= minimum, f"at least {minimum}"),
             (maximum is None or value <= maximum, f"at most {maximum}"),
             (above is None or value > above, f"above {above}"),
             (below is None or value < below, f"below {below}"),
             (value == value and abs(value) != float("inf"), "finite"),
         ]
-        for valid, words in limits:
-            if not valid:
+        for is_met, words in bounds:
+            if not is_met:
                 raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
         return value
 
@@ -184,24 +203,34 @@ def number_type(
 
 
 def home_path(text: str) -> str:
-    """An argparse type: a path, whose `~` is the user's home; shells leave it alone in `--output_dir=~/runs`."""
+    """An argparse type: a path in which `~` is the user's home.
+
+    Shells don't expand it in `--output_dir=~/runs`.
+    """
     return os.path.expanduser(text)
 
 
 def json_list(kind: type, choices: Sequence | None = None):
-    """An argparse type: a JSON list, not empty, without repetitions, of strings among `choices` or of integers >= 0."""
+    """An argparse type: a JSON list of strings out of `choices`, or of integers >= 0.
+
+    The list must not be empty; repetitions are dropped.
+    """
 
     def parse(text: str) -> list:
         try:
             values = json.loads(text)
         except ValueError:
             values = None
-        if not isinstance(values, list) or not values or any(type(value) is not kind for value in values):
+        is_list = isinstance(values, list) and len(values) > 0
+        if not is_list or any(type(value) is not kind for value in values):
             example = json.dumps(list(choices[:2]) if choices else [1, 2, 3])
             raise argparse.ArgumentTypeError(f"expected a JSON list like '{example}', got {text!r}")
+
         for value in values:
             if choices is not None and value not in choices:
-                raise argparse.ArgumentTypeError(f"unknown {value!r}; expected some of {', '.join(choices)}")
+                raise argparse.ArgumentTypeError(
+                    f"unknown {value!r}; expected some of {', '.join(choices)}"
+                )
             if kind is int and value < 0:
                 raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
         return list(dict.fromkeys(values))
@@ -209,22 +238,23 @@ def json_list(kind: type, choices: Sequence | None = None):
     return parse
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: never half-written
+# --------------------------------------------------------------------------------------------------
+# Files, never half-written
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; what was written takes the name `path` at the end, whole or not at all."""
+    """A temporary path to write to, renamed to `path` at the end: no file is half-written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # of a write that failed; the system does not say of which file
+    except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
+        # When a write fails, the system doesn't say in which file.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -232,7 +262,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes of file names that are no text
+        # Bytes in file names that are not valid text are escaped.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value) -> None:
@@ -244,7 +275,7 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises UserError if it cannot be read or holds something else."""
+    """The JSON object in a file. Raises UserError if it is unreadable or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -254,28 +285,44 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def check_sections(path: Path, value: dict, required: dict[str, dict], optional: dict[str, dict] | None = None) -> None:
-    """Raise UserError unless the object of `path` has these sections, with these keys of these types.
+def check_sections(
+    path: Path,
+    value: dict,
+    required: dict[str, dict],
+    optional: dict[str, dict] | None = None,
+) -> None:
+    """Raise UserError unless the object from `path` has these sections, with keys of these types.
 
-    Keys of `optional`, in the same sections, may be missing or null.
+    Keys in `optional`, which names the same sections, may be missing or null.
     """
-    for section, keys in required.items():
-        if not isinstance(value.get(section), dict):
-            raise UserError(f"{path} has no section {section!r}; it is damaged, or of something else")
+    for name, keys in required.items():
+        section = value.get(name)
+        if not isinstance(section, dict):
+            raise UserError(
+                f"{path} has no section {name!r}; it is damaged, or another kind of file"
+            )
+
         for key, kind in keys.items():
-            if not isinstance(value[section].get(key, ...), kind):
-                raise UserError(f"{path}: {section}.{key} is {value[section].get(key, 'missing')!r}")
-        for key, kind in (optional or {}).get(section, {}).items():
-            if not isinstance(value[section].get(key), (kind, type(None))):
-                raise UserError(f"{path}: {section}.{key} is {value[section][key]!r}")
+            if not isinstance(section.get(key, ...), kind):
+                raise UserError(f"{path}: {name}.{key} is {section.get(key, 'missing')!r}")
+
+        optional_keys = (optional or {}).get(name, {})
+        for key, kind in optional_keys.items():
+            if not isinstance(section.get(key), (kind, type(None))):
+                raise UserError(f"{path}: {name}.{key} is {section[key]!r}")
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """One JSON object a line. A half-written last line is skipped with a warning; elsewhere it is a UserError."""
+    """The JSON objects in a file with one per line.
+
+    A damaged last line is skipped with a warning, since its write may have been cut short. Raises
+    UserError for any other.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -290,7 +337,7 @@ def read_json_lines(path: Path) -> list[dict]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Run folders
 
 

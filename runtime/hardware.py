@@ -1,4 +1,4 @@
-"""The machine that a run computes on: device, precision, memory; and where a result came from."""
+"""The machine that a run computes on: device, precision, memory, and the provenance of results."""
 
 from __future__ import annotations
 
@@ -28,46 +28,63 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU.
+    """The device with this name; `auto` picks CUDA, else Apple's MPS, else the CPU.
 
-    Raises UsageError if the device asked for is not there, UserError if another process has the GPU to itself.
+    Raises UsageError if the machine has no such device, UserError if another process has the GPU to
+    itself.
     """
-    # With a CUDA compiler and no GPU, torch.compile would log a line about it.
-    logging.getLogger("torch.utils.cpp_extension").addFilter(is_worth_saying)
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    # On a machine with a CUDA compiler but no GPU, torch.compile would log a line about it.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(is_worth_logging)
+
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        there = ", ".join(kind for kind, is_there in available.items() if is_there)
-        raise UsageError(f"--device {name}: torch {torch.__version__} sees no such device here; available: {there}")
+        name = available[0]
+    if name not in available:
+        raise UsageError(
+            f"--device {name}: torch {torch.__version__} finds no such device here; "
+            f"available: {', '.join(available)}"
+        )
+
     if name == "cuda":
+        # Fail here, and not where a compiler is tried out, which would be blamed for the error.
         with taken_gpu_errors():
-            torch.zeros(1, device="cuda")  # before what tries a compiler, and would take this error for one of its own
+            torch.zeros(1, device="cuda")
     return torch.device(name)
 
 
-def is_worth_saying(record: logging.LogRecord) -> bool:
+def is_worth_logging(record: logging.LogRecord) -> bool:
     return "No CUDA runtime is found" not in record.getMessage()
 
 
 @contextlib.contextmanager
 def taken_gpu_errors() -> Iterator[None]:
-    """A GPU that another process has to itself, in exclusive compute mode, as an error with a remedy."""
+    """Raise a UserError that says what to do if another process has the GPU to itself.
+
+    The GPU is then in exclusive compute mode.
+    """
     try:
         yield
     except RuntimeError as error:
         if "busy or unavailable" not in str(error):
             raise
         raise UserError(
-            f"the GPU is taken: {utils.first_line(error)}. Another process holds it, and its compute mode allows one "
-            "only; wait for that process, choose another GPU with CUDA_VISIBLE_DEVICES, or allow several with "
-            "nvidia-smi -c DEFAULT"
+            f"the GPU is taken: {utils.first_line(error)}. Another process holds it, and its "
+            "compute mode allows only one; wait for that process, choose another GPU with "
+            "CUDA_VISIBLE_DEVICES, or allow several processes with nvidia-smi -c DEFAULT"
         ) from error
 
 
 @contextlib.contextmanager
 def device_errors(grad_accumulation: int) -> Iterator[None]:
-    """A GPU that is taken, and running out of memory, as errors with a remedy; the second has its own exit code."""
+    """Raise a UserError that says what to do if the GPU is taken or memory runs out.
+
+    Running out of memory has its own exit code.
+    """
     try:
         with taken_gpu_errors():
             yield
@@ -75,17 +92,21 @@ def device_errors(grad_accumulation: int) -> Iterator[None]:
         if not utils.says_no_memory(error):
             raise
         raise OutOfMemoryError(
-            f"out of memory: {utils.first_line(error)}. --grad_accumulation {2 * grad_accumulation} halves what a "
-            "step holds at once; --checkpoint_activations helps as well"
+            f"out of memory: {utils.first_line(error)}. "
+            f"--grad_accumulation {2 * grad_accumulation} halves the images in memory at a time; "
+            "--checkpoint_activations helps as well"
         ) from error
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` is bf16 where the device has fast bf16 matrix products (CUDA from compute capability 8.0), else fp32."""
+    """`auto` is bf16 on devices with fast bf16 matrix products, else fp32.
+
+    CUDA devices have them from compute capability 8.0.
+    """
     if precision != "auto":
         return precision
-    good_at_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bf16" if good_at_bf16 else "fp32"
+    has_fast_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if has_fast_bf16 else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -94,7 +115,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-# Dense bf16 matrix products of a GPU, FLOP/s, by a part of its name; from NVIDIA's data sheets (without sparsity).
+# FLOP/s of a GPU's dense bf16 matrix products, by a part of its name.
+# From NVIDIA's data sheets, without sparsity. The first match counts.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "H200 NVL": 835e12,
@@ -112,17 +134,23 @@ PEAK_BF16_FLOPS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that the device could reach at most in bf16; None for other precisions, unknown devices and MIG slices."""
+    """The most FLOP/s that the device can reach in bf16.
+
+    None for other precisions, unknown devices, and MIG slices.
+    """
     if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
-    if re.search(r"\bMIG\b", name):  # a part of the card
+    if re.search(r"\bMIG\b", name):  # only a slice of the card
         return None
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+    for part, peak in PEAK_BF16_FLOPS.items():
+        if re.search(rf"\b{part}\b", name):
+            return peak
+    return None
 
 
 def device_name(device: torch.device) -> str:
-    """The hardware by name: the GPU's, or the processor's with torch's number of threads."""
+    """The GPU's name, or the processor's name and the number of torch threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -133,9 +161,12 @@ def device_name(device: torch.device) -> str:
 def _processor_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not on Linux
+    return platform.processor() or platform.machine()
 
 
 def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -144,18 +175,18 @@ def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device, asynchronously where that is possible."""
+    """Copy to the device, asynchronously if possible."""
     return pinned(x, device).to(device, non_blocking=True)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all work queued on it."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """What a call takes, until the device has done all of it."""
+    """The duration of a call, until the device has finished its work."""
     synchronize(device)
     start = time.perf_counter()
     function()
@@ -164,7 +195,7 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 
 def free_unused_memory(device: torch.device) -> None:
-    """Give back what torch keeps for reuse, so that something else fits."""
+    """Release the memory that torch keeps for reuse, to make room for something else."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).empty_cache()
 
@@ -175,7 +206,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Peak since the last reset on CUDA; of the whole process on the CPU; None where it cannot be known."""
+    """The peak since the last reset on CUDA, of the whole process on the CPU, None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -185,27 +216,34 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep large blocks for reuse; returns whether that could be done.
+    """Tell glibc's malloc to keep large blocks for reuse; returns whether it worked.
 
-    By default each large tensor on the CPU is mapped and unmapped anew and its pages are faulted in again, which can
-    double the time of a small operation. Call it once, at the start of a script.
+    By default, each large tensor on the CPU is mapped and unmapped anew and its pages are faulted
+    in again, which can double the time of a small operation. Call it once, when a script starts.
     """
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return False
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
     libc = ctypes.CDLL("libc.so.6")
     return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, 2**31 - 1))
 
 
 def provenance(argv: list[str], device: torch.device) -> dict:
     """Where a result came from: command, code, versions, machine, time."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    others = ("torchvision", "numpy", "scikit-learn", "timm", "matplotlib")
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    for package in ("torchvision", "numpy", "scikit-learn", "timm", "matplotlib"):
+        versions[package] = _version(package)
+
+    changes = _git("status", "--porcelain", "--", "*.py")
     return {
         "command": [Path(sys.argv[0]).name, *argv],
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if (status := _git("status", "--porcelain", "--", "*.py")) is None else bool(status),
-        "versions": versions | {name: _version(name) for name in others},
+        "git_dirty": None if changes is None else bool(changes),
+        "versions": versions,
         "device": device_name(device),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""File locks: the system frees those of a process that dies."""
+"""File locks, which the system releases when the process that holds them dies."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from filelock import FileLock
 from utils import UserError, first_line, warn
 
 FOREVER = -1.0
-NOT_SUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without its lock daemon
+# Lustre without -o flock, NFS without its lock daemon.
+NOT_SUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class NoLocksError(UserError):
-    """The file system has no locks."""
+    """The file system does not support locks."""
 
 
 def acquire(path: Path, timeout: float = FOREVER) -> AbstractContextManager:
-    """Lock a file; leaving the context unlocks it. Raises filelock.Timeout where another process keeps it too long.
+    """Lock a file until the returned context is left.
 
-    Raises NoLocksError where the file system has no locks. Newer versions of filelock fall back to files that stand
-    for locks there, and a killed process would leave its behind for ever.
+    Raises filelock.Timeout if another process still holds the lock after `timeout` seconds, and
+    NoLocksError if the file system does not support locks. There, newer versions of filelock would
+    fall back to marker files, which a killed process leaves behind forever.
     """
     try:
         _try_system_lock(path)
@@ -33,13 +35,14 @@ def acquire(path: Path, timeout: float = FOREVER) -> AbstractContextManager:
         if isinstance(error, OSError) and error.errno not in NOT_SUPPORTED:
             raise
         raise NoLocksError(
-            f"{path.parent} is on a file system without file locks ({first_line(error)}), where nothing keeps two "
-            "processes from writing at once; choose another --output_dir, or mount it with locks (Lustre: -o flock)"
+            f"{path.parent} is on a file system without file locks ({first_line(error)}), so "
+            "nothing keeps two processes from writing at once; choose another --output_dir, or "
+            "mount it with locks (Lustre: -o flock)"
         ) from error
 
 
 def acquire_if_possible(path: Path, risk: str) -> AbstractContextManager:
-    """As `acquire`, but with a warning that names the risk, and no lock, where the file system has none."""
+    """Like `acquire`, but where locks are not supported, warn of the risk and go on without one."""
     try:
         return acquire(path)
     except NoLocksError:
@@ -48,6 +51,6 @@ def acquire_if_possible(path: Path, risk: str) -> AbstractContextManager:
 
 
 def _try_system_lock(path: Path) -> None:
-    """Raise OSError where the system cannot lock this file; not where another process has locked it."""
+    """Raise OSError if the system cannot lock this file, but not if another process holds it."""
     with open(path, "a") as file, contextlib.suppress(BlockingIOError, PermissionError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

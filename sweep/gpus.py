@@ -1,4 +1,4 @@
-"""The GPUs that a sweep may use, found without CUDA: the sweep's process must hold none of them."""
+"""The GPUs that a sweep may use, found without CUDA: the sweep itself must not occupy them."""
 
 from __future__ import annotations
 
@@ -11,59 +11,77 @@ import utils
 
 
 def to_use(num_gpus: int | None) -> list[str]:
-    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them: the first `num_gpus`, or all with None; [] = the CPU.
+    """The first `num_gpus` GPUs, or all with None, named as in CUDA_VISIBLE_DEVICES; [] is the CPU.
 
-    Raises UsageError if there are fewer. GPUs are counted by CUDA_VISIBLE_DEVICES, else by nvidia-smi; where neither
-    is there the number asked for is believed.
+    GPUs are counted by CUDA_VISIBLE_DEVICES if it is set, else by nvidia-smi. Without either,
+    `num_gpus` is taken at its word. Raises UsageError if there are fewer.
     """
     if num_gpus == 0:
         return []
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         found, counted_by = visible_gpus(visible), "CUDA_VISIBLE_DEVICES names"
         hides_all = visible.strip() in ("", "-1")
         if not found and not hides_all:
             raise utils.UsageError(
-                f"CUDA_VISIBLE_DEVICES is {visible!r}, which names no GPU that CUDA can use (it takes none where one "
-                "is there twice); correct or unset it, or run on the CPU with --gpus 0"
+                f"CUDA_VISIBLE_DEVICES is {visible!r}, which names no GPU that CUDA can use (if "
+                "one is there twice, CUDA uses none); correct or unset it, or run on the CPU with "
+                "--gpus 0"
             )
     else:
-        listed, counted_by = _list_gpus(), "nvidia-smi lists"
-        found = None if listed is None else [name for index, slices in listed.items() for name in slices or [index]]
+        found, counted_by = gpus_of_nvidia_smi(), "nvidia-smi lists"
+
     if num_gpus is None:
         return found or []
     if found is None:
         return [str(index) for index in range(num_gpus)]
     if num_gpus > len(found):
         raise utils.UsageError(
-            f"--gpus {num_gpus}, but {counted_by} {len(found)}; ask for at most that many, --gpus 0 runs on the CPU"
+            f"--gpus {num_gpus}, but {counted_by} {len(found)}; ask for at most that many, or run "
+            "on the CPU with --gpus 0"
         )
     return found[:num_gpus]
 
 
 def visible_gpus(visible: str) -> list[str]:
-    """The GPUs that CUDA takes from CUDA_VISIBLE_DEVICES: those before the first name that is none.
+    """The GPUs that CUDA uses given CUDA_VISIBLE_DEVICES: those before the first invalid name.
 
-    A name is an index, or the (beginning of the) UUID of a GPU or of a MIG slice. Warns of names that are passed over.
-    Where one is there twice, CUDA takes none.
+    A name is an index, or the beginning of the UUID of a GPU or a MIG slice. Warns about names
+    that CUDA skips. If one is there twice, CUDA uses none.
     """
     names = [name.strip() for name in visible.split(",")]
     listed = _list_gpus()
 
-    def is_gpu(name: str) -> bool:
+    def is_valid(name: str) -> bool:
         is_beyond = name.isdecimal() and bool(listed) and int(name) >= len(listed)
         return _is_gpu_name(name) and not is_beyond
 
-    found = list(itertools.takewhile(is_gpu, names))
+    found = list(itertools.takewhile(is_valid, names))
     if len(set(found)) < len(found):
         return []
-    rest = names[len(found) :]
-    if found and rest and rest[0] != "-1":
+
+    skipped = names[len(found) :]
+    if found and skipped and skipped[0] != "-1":
         utils.warn(
-            f"CUDA stops at {rest[0]!r} in CUDA_VISIBLE_DEVICES={visible}, which is no GPU; only {', '.join(found)} "
-            "can be used"
+            f"CUDA stops at {skipped[0]!r} in CUDA_VISIBLE_DEVICES={visible}, which is no GPU; "
+            f"only {', '.join(found)} can be used"
         )
     return found
+
+
+def gpus_of_nvidia_smi() -> list[str] | None:
+    """All GPUs, by index, those that are sliced by the UUIDs of their MIG slices.
+
+    None without nvidia-smi.
+    """
+    listed = _list_gpus()
+    if listed is None:
+        return None
+    names = []
+    for index, slices in listed.items():
+        names += slices or [index]
+    return names
 
 
 def _is_gpu_name(name: str) -> bool:
@@ -71,10 +89,11 @@ def _is_gpu_name(name: str) -> bool:
 
 
 def _list_gpus() -> dict[str, list[str]] | None:
-    """Index -> UUIDs of the MIG slices, for all GPUs of the machine. None without nvidia-smi."""
+    """The UUIDs of each GPU's MIG slices, by the GPU's index. None without nvidia-smi."""
     answer = _call_nvidia_smi("-L")
     if answer is None:
         return None
+
     slices_of: dict[str, list[str]] = {}
     for line in answer.stdout.splitlines():
         if line.startswith("GPU "):
@@ -86,8 +105,8 @@ def _list_gpus() -> dict[str, list[str]] | None:
 
 
 def responds(gpu: str) -> bool:
-    """Whether nvidia-smi finds the GPU, or the MIG slice; True where there is no nvidia-smi."""
-    if gpu.startswith("MIG-"):  # which -i does not take
+    """Whether nvidia-smi finds the GPU or MIG slice. True if there is no nvidia-smi."""
+    if gpu.startswith("MIG-"):  # nvidia-smi -i doesn't accept slices
         answer = _call_nvidia_smi("-L")
         return answer is None or gpu in answer.stdout
     answer = _call_nvidia_smi("-i", gpu, "-L")
@@ -95,7 +114,7 @@ def responds(gpu: str) -> bool:
 
 
 def _call_nvidia_smi(*options: str) -> subprocess.CompletedProcess | None:
-    """What it answers; a failure if it does not within half a minute, None where there is none."""
+    """Its answer, which is a failure if it takes over 30 seconds. None without nvidia-smi."""
     command = ["nvidia-smi", *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -106,21 +125,25 @@ def _call_nvidia_smi(*options: str) -> subprocess.CompletedProcess | None:
 
 
 def make_slots(gpus: list[str], runs_per_gpu: int, gpus_per_run: int = 1) -> list[str]:
-    """One entry per slot, its GPUs as in CUDA_VISIBLE_DEVICES ("" = the CPU); few runs spread over many GPUs.
+    """One entry per slot: its GPUs as in CUDA_VISIBLE_DEVICES, where "" is the CPU.
 
-    Raises UsageError if the GPUs are too few for one run, or slices, of which CUDA shows a process only one.
+    The order spreads few runs over many GPUs. Raises UsageError if there are too few GPUs for a
+    run, or if a run should get several MIG slices, since CUDA shows a process only one.
     """
     if not gpus:
         return [""] * runs_per_gpu
+
     if len(gpus) < gpus_per_run:
         raise utils.UsageError(
-            f"--gpus_per_run {gpus_per_run}, but there are {len(gpus)} GPUs to use; ask for at most that many"
+            f"--gpus_per_run {gpus_per_run}, but there are {len(gpus)} GPUs to use; "
+            "ask for at most that many"
         )
     slices = [gpu for gpu in gpus if gpu.startswith("MIG-")]
     if slices and gpus_per_run > 1:
         raise utils.UsageError(
-            f"--gpus_per_run {gpus_per_run}, but {slices[0]} is a slice of a GPU, of which CUDA gives a run only one; "
-            "use --gpus_per_run 1, or name whole GPUs in CUDA_VISIBLE_DEVICES"
+            f"--gpus_per_run {gpus_per_run}, but {slices[0]} is a slice of a GPU, and CUDA gives a "
+            "run only one slice; use --gpus_per_run 1, or name whole GPUs in CUDA_VISIBLE_DEVICES"
         )
+
     starts = range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)
     return [",".join(gpus[start : start + gpus_per_run]) for start in starts] * runs_per_gpu

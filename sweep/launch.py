@@ -1,4 +1,7 @@
-"""Run jobs as subprocesses on a pool of slots: a GPU, some GPUs, or the CPU, has so many slots and never runs more."""
+"""Runs jobs as subprocesses on a pool of slots.
+
+A GPU, a group of GPUs or the CPU has a fixed number of slots, and never runs more jobs than that.
+"""
 
 from __future__ import annotations
 
@@ -18,35 +21,40 @@ from sweep import gpus
 from sweep.plan import DONE, ELSEWHERE, FAILED, RUNNING, WAITING, Job, last_lines
 
 POLL_SECONDS = 0.2
-SECONDS_BETWEEN_LOOKS = 2.0  # at runs that another process writes
-GRACE_SECONDS = 120  # between asking a child to stop, which then saves, and killing it
-# srun passes on SIGUSR1, and kills what it started at SIGTERM.
+SECONDS_BETWEEN_LOOKS = 2.0  # at runs that another process is writing
+GRACE_SECONDS = 120  # for a child to save after it is asked to stop; then it is killed
+
+# Asks a child to stop. srun passes it on, whereas at SIGTERM it kills what it has started.
 ASKING = signal.SIGUSR1
-# Ctrl-C, schedulers, a closed terminal; a sweep under nohup ignores the last one before it comes here.
+# What stops a sweep: Ctrl-C, schedulers, a closed terminal (but not under nohup, which ignores it).
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     STOP_SIGNALS.append(signal.SIGHUP)
 
+LEFT_ALONE = "is being written by another process, left alone"
+
 
 @dataclass(frozen=True)
 class Rules:
-    """How runs are started, and when one is given up."""
+    """How runs are started, and when to give up on one."""
 
     script: Path  # main.py
     retries: int = 0
     timeout_minutes: float | None = None
-    gpus_per_run: int = 1  # or processes, on the CPU; of each machine
+    gpus_per_run: int = 1  # on each machine; on the CPU, the number of processes
 
     def command(self, job: Job) -> list[str]:
         return [*self.starter(), str(self.script), *job.arguments()]
 
     def starter(self) -> list[str]:
-        """What runs the script."""
-        return self.torchrun("--standalone") if self.gpus_per_run > 1 else [sys.executable]
+        """The beginning of the command, which runs the script."""
+        if self.gpus_per_run > 1:
+            return self.torchrun("--standalone")
+        return [sys.executable]
 
     def torchrun(self, *options: str) -> list[str]:
-        script, number = str(Path(__file__).with_name("torchrun.py")), str(self.gpus_per_run)
-        return [sys.executable, script, "--nproc_per_node", number, *options]
+        script = str(Path(__file__).with_name("torchrun.py"))
+        return [sys.executable, script, "--nproc_per_node", str(self.gpus_per_run), *options]
 
 
 @dataclass(eq=False)
@@ -56,37 +64,50 @@ class Child:
     job: Job
     slot: str
     process: subprocess.Popen
-    ends_at: float = float("inf")  # then it is asked to stop, by time.monotonic()
+    deadline: float = float("inf")  # when to ask it to stop, on the clock time.monotonic()
     is_late: bool = False
 
 
 class Pool:
-    """Runs all jobs, each as soon as a slot is free; a failed one does not stop the others.
+    """Runs all jobs, each as soon as a slot is free. A failed job doesn't stop the others.
 
-    `on_change` is called when a job's state has changed, `on_poll` in between.
+    `on_change` is called when the state of a job has changed, `on_poll` in between.
     """
 
     def __init__(
-        self, jobs: list[Job], slots: list[str], rules: Rules, on_change: Callable[[], None], on_poll: Callable
+        self,
+        jobs: list[Job],
+        slots: list[str],
+        rules: Rules,
+        on_change: Callable[[], None],
+        on_poll: Callable[[], None],
     ):
-        self.jobs, self.slots, self.rules, self.on_change, self.on_poll = jobs, list(slots), rules, on_change, on_poll
+        self.jobs = jobs
+        self.slots = list(slots)  # the free ones
+        self.rules = rules
+        self.on_change = on_change
+        self.on_poll = on_poll
+
         self.children: list[Child] = []
-        self.signals: list[int] = []  # that have come
+        self.signals: list[int] = []  # received so far
         self.looked_at = 0.0
+
         num_cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count() or 1)
         self.threads = max(1, num_cpus // (len(slots) * rules.gpus_per_run))
-        # Only of a GPU that nvidia-smi has found can it be said later that it has gone.
-        self.known_gpus = {gpu for gpu in set(",".join(slots).split(",")) if gpu and gpus.responds(gpu)}
+
+        # Only a GPU that nvidia-smi has found before can be reported as lost later.
+        names = set(",".join(slots).split(","))
+        self.known_gpus = {name for name in names if name and gpus.responds(name)}
 
     def run(self) -> int | None:
-        """Until no job is left that could be run; the signal that ended it early, or None.
+        """Run until no job is left that could run. Returns the signal that ended it early, or None.
 
-        On the signal the children are asked to stop and have time to save; Ctrl-C then kills them at once. However
-        this ends, no child is left.
+        After a signal, the children are asked to stop and have time to save; Ctrl-C then kills them
+        at once. However this ends, no child is left.
         """
-        previous_handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
-            while not self.signals and not all(job.is_over for job in self.jobs) and (self.slots or self.children):
+            while not self.signals and self._can_continue():
                 self._look_elsewhere()
                 self._fill_slots()
                 time.sleep(POLL_SECONDS)
@@ -95,19 +116,24 @@ class Pool:
                 self.on_poll()
         finally:
             self._stop()
-            for number, handler in previous_handlers.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
         return self.signals[0] if self.signals else None
+
+    def _can_continue(self) -> bool:
+        is_left = not all(job.is_over for job in self.jobs)
+        return is_left and bool(self.slots or self.children)
 
     def _receive(self, number: int, frame) -> None:
         self.signals.append(number)
 
     def _set(self, job: Job, state: str, note: str) -> None:
-        job.state, job.note = state, note
+        job.state = state
+        job.note = note
         self.on_change()
 
     def _look_elsewhere(self) -> None:
-        """Runs that another process was writing: done by it, or free to be taken over."""
+        """Let jobs wait again if another process no longer writes their runs."""
         if time.monotonic() - self.looked_at < SECONDS_BETWEEN_LOOKS:
             return
         self.looked_at = time.monotonic()
@@ -119,124 +145,159 @@ class Pool:
         for job in self.jobs:
             if job.state == WAITING and self.slots and not self.signals:
                 try:
-                    if job.run.is_finished():
-                        self._set(job, DONE, "finished by another process")
-                    elif job.run.is_being_written():
-                        self._set(job, ELSEWHERE, "is being written by another process, left to it")
-                    else:
-                        self._start(job, self.slots[0])
+                    self._start_or_leave(job)
                 except OSError as error:
                     self._set(job, FAILED, f"FAILED to start: {utils.first_line(error)}")
 
+    def _start_or_leave(self, job: Job) -> None:
+        """Start a job, unless another process has finished its run or is writing it."""
+        if job.run.is_finished():
+            self._set(job, DONE, "finished by another process")
+        elif job.run.is_being_written():
+            self._set(job, ELSEWHERE, LEFT_ALONE)
+        else:
+            self._start(job, self.slots[0])
+
     def _start(self, job: Job, slot: str) -> None:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": slot, PARENT: str(os.getpid())}
-        if "CUDA_VISIBLE_DEVICES" not in os.environ:  # else the numbers are the user's, in the user's order
-            environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's
-        if not slot:
-            environment.setdefault("OMP_NUM_THREADS", str(self.threads))  # the runs on one CPU share its cores
         job.run.folder.mkdir(parents=True, exist_ok=True)
         with open(job.run.log, "ab") as log:
-            # A session of its own: Ctrl-C reaches the sweep alone, which then stops its children in order.
+            # In its own session: Ctrl-C reaches only the sweep, which then stops its children.
             process = subprocess.Popen(
                 self.rules.command(job),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=self._environment(slot),
                 start_new_session=True,
             )
+
         child = Child(job, slot, process)
         if self.rules.timeout_minutes is not None:
-            child.ends_at = time.monotonic() + 60 * self.rules.timeout_minutes
+            child.deadline = time.monotonic() + 60 * self.rules.timeout_minutes
         self.children.append(child)
         self.slots.remove(slot)
-        self._set(job, RUNNING, f"started on {'GPU ' + slot if slot else 'the CPU'}, log in {job.run.log}")
+
+        place = f"GPU {slot}" if slot else "the CPU"
+        self._set(job, RUNNING, f"started on {place}, log in {job.run.log}")
+
+    def _environment(self, slot: str) -> dict[str, str]:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": slot, PARENT: str(os.getpid())}
+        if "CUDA_VISIBLE_DEVICES" not in os.environ:
+            # The numbers are nvidia-smi's. If the user has set them, so is their order.
+            environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        if not slot:
+            # Runs on the CPU share its cores.
+            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
+        return environment
 
     def _collect(self) -> None:
-        """See which children have ended, free their slots and judge their jobs."""
+        """Find children that have ended, free their slots and judge their jobs."""
         for child in [child for child in self.children if child.process.poll() is not None]:
-            _kill_group(child.process)  # whatever it started and left behind
+            _kill_group(child.process)  # anything it has started and left behind
             self.children.remove(child)
             self.slots.append(child.slot)
             self._set(child.job, *self._judge(child))
 
     def _judge(self, child: Child) -> tuple[str, str]:
-        """The state of a job whose process has ended, and what there is to say."""
+        """(state, note) of a job whose process has ended."""
         job, code = child.job, child.process.returncode
-        code = 128 - code if code > 128 else code  # killed by a signal, as srun and shells say it
-        outcome = judge(
-            code,
-            Facts(
-                has_summary=(job.run.folder / utils.SUMMARY).exists(),
-                is_late=child.is_late,
-                is_stopping=bool(self.signals),
-                can_halve_batches=job.micro_batches is None,
-                retries_left=self.rules.retries - job.num_retries,
-            ),
+        if code > 128:  # how srun and shells report a signal
+            code = 128 - code
+
+        facts = Facts(
+            has_summary=(job.run.folder / utils.SUMMARY).exists(),
+            is_late=child.is_late,
+            is_stopping=bool(self.signals),
+            can_halve_batches=job.micro_batches is None,
+            retries_left=self.rules.retries - job.num_retries,
         )
+        outcome = judge(code, facts)
         if outcome == DONE:
             return DONE, "finished"
         if outcome == TIMED_OUT:
             return FAILED, f"FAILED: timed out after {self.rules.timeout_minutes:g} minutes"
+        if outcome == STOPPED and self.signals:
+            return WAITING, "stopped, everything is saved"
         if outcome == STOPPED:
-            return WAITING, "stopped, all is saved" if self.signals else "was asked to stop, and starts again"
+            return WAITING, "was asked to stop, starts again"
         if outcome == CUT_SHORT:
             return WAITING, f"ended by {describe_exit(code)}"
         if outcome == ELSEWHERE:
-            return ELSEWHERE, "is being written by another process, left to it"
+            return ELSEWHERE, LEFT_ALONE
         if outcome == OUT_OF_MEMORY:
             job.micro_batches = 2 * job.run.micro_batches()
-            return WAITING, f"out of memory, starts again with {job.micro_batches} micro-batches a step"
+            note = f"out of memory, starts again with {job.micro_batches} micro-batches per step"
+            return WAITING, note
+        return self._judge_failure(child, code, can_retry=outcome == RETRY)
 
+    def _judge_failure(self, child: Child, code: int, can_retry: bool) -> tuple[str, str]:
+        job = child.job
         if self._drop_lost_gpus(child.slot):
-            return WAITING, "lost its GPU, and waits for another"
+            return WAITING, "lost its GPU, waits for another"
+
         reason = describe_exit(code) if code else f"it ended without a {utils.SUMMARY}"
         text = f"with {reason}: {last_lines(job.run.log)[-1].strip()}"
-        if outcome == RETRY:
+        if can_retry:
             job.num_retries += 1
             return WAITING, f"failed {text}; retry {job.num_retries} of {self.rules.retries}"
         return FAILED, f"FAILED {text}"
 
     def _drop_lost_gpus(self, slot: str) -> bool:
-        """Whether a GPU of the slot no longer answers; then no slot with it is used again."""
-        lost = {gpu for gpu in slot.split(",") if gpu in self.known_gpus and not gpus.responds(gpu)}
+        """Whether a GPU of the slot has dropped out. If so, no slot with it is used again."""
+        names = [name for name in slot.split(",") if name in self.known_gpus]
+        lost = {name for name in names if not gpus.responds(name)}
         if lost:
             self.slots = [slot for slot in self.slots if not lost & set(slot.split(","))]
-            utils.warn(f"GPU {', '.join(sorted(lost))} no longer answers to nvidia-smi; nothing is started there again")
+            utils.warn(
+                f"GPU {', '.join(sorted(lost))} no longer responds to nvidia-smi; "
+                "no more runs are started on it"
+            )
         return bool(lost)
 
     def _stop_the_late(self) -> None:
+        """Ask children to stop whose time is up, and kill those that still run after that."""
         for child in self.children:
-            if time.monotonic() > child.ends_at:
+            if time.monotonic() > child.deadline:
                 if child.is_late:
                     _kill_group(child.process)
                 else:
                     _ask_to_stop(child.process)
-                child.is_late, child.ends_at = True, time.monotonic() + GRACE_SECONDS
+                child.is_late = True
+                child.deadline = time.monotonic() + GRACE_SECONDS
 
     def _stop(self) -> None:
+        """Ask all children to stop and wait for them; kill them after Ctrl-C or GRACE_SECONDS."""
         for child in self.children:
             _ask_to_stop(child.process)
         if self.children:
             with contextlib.suppress(OSError):
-                print(f"\nstopping: {len(self.children)} runs save first; Ctrl-C kills them at once", flush=True)
+                print(
+                    f"\nstopping: {len(self.children)} runs save first; "
+                    "press Ctrl-C to kill them at once",
+                    flush=True,
+                )
+
         deadline = time.monotonic() + GRACE_SECONDS
         while self.children:
             if signal.SIGINT in self.signals[1:] or time.monotonic() > deadline:
                 for child in self.children:
                     _kill_group(child.process)
             time.sleep(POLL_SECONDS)
-            with contextlib.suppress(OSError):  # of whoever reads our output
+            with contextlib.suppress(OSError):  # nobody reads our output any more
                 self._collect()
 
 
-# What the end of a process means, beside DONE, FAILED and ELSEWHERE.
-TIMED_OUT, STOPPED, CUT_SHORT, OUT_OF_MEMORY, RETRY = "timed out", "stopped", "cut short", "out of memory", "retry"
+# What the end of a process can mean, besides DONE, FAILED and ELSEWHERE.
+TIMED_OUT = "timed out"
+STOPPED = "stopped"
+CUT_SHORT = "cut short"
+OUT_OF_MEMORY = "out of memory"
+RETRY = "retry"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What there is to know, beside its exit code, of a process that has ended."""
+    """What is known about a process that has ended, besides its exit code."""
 
     has_summary: bool
     is_late: bool  # its time was up
@@ -246,7 +307,7 @@ class Facts:
 
 
 def judge(code: int, facts: Facts) -> str:
-    """What the end of a run's process means; negative codes are signals."""
+    """What the end of a run's process means. Negative codes are signals."""
     if code == 0 and facts.has_summary:
         return DONE
     if facts.is_late:
@@ -255,7 +316,7 @@ def judge(code: int, facts: Facts) -> str:
         return STOPPED
     if code == utils.EXIT_BUSY:
         return ELSEWHERE
-    if facts.is_stopping and code < 0:  # by our signal, before it could save
+    if facts.is_stopping and code < 0:  # our signal ended it before it could save
         return CUT_SHORT
     if code == utils.EXIT_OUT_OF_MEMORY and facts.can_halve_batches:
         return OUT_OF_MEMORY
@@ -265,19 +326,23 @@ def judge(code: int, facts: Facts) -> str:
 
 
 def describe_exit(code: int) -> str:
-    """In words; negative codes are signals, as subprocess has it."""
-    with contextlib.suppress(ValueError):
-        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+    """An exit code in words. Negative codes are signals, as in subprocess."""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(-code).name}"
     return f"exit code {code}"
 
 
 def _ask_to_stop(process: subprocess.Popen) -> None:
-    """The process alone: those that it started are its to stop. It must not lose its compilers while it saves."""
+    """Signal only the process itself, which stops those that it has started.
+
+    While it saves, it must not lose its compiler processes.
+    """
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(ASKING)
 
 
 def _kill_group(process: subprocess.Popen) -> None:
-    """Kill a child and the processes that it started itself."""
+    """Kill a child and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,7 @@
-"""What a sweep is to run, and how far each run is. That is read from its folder alone, so that sweeps can share one."""
+"""The runs of a sweep, and how far each one is.
+
+Progress is read from the run folders alone, so several sweeps can share them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,15 @@ from pipeline import identity
 from runtime import locks
 from training.run_record import peek
 
-GRAD_ACCUMULATION, COMPILE = "--grad_accumulation", "--compile"
-WAITING, RUNNING, ELSEWHERE, DONE, FAILED = "waiting", "running", "elsewhere", "done", "failed"
+GRAD_ACCUMULATION = "--grad_accumulation"
+COMPILE = "--compile"
+
+# States of a job.
+WAITING = "waiting"
+RUNNING = "running"
+ELSEWHERE = "elsewhere"  # another process is writing to the run folder
+DONE = "done"
+FAILED = "failed"
 
 
 @dataclass(frozen=True)
@@ -23,8 +33,8 @@ class PlannedRun:
     mask: MaskSpec
     seed: int
     folder: Path
-    arguments: tuple[str, ...]  # of main.py
-    data: dict | None = field(default=None, compare=False)  # of an image folder, as identity.describe has it
+    arguments: tuple[str, ...]  # for main.py
+    data: dict | None = field(default=None, compare=False)  # as returned by identity.describe
 
     @property
     def name(self) -> str:
@@ -35,23 +45,33 @@ class PlannedRun:
         return self.folder / utils.LOG
 
     def is_finished(self) -> bool:
-        """Whether this very command has finished, on this data. All else is left to main.py, which compares more."""
+        """Whether this very command has finished, on this data.
+
+        Anything beyond that is left to main.py, which compares more.
+        """
         if not (self.folder / utils.SUMMARY).exists():
             return False
-        if self.data is not None and (not identity.is_known(peek(self.folder, "data")) or self.differs_in_data()):
-            return False
+
+        if self.data is not None:
+            is_known = identity.is_known(peek(self.folder, "data"))
+            if not is_known or self.differs_in_data():
+                return False
+
         command = peek(self.folder, "provenance").get("command")
         arguments = tuple(command[1:]) if isinstance(command, list) else ()
-        added = arguments[len(self.arguments) :]  # after it had run out of memory
-        return arguments[: len(self.arguments)] == self.arguments and added[:1] in ((), (GRAD_ACCUMULATION,))
+        planned, added = arguments[: len(self.arguments)], arguments[len(self.arguments) :]
+        # The sweep itself adds options after a run has run out of memory.
+        return planned == self.arguments and added[:1] in ((), (GRAD_ACCUMULATION,))
 
     def differs_in_data(self) -> list[str]:
-        """What tells the data of the folder's run from ours; [] where there is no run."""
+        """How the data of the run in the folder differs from ours; [] if there is no run."""
         found = peek(self.folder, "data")
-        return identity.differences(found, self.data) if self.data is not None and found else []
+        if self.data is None or not found:
+            return []
+        return identity.differences(found, self.data)
 
     def is_being_written(self) -> bool:
-        """Whether some process holds the folder's lock; where there are none main.py says so."""
+        """Whether a process holds the folder's lock. False without locks, which main.py reports."""
         if not (self.folder / utils.LOCK).exists():
             return False
         try:
@@ -63,61 +83,76 @@ class PlannedRun:
             return True
 
     def micro_batches_asked_for(self) -> int | None:
-        """Of each step, by the options after `--`."""
+        """Micro-batches per step, if the options after `--` set it."""
         value = value_of(GRAD_ACCUMULATION, self.arguments)
         return int(value) if value and value.isdecimal() else None
 
     def micro_batches(self) -> int:
-        """Of each step, to begin with: as asked for, else as the run had it when it was left."""
-        number = self.micro_batches_asked_for() or peek(self.folder, "settings").get("grad_accumulation")
+        """Micro-batches per step to start with: as asked for, else as in the unfinished run."""
+        found = peek(self.folder, "settings").get("grad_accumulation")
+        number = self.micro_batches_asked_for() or found
         return number if isinstance(number, int) else 1
 
 
 @dataclass(eq=False)
 class Job:
-    """A run on its way."""
+    """A planned run and its progress."""
 
     run: PlannedRun
     state: str = WAITING
-    note: str = ""  # what there is to say of the state
+    note: str = ""  # what to tell the user about the state
     num_retries: int = 0
-    micro_batches: int | None = None  # a step, after it ran out of memory
+    micro_batches: int | None = None  # per step, once the run has run out of memory
 
     @property
     def is_over(self) -> bool:
         return self.state in (DONE, FAILED)
 
     def arguments(self) -> list[str]:
-        """Of main.py; with smaller micro-batches than planned once memory ran out."""
+        """Arguments for main.py, with smaller micro-batches once the run has run out of memory."""
         number = self.micro_batches or self.run.micro_batches()
         if number == (self.run.micro_batches_asked_for() or 1):
             return [*self.run.arguments]
+
         changed = [GRAD_ACCUMULATION, str(number)]
-        # Gradients cannot add up in the memory of a CUDA graph.
+        # Gradients can't accumulate in the memory of a CUDA graph.
         if value_of(COMPILE, self.run.arguments) == "reduce-overhead":
             changed += [COMPILE, "default"]
         return [*self.run.arguments, *changed]
 
 
 def make_plan(args, device: str) -> list[PlannedRun]:
-    """`full` once, every other mask type at each step; seeds outermost, so that one whole comparison is there early.
+    """`full` once, and every other mask type at each expansion step, for each seed.
 
-    Raises UsageError if an image folder cannot be read, or a run of other data lies where one is planned.
+    The seeds are the outer loop, so that one complete comparison is there early. Raises UsageError
+    if an image folder can't be read, or a planned run's folder has a run on other data.
     """
     data_dir = data_dir_of(args)
     try:
         data = identity.describe(args.dataset, data_dir)
     except utils.UserError as error:
         raise utils.UsageError(str(error)) from error
-    masks = dict.fromkeys(MaskSpec(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps)
+
+    # Full attention has no expansion step, so its specs are equal and the dict keeps one.
+    masks = dict.fromkeys(
+        MaskSpec(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps
+    )
     on_device = [] if "--device" in args.main_options else ["--device", device]
     plan = []
     for seed in args.seeds:
-        for mask in masks:  # full but once, as it has no step
-            swept = {**vars(mask), "seed": seed, "dataset": args.dataset}
-            swept |= {"output_dir": args.output_dir, "dataset_name": args.dataset_name}
-            given = [(key, str(value)) for key, value in swept.items() if value is not None]
-            arguments = [word for key, value in given for word in as_words(key, value)]
+        for mask in masks:
+            settings = {
+                **vars(mask),
+                "seed": seed,
+                "dataset": args.dataset,
+                "output_dir": args.output_dir,
+                "dataset_name": args.dataset_name,
+            }
+            arguments = []
+            for key, value in settings.items():
+                if value is not None:
+                    arguments += as_words(key, str(value))
+
             where = (args.output_dir, args.dataset, data_dir, args.dataset_name)
             folder = identity.find_run_folder(*where, mask.run_name, seed, data)
             run = PlannedRun(mask, seed, folder, (*arguments, *on_device, *args.main_options), data)
@@ -131,25 +166,33 @@ def data_dir_of(args) -> str:
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:
-    """What an option is given on a command line, the last time; None where it is not there."""
+    """The last value of an option on a command line, or None if the option is not there."""
     value = None
     for position, word in enumerate(arguments):
-        name, is_one_word, value_in_it = word.partition("=")
+        name, equals_sign, value_in_word = word.partition("=")
         if name == option:
-            value = value_in_it if is_one_word else "".join(arguments[position + 1 : position + 2])
+            next_word = "".join(arguments[position + 1 : position + 2])
+            value = value_in_word if equals_sign else next_word
     return value
 
 
 def as_words(key: str, value: str) -> list[str]:
-    """A flag and its value; of a leading dash, as one word, or it would be taken for a flag itself."""
-    return [f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value]
+    """A flag and its value, joined if the value starts with a dash and would pass for a flag."""
+    if value.startswith("-"):
+        return [f"--{key}={value}"]
+    return [f"--{key}", value]
 
 
 def last_lines(log: Path, number: int = 1) -> list[str]:
-    """The last lines of a log that say something; not those in which srun repeats an exit code."""
+    """The last meaningful lines of a log, without those in which srun repeats an exit code."""
+
+    def is_meaningful(line: str) -> bool:
+        repeats_code = line.startswith("srun: error: ") and "Exited with exit code" in line
+        return bool(line) and not repeats_code
+
     try:
-        lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines()]
     except OSError:
         lines = []
-    lines = [line for line in lines if not (line.startswith("srun: error: ") and "Exited with exit code" in line)]
+    lines = [line for line in lines if is_meaningful(line)]
     return lines[-number:] or ["the log is empty"]

@@ -1,6 +1,8 @@
-"""torchrun, but that it exits as the script that it ran, and gives it time to save: a sweep acts on its exit codes.
+"""torchrun that exits with the script's own exit code, and lets it save when asked to stop.
 
-python sweep/torchrun.py --standalone --nproc_per_node 4 main.py ...
+    python sweep/torchrun.py --standalone --nproc_per_node 4 main.py ...
+
+A sweep acts on the exit code of a run; plain torchrun exits with 1 whatever went wrong.
 """
 
 from __future__ import annotations
@@ -8,73 +10,92 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: it is started by its path
+# This script is started by its path, so the repository can't be imported yet.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch.distributed import DistError, run
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 import utils
+from runtime import exit_codes
 from sweep import launch
 
-TELLING = (utils.EXIT_OUT_OF_MEMORY, utils.EXIT_BUSY, utils.EXIT_AGAIN)  # the others fail because this one does
+# A rank that exits with one of these is the cause, and the other ranks fail because of it.
+CAUSES = (utils.EXIT_OUT_OF_MEMORY, utils.EXIT_BUSY, utils.EXIT_AGAIN)
+
+
+def main(argv=None) -> int:
+    for number in launch.STOP_SIGNALS:
+        signal.signal(number, pass_on_once)
+
+    # With torchrun's own handlers, a second signal would interrupt the saving. It insists on one.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(launch.GRACE_SECONDS)
+    # On several nodes, srun starts this script once on each.
+    os.environ.setdefault("PET_NODE_RANK", os.environ.get("SLURM_NODEID", "0"))
+    # The script reports its own errors, and better.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="torchrun_", ignore_cleanup_errors=True) as folder:
+            os.environ[exit_codes.FOLDER] = folder
+            # By default, torchrun makes its own folder and leaves it behind.
+            os.environ.setdefault("PET_LOG_DIR", folder)
+            return run_ranks(argv, Path(folder))
+    except (DistError, OSError, RuntimeError, ValueError) as error:
+        # They found no meeting place, or the port is in use.
+        message = f"the processes cannot meet: {utils.first_line(error)}"
+        print(f"torchrun.py: error: {message}", file=sys.stderr)
+        return 1
+
+
+def run_ranks(argv: list[str] | None, folder: Path) -> int:
+    """Run torchrun to the end; returns the exit code. The ranks leave theirs in the folder."""
+    try:
+        run.main(argv)
+        return 0
+    except ChildFailedError as error:
+        return after_failure(error)
+    except SignalException:  # torchrun has passed the signal on, and the ranks have exited since
+        return after_stop(exit_codes.collect(folder))
 
 
 def pass_on_once(number: int, frame) -> None:
-    """A signal, to the processes; those that follow must not cut short the saving. Slurm sends it by several ways."""
+    """Have torchrun pass a signal on to the ranks, and ignore any further ones.
+
+    Slurm, for example, sends several; they must not interrupt the saving.
+    """
     for each in launch.STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise SignalException(f"received {signal.Signals(number).name}", sigval=signal.Signals(number))
 
 
-def remember_processes() -> list[subprocess.Popen]:
-    """A list to which torchrun's processes will be added: it does not tell how those that it has stopped have ended."""
-    started, start = [], SubprocessHandler._popen
+def after_failure(error: ChildFailedError) -> int:
+    """The exit code after a rank has failed on its own."""
+    rank, failure = error.get_first_failure()
+    first = failure.exitcode
+    if first < 0:
+        how = launch.describe_exit(first)
+        print(f"torchrun.py: error: rank {rank} was ended by {how}", file=sys.stderr)
 
-    def remembered(self, *args, **kwargs):
-        started.append(start(self, *args, **kwargs))
-        return started[-1]
+    codes = [failure.exitcode for failure in error.failures.values()]
+    for code in CAUSES:
+        if code in codes:
+            return code
+    return first if first > 0 else 1
 
-    SubprocessHandler._popen = remembered
-    return started
 
-
-def code_of(codes: list[int], number: int) -> int:
-    """What to exit with after processes, asked to stop by signal `number`, have ended with these codes."""
+def after_stop(codes: list[int]) -> int:
+    """The exit code after the ranks were asked to stop and have exited with `codes`."""
     for code in codes:
-        if code not in (0, utils.EXIT_AGAIN, 130, -number):  # the signal, if it came before they were listening
+        if code not in (0, utils.EXIT_AGAIN, 130):
             return code if code > 0 else 128 - code
     return 130 if 130 in codes else utils.EXIT_AGAIN
-
-
-def main(argv=None) -> int:
-    started = remember_processes()
-    for number in launch.STOP_SIGNALS:
-        signal.signal(number, pass_on_once)
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # of torchrun's own handler, which lets them cut it short
-    os.environ.setdefault("PET_NODE_RANK", os.environ.get("SLURM_NODEID", "0"))  # if srun has started it
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(launch.GRACE_SECONDS)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # main.py has said it, and better
-    try:
-        run.main(argv)
-    except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        rank, failure = error.get_first_failure()
-        first = failure.exitcode
-        if first < 0:
-            print(f"torchrun.py: error: rank {rank} was ended by {launch.describe_exit(first)}", file=sys.stderr)
-        return next((code for code in TELLING if code in codes), first if first > 0 else 1)
-    except SignalException as error:  # passed on to the processes, which have ended
-        return code_of([process.wait() for process in started], error.sigval)
-    except (DistError, OSError, RuntimeError, ValueError) as error:  # no meeting place, a port that is taken
-        print(f"torchrun.py: error: the processes cannot meet: {utils.first_line(error)}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

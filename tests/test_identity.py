@@ -338,7 +338,7 @@ def test_a_sweep_leaves_it_to_main_to_compare_an_earlier_run(earlier, run_script
     folder = run_folder(earlier, "imagefolder")
     say_it_was_swept(earlier, folder)
     got, out, _ = run_script(run_experiments.main, *sweep(earlier, earlier / "pets"))
-    assert f"1 of 1 runs were begun in {folder.parents[1]}, and stay there" in out
+    assert f"1 of 1 runs were started in {folder.parents[1]} and stay there" in out
     assert started.exists()
     assert got == (1 if code else 0)
     assert ("(n = 1)" in out) == (code == 0)  # what main.py has refused is in no table

@@ -12,6 +12,7 @@ from processes import alive, wait_for
 
 import utils
 from masks import MaskSpec
+from runtime import exit_codes
 from sweep import gpus, launch, slurm, torchrun
 from sweep.plan import PlannedRun
 
@@ -78,15 +79,77 @@ def test_torchrun_exits_as_the_script(tmp_path, code):
     [
         ([75, 75], 75),
         ([75, 0], 75),
-        ([-10, 75], 75),  # the signal came before it listened
         ([130, 130], 130),
         ([75, 1], 1),  # a disk that was full
-        ([-9, 75], 137),
-        ([], 75),
+        ([exit_codes.KILLED, 75], 137),
+        ([], 75),  # the signal came before any rank was listening
     ],
 )
-def test_what_torchrun_says_of_processes_that_it_has_stopped(codes, expected):
-    assert torchrun.code_of(codes, signal.SIGUSR1) == expected
+def test_exit_code_of_torchrun_after_it_has_stopped_its_ranks(codes, expected):
+    assert torchrun.after_stop(codes) == expected
+
+
+def test_exit_codes_that_ranks_leave_behind(tmp_path, monkeypatch):
+    def announce_and_record(rank, *codes):
+        monkeypatch.setenv("RANK", str(rank))
+        exit_codes.announce()
+        for code in codes:
+            exit_codes.record(code)
+
+    monkeypatch.setenv(exit_codes.FOLDER, str(tmp_path))
+    (tmp_path / "none_12ab").mkdir()  # torchrun's own
+    assert exit_codes.collect(tmp_path) == []
+    announce_and_record(10, 75)
+    announce_and_record(9)  # killed
+    announce_and_record(2, 77, 1)
+    assert exit_codes.collect(tmp_path) == [77, exit_codes.KILLED, 75]
+
+    monkeypatch.delenv(exit_codes.FOLDER)
+    announce_and_record(4, 75)
+    assert len(exit_codes.collect(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("rank_1", "expected"),
+    [
+        ("return utils.EXIT_AGAIN", 75),
+        ("raise utils.UserError('the disk is full')", 1),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137),
+        ("raise RuntimeError", 1),
+        (None, 75),  # the signal ends it before it is listening
+    ],
+)
+def test_ranks_stopped_by_torchrun_exit_for_it(tmp_path, rank_1, expected):
+    """With 75 only if all have saved. Nothing stays in the folder for temporary files."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, signal, time, utils\n"
+        "from runtime import distributed, stopping\n"
+        f"is_ready = pathlib.Path({str(tmp_path)!r}, 'ready_' + os.environ['RANK'])\n"
+        "def main():\n"
+        f"    if os.environ['RANK'] == '1' and {rank_1 is None}:\n"
+        "        is_ready.touch()\n        time.sleep(60)\n"
+        "    stop = stopping.StopRequest()\n"
+        "    with stop.listening():\n"
+        "        is_ready.touch()\n"
+        "        while stop.reason is None:\n            time.sleep(0.05)\n"
+        "        if os.environ['RANK'] == '1':\n"
+        f"            {rank_1}\n"
+        "        return utils.EXIT_AGAIN\n"
+        "utils.run_cli(main, distributed.leave)\n"
+    )
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    command = [sys.executable, str(TORCHRUN), "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(utils.REPOSITORY), "TMPDIR": str(temporary)}
+    whole = subprocess.Popen([*command, str(script)], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
+        whole.send_signal(signal.SIGUSR1)
+        assert whole.wait(timeout=60) == expected
+    finally:
+        whole.kill()
+    assert list(temporary.iterdir()) == []
 
 
 def test_no_process_survives_its_torchrun(tmp_path):

@@ -131,7 +131,7 @@ def test_out_of_memory_is_tried_again_with_smaller_micro_batches(sweep, capsys):
     arguments = ["--gpus", "2", *TWO, "--", "--out_of_memory", NAMES["full"]]
     assert sweep(*arguments) == 0
     printed = capsys.readouterr().out
-    assert "full seed 0: out of memory, starts again with 2 micro-batches a step" in printed
+    assert "full seed 0: out of memory, starts again with 2 micro-batches per step" in printed
     rows = [line.split("|") for line in printed.splitlines() if line.startswith("|")]
     states = {row[1].strip(): row[-2].strip() for row in rows}
     assert states["full"] == "done, batches in 2 parts"
@@ -169,7 +169,7 @@ def test_a_run_that_takes_too_long_is_stopped(sweep, capsys, monkeypatch, how):
 
 def test_a_run_that_was_asked_to_stop_starts_again(sweep, capsys):
     assert sweep("--gpus", "1", *TWO, "--", "--ask_itself", NAMES["full"]) == 0
-    assert "full seed 0: was asked to stop, and starts again" in capsys.readouterr().out
+    assert "full seed 0: was asked to stop, starts again" in capsys.readouterr().out
     assert [call["resumed"] > 0 for call in calls(sweep.output)] == [False, True, False]
 
 
@@ -178,7 +178,7 @@ def test_a_gpu_that_falls_off_gets_no_more_runs(sweep, capsys, monkeypatch):
     monkeypatch.setattr(gpus, "responds", lambda gpu: next(answers, True))
     assert sweep("--gpus", "2", *TWO, "--seeds", "[0, 1, 2]", "--", "--fail_once", NAMES["full"]) == 0
     captured = capsys.readouterr()
-    assert "no longer answers to nvidia-smi" in captured.err
+    assert "no longer responds to nvidia-smi" in captured.err
     rows = calls(sweep.output)
     lost = next(row["gpu"] for row in rows if row["name"] == "full")
     failed_at = [row["gpu"] for row in rows].index(lost)
@@ -189,7 +189,7 @@ def test_a_gpu_that_falls_off_gets_no_more_runs(sweep, capsys, monkeypatch):
 def test_without_any_gpu_left_the_sweep_ends(sweep, monkeypatch, capsys):
     answers = iter([True])
     monkeypatch.setattr(gpus, "responds", lambda gpu: next(answers, False))
-    with pytest.raises(utils.UserError, match="no GPU is left that answers; 2 of 2 runs left"):
+    with pytest.raises(utils.UserError, match="no GPU is left that responds; 2 of 2 runs left"):
         sweep("--gpus", "1", *TWO, "--", "--fail", NAMES["full"])
     assert len(calls(sweep.output)) == 1
 
@@ -232,7 +232,7 @@ def test_an_interrupt_lets_the_children_save_and_says_what_is_left(sweep, number
     printed, _ = child.communicate(timeout=30)
     assert child.returncode == 130
     assert "1 of 2 runs left: 2d_cardinal_expansion_1 seed 0" in printed
-    assert "stopped, all is saved" in printed
+    assert "stopped, everything is saved" in printed
     assert (sweep.output / "cifar10" / NAMES["cardinal"] / "seed_0" / "last.pt").exists()
     assert not alive(calls(sweep.output)[-1]["pid"])
 
@@ -272,7 +272,7 @@ def test_what_another_sweep_leaves_is_taken_over(sweep):
     os.kill(hanging, signal.SIGKILL)
     printed, _ = second.communicate(timeout=30)
     assert second.returncode == 0
-    assert "full seed 0: is being written by another process, left to it" in printed
+    assert "full seed 0: is being written by another process, left alone" in printed
     assert [call["parent"] for call in calls(sweep.output) if call["name"] == "full"] == [first.pid, second.pid]
     first.communicate()
 

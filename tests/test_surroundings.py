@@ -105,15 +105,15 @@ def test_a_line_of_torch_about_a_gpu_that_is_not_there_is_not_shown(message, sho
     [
         (
             {"WORLD_SIZE": "4", "RANK": "0"},
-            "WORLD_SIZE=4 in the environment, as of one of several processes, but no LOCAL_RANK",
+            "the environment has RANK=0 WORLD_SIZE=4, as for one of several processes, but no LOCAL_RANK",
         ),
         ({"RANK": ""}, "RANK is '' in the environment, expected a whole number"),
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many' in the environment"),
-        ({"RANK": "3"}, "RANK=3 in the environment, as of one of several processes, but no LOCAL_RANK"),
+        ({"RANK": "3"}, "has RANK=3, as for one of several processes, but no LOCAL_RANK"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "but no MASTER_ADDR; unset it, or start"),
         (
             {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            "RANK is 2 in the environment, and WORLD_SIZE only 2",
+            "RANK is 2 in the environment, but WORLD_SIZE is only 2",
         ),
     ],
 )
