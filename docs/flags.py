@@ -38,7 +38,9 @@ def make_table(group) -> str:
     if not actions:
         return ""
 
-    rows = [f"| {names_of(action)} | {default_of(action)} | {help_of(action)} |" for action in actions]
+    rows = [
+        f"| {names_of(action)} | {default_of(action)} | {help_of(action)} |" for action in actions
+    ]
     title = escape(group.title[0].upper() + group.title[1:])
     return "\n".join([f"**{title}**", "", "| flag | default | meaning |", "|---|---|---|", *rows])
 
