@@ -1,0 +1,92 @@
+"""Write the table of main.py's flags in docs/training.md, from the parser.
+
+    python docs/flags.py
+
+Run it after a flag, a default or a help text has changed; a test fails until then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+# The repository, wherever this is called from.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import utils
+from training.settings import build_parser
+
+DOCUMENT = utils.REPOSITORY / "docs" / "training.md"
+START = "<!-- flags: written by `python docs/flags.py` -->"
+END = "<!-- end of flags -->"
+# A default that depends on other flags stands at the end of the help text.
+STATED_DEFAULT = re.compile(r" \(default: (.*)\)$")
+
+
+def make_tables(parser: argparse.ArgumentParser) -> str:
+    """One Markdown table per group of `--help`; argparse's own group comes last."""
+    own, ours = parser._action_groups[:2], parser._action_groups[2:]
+    tables = [make_table(group) for group in [*ours, *own]]
+    return "\n\n".join(table for table in tables if table)
+
+
+def make_table(group) -> str:
+    """The group's title and a row per flag; empty for a group without flags."""
+    actions = [action for action in group._group_actions if action.dest != "help"]
+    if not actions:
+        return ""
+
+    rows = [
+        f"| {names_of(action)} | {default_of(action)} | {help_of(action)} |" for action in actions
+    ]
+    title = escape(group.title[0].upper() + group.title[1:])
+    return "\n".join([f"**{title}**", "", "| flag | default | meaning |", "|---|---|---|", *rows])
+
+
+def names_of(action: argparse.Action) -> str:
+    return ", ".join(f"`{name}`" for name in action.option_strings)
+
+
+def default_of(action: argparse.Action) -> str:
+    if isinstance(action.default, bool):
+        return "on" if action.default else "off"
+    if action.default is not None:
+        return f"`{action.default}`"
+    stated = STATED_DEFAULT.search(action.help)
+    return escape(stated[1]) if stated else "–"
+
+
+def help_of(action: argparse.Action) -> str:
+    text = escape(STATED_DEFAULT.sub("", action.help).replace("%%", "%"))
+    if not action.choices:
+        return text
+    choices = ", ".join(f"`{choice}`" for choice in action.choices)
+    return f"{text}; one of {choices}"
+
+
+def escape(text: str) -> str:
+    """Plain text for a cell: nothing in it is taken for Markdown or HTML."""
+    return re.sub(r"([*<>|_])", r"\\\1", text)
+
+
+def tables_in(text: str) -> str:
+    """What stands between the two markers."""
+    return text.split(START)[1].split(END)[0].strip()
+
+
+def main(argv=None) -> int:
+    parser = utils.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.parse_args(argv)
+
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, after = text.split(START)[0], text.split(END)[1]
+    tables = make_tables(build_parser())
+    utils.write_text(DOCUMENT, f"{before}{START}\n\n{tables}\n\n{END}{after}")
+    print(f"wrote {DOCUMENT}")
+    return 0
+
+
+if __name__ == "__main__":
+    utils.run_cli(main)
