@@ -122,9 +122,9 @@ def _say_what_is_odd(root: Path, files: ImageFiles, notes: dict) -> None:
     if files.test_folder != "test":
         notes["test_folder"] = files.test_folder
         warn(f"{root} has no test/: {files.test_folder}/ serves as the test images")
-    if files.passed_over:
-        some = some_of(files.passed_over, NAMES_OF_NO_IMAGES_SHOWN)
-        warn(f"{root}: passed over {len(files.passed_over)} that are no images of a class: {some}")
+    if files.ignored:
+        some = some_of(files.ignored, NAMES_OF_NO_IMAGES_SHOWN)
+        warn(f"{root}: passed over {len(files.ignored)} that are no images of a class: {some}")
 
 
 def _say_what_is_not_used(root: Path, headers: dict[Path, Header]) -> None:

@@ -137,7 +137,7 @@ def test_a_run_of_other_data_is_refused(pets, run_script, monkeypatch, kind, wor
     code, out, err = run_script(main.main, *arguments(other, pets / "output"))
     assert (code, len(err.splitlines())) == (2, 1), err
     assert out == ""
-    assert "holds a run on other data" in err
+    assert "holds a run with other data" in err
     assert words in err
     assert "--dataset_name" in err
     assert contents(run_folder(pets)) == before
@@ -231,7 +231,7 @@ def test_an_earlier_run_is_not_handed_out_before_the_pixels_are_compared(earlier
     code, out, err = run_script(main.main, *arguments(other, earlier / "output"))
     assert (code, len(err.splitlines())) == (2, 1), err
     assert "nothing to do" not in out
-    assert "holds a run on other data: " in err
+    assert "holds a run with other data: " in err
     assert "checksum" in err
 
 
@@ -315,7 +315,7 @@ def test_a_sweep_of_other_data_starts_and_tabulates_nothing(pets, run_script, sc
     before = contents(pets / "output")
     code, out, err = run_script(run_experiments.main, *sweep(pets, pets / "pets", *more))
     assert (code, out, len(err.splitlines())) == (2, "", 1), err
-    assert ("cannot read the folder" if kind == "missing" else "holds a run on other data") in err
+    assert ("cannot read the folder" if kind == "missing" else "holds a run with other data") in err
     assert not started.exists()
     assert contents(pets / "output") == before
 
