@@ -23,7 +23,7 @@ from runtime import hardware, locks
 CHOICE_SECONDS = 60.0
 
 ROUNDS = 7
-SECONDS_A_MEASUREMENT = 10.0  # no further round after this
+MAX_MEASURE_SECONDS = 10.0  # no further round starts after this
 
 
 def choose_backend(
@@ -173,7 +173,7 @@ def _measure(
     start = time.perf_counter()
     for _ in range(ROUNDS):
         measure_each_once()
-        if time.perf_counter() - start > SECONDS_A_MEASUREMENT:
+        if time.perf_counter() - start > MAX_MEASURE_SECONDS:
             break
 
     medians = {name: statistics.median(measured[1:]) for name, measured in seconds.items()}

@@ -710,17 +710,9 @@ def test_errors_are_computed_on_a_device_that_has_float64(monkeypatch):
 
 def train_digits(output, *arguments):
     """Train for two epochs; returns the run's folder."""
-    options = [
-        "--dataset",
-        "digits",
-        "--model",
-        "vit_micro",
-        "--img_size",
-        "8",
-        "--patch_size",
-        "2",
-    ]
-    options += ["--mask_type", "2d_cardinal", "--batch_size", "256", "--epochs", "2"]
+    options = ["--dataset", "digits", "--img_size", "8", "--patch_size", "2"]
+    options += ["--model", "vit_micro", "--mask_type", "2d_cardinal"]
+    options += ["--batch_size", "256", "--epochs", "2"]
     options += ["--device", "cpu", "--output_dir", str(output)]
     assert main.main([*options, *arguments]) == 0
     return output / "digits" / "2d_cardinal_expansion_1" / "seed_0"
