@@ -205,7 +205,8 @@ else
     COMPILE_MODES=(off default reduce-overhead)
     SWEEP=(--dataset imagefolder --gpus 1 --runs_per_gpu 2)
     SWEPT_RUN=(--data_dir "$DATA" --model vit_tiny --img_size 32 --patch_size 4)
-    SWEPT_RUN+=(--pool mean --dropout 0 --optimizer muon --lr 4e-3 --weight_decay 0.05 --batch_size 128 --epochs 12)
+    SWEPT_RUN+=(--pool mean --dropout 0 --optimizer muon --lr 4e-3 --weight_decay 0.05)
+    SWEPT_RUN+=(--batch_size 128 --epochs 12)
 fi
 
 trap interrupted INT TERM
