@@ -87,7 +87,7 @@ def job_of(output, name):
 
 
 def warned_and_requeued(output, *arguments, by=None):
-    """A sweep to its end, with a run that Slurm warns in the middle, by scancel or because of `by`."""
+    """A sweep to its end, with a run that Slurm warns midway, by scancel or because of `by`."""
     sweep = start_sweep(output, *arguments, "--", *REAL, script=MAIN)
     folder = output / "digits" / "full" / "seed_0"
     wait_for(lambda: len(rows(folder / "metrics.jsonl")) >= 2)
