@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -339,6 +340,23 @@ def read_json_lines(path: Path) -> list[dict]:
 
 # --------------------------------------------------------------------------------------------------
 # Run folders
+
+
+def cache_folder() -> Path:
+    """The user's cache folder, or a temporary one if that is not writable (in a container)."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    own_temporary = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    for cache in (Path(user_cache), own_temporary):
+        folder = cache / "local-attention-vits"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+                return folder
+
+    raise UserError(
+        f"can write neither to {user_cache} nor to {own_temporary}, for timings and compiled "
+        "kernels; set XDG_CACHE_HOME to a folder that can be written"
+    )
 
 
 def check_folder_name(flag: str, name: str) -> None:

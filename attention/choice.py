@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import os
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 import utils
-from attention import compiled_mask, diagonal
+from attention import build, compiled_mask, diagonal, native
 from attention.compiled_mask import BACKENDS, Choice, CompiledMask, attend_packed, compile_mask
 from runtime import hardware, locks
 
@@ -35,23 +32,30 @@ def choose_backend(
     device: torch.device,
     num_calls: int,
 ) -> Choice:
-    """Resolve `auto`: time a forward and backward of each backend that can work, take the fastest.
+    """Resolve `auto` and `measure`: how attention is to be computed with this shape and device.
 
-    `num_calls` is how often attention will run with this shape. If dense attention takes less than
-    CHOICE_SECONDS for all of them, nothing else is tried.
+    `auto` follows a rule on the CPU, where nothing has to be compiled (rule.py). Elsewhere, and for
+    `measure`, a forward and backward of each backend that can work is timed, and the fastest taken.
+
+    `num_calls` is how often attention will run with this shape. For `auto`, if dense attention
+    takes less than CHOICE_SECONDS for all of them, nothing else is tried.
 
     Timings are cached in the user's cache folder by mask, shape, dtype, device and version, so that
     a sweep measures once and all of its runs make the same choice.
 
-    A mask that was not compiled with `auto`, or that is None (full attention), keeps its choice.
-    This only returns the choice; `compiled.apply_choice` applies it. Raises ValueError if the
+    A mask compiled with another backend, or None (full attention), keeps its choice. This only
+    returns the choice; `compiled.apply_choice` applies it. Raises ValueError if the
     requested backend cannot run on the device.
     """
     compiled.check_device(device)
-    if compiled.requested != "auto" or compiled.mask is None:
+    if compiled.requested not in ("auto", "measure") or compiled.mask is None:
         return compiled.choice
+    if compiled.requested == "auto" and device.type in compiled_mask.NATIVE_DEVICES:
+        return compiled_mask.choose_by_rule(compiled)
 
     others = []
+    if device.type in compiled_mask.NATIVE_DEVICES and build.is_available():
+        others.append("native")
     if compiled.offsets:
         others.append("diagonal")
     if device.type in compiled_mask.FLEX_DEVICES:
@@ -61,7 +65,8 @@ def choose_backend(
 
     num_tokens = compiled.num_global_tokens + compiled.num_tokens
     qkv_shape = (batch_size, num_tokens, 3, num_heads, head_dim)  # [B, T, 3, H, D]
-    timings = _get_timings(compiled, others, num_calls, qkv_shape, dtype, device)
+    worthwhile = CHOICE_SECONDS / num_calls if compiled.requested == "auto" else 0.0
+    timings = _get_timings(compiled, others, worthwhile, qkv_shape, dtype, device)
     working = {backend: seconds for backend, seconds in timings.items() if seconds is not None}
     if not working:
         tried = ", ".join(["dense", *others])
@@ -69,11 +74,10 @@ def choose_backend(
             f"attention alone runs out of memory with every backend tried ({tried})"
         )
 
-    dense_seconds = _dense_seconds(timings, num_calls)
-    if dense_seconds < CHOICE_SECONDS:
+    if _dense_seconds(timings) < worthwhile:
         reason = (
-            f"dense attention takes {dense_seconds:.1f} s in the whole run, less than compiling "
-            "another backend"
+            f"dense attention takes {num_calls * timings['dense']:.1f} s in the whole run, less "
+            "than compiling another backend"
         )
         return Choice("dense", reason, timings)
 
@@ -85,14 +89,14 @@ def choose_backend(
 def _get_timings(
     compiled: CompiledMask,
     others: list[str],
-    num_calls: int,
+    worthwhile: float,
     qkv_shape: tuple,
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, float | None]:
     """Timings as `_measure` returns them: from the cache, or else measured now.
 
-    `others` are only measured if dense attention takes long enough in the whole run.
+    `others` are only measured if dense attention takes at least `worthwhile` seconds.
     """
     path = _timings_path(compiled, qkv_shape, dtype, device)
     lock = path.with_name(f"{path.name}.lock")
@@ -105,7 +109,7 @@ def _get_timings(
             utils.write_json(path, timings)
 
         missing = [name for name in others if name not in timings]
-        if missing and _dense_seconds(timings, num_calls) >= CHOICE_SECONDS:
+        if missing and _dense_seconds(timings) >= worthwhile:
             # Measure dense again, alternating with the others. If only those that ran out of memory
             # before are missing, keep the timings of the rest, so that the runs of a sweep make the
             # same choice.
@@ -116,9 +120,9 @@ def _get_timings(
     return timings
 
 
-def _dense_seconds(timings: dict[str, float | None], num_calls: int) -> float:
-    """Seconds of dense attention in the whole run; infinite if it does not fit into memory."""
-    return timings.get("dense", float("inf")) * num_calls
+def _dense_seconds(timings: dict[str, float | None]) -> float:
+    """Seconds of a forward and backward of dense attention; infinite if memory is too small."""
+    return timings.get("dense", float("inf"))
 
 
 def _measure(
@@ -197,30 +201,15 @@ def _timings_path(
         _kernels_hash(),
     )
     key_hash = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
-    return _cache_folder() / f"{key_hash}.json"
+    return utils.cache_folder() / f"{key_hash}.json"
 
 
 @functools.cache
 def _kernels_hash() -> str:
     """Hash of the code that is measured, because other kernels take other times."""
-    sources = [Path(module.__file__).read_bytes() for module in (compiled_mask, diagonal)]
+    sources = [Path(module.__file__).read_bytes() for module in (compiled_mask, diagonal, native)]
+    sources.append(build.SOURCE.read_bytes())
     return hashlib.sha256(b"".join(sources)).hexdigest()
-
-
-def _cache_folder() -> Path:
-    """The user's cache folder, or a temporary one if that is not writable (in a container)."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    for cache in (user_cache, tempfile.gettempdir()):
-        folder = Path(cache) / "local-attention-vits"
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-
-    raise utils.UserError(
-        "cannot write timings of the backends, neither to ~/.cache nor to the temporary folder; "
-        "choose one with --backend"
-    )
 
 
 def _read_timings(path: Path) -> dict[str, float | None]:

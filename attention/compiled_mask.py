@@ -1,16 +1,17 @@
 """From a boolean mask to attention that gets faster as the mask gets sparser.
 
 A boolean mask alone makes attention slower: every score is computed, and most are thrown away.
-Three backends give the same numbers as `scaled_dot_product_attention` (SDPA) with the dense mask:
+Four backends give the same numbers as `scaled_dot_product_attention` (SDPA) with the dense mask:
 
     dense     SDPA with the mask, or without any for full attention. The reference.
+    native    Only the listed neighbors of each token, see native.py. On the CPU, for any mask.
     diagonal  Only the non-zero diagonals of the mask, see diagonal.py. Runs on any device, but
               needs a mask with few diagonals.
     flex      FlexAttention with a block mask, on CUDA. It skips blocks of 128x128, so it needs
               many tokens to gain anything.
 
-`auto` measures those that can work, on the real shape, and keeps the fastest (`choose_backend`).
-Until then, it is dense.
+`auto` decides by a rule on the CPU, at the first call (rule.py). Elsewhere it is dense until
+`choose_backend` has measured, on the real shape, those that can work.
 
     compiled = compile_mask(mask)       # bool [N, N]
     out = attend(q, k, v, compiled)     # [B, H, T, D]
@@ -31,9 +32,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from attention import diagonal
+from attention import build, diagonal, native, rule
+from attention.neighbors import find_neighbors
 
-BACKENDS = ("auto", "dense", "diagonal", "flex")
+# auto and measure are ways to choose one of the others.
+BACKENDS = ("auto", "measure", "dense", "native", "diagonal", "flex")
+
+NATIVE_DEVICES = ("cpu",)
 
 # Elsewhere, FlexAttention has no backward.
 FLEX_DEVICES = ("cuda",)
@@ -48,10 +53,13 @@ SAFE_WITH_A_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 class Choice:
     """A backend, and why it was chosen."""
 
-    backend: str  # one of BACKENDS, but not auto
+    backend: str  # one of BACKENDS, but not auto or measure
     reason: str
     # backend -> seconds for a forward and backward, if measured; None = it does not work here
     timings: dict[str, float | None] = field(default_factory=dict)
+
+
+NOT_CHOSEN = "not measured yet"
 
 
 class CompiledMask(nn.Module):
@@ -75,6 +83,8 @@ class CompiledMask(nn.Module):
         self.register_buffer("valid", valid, persistent=False)
         # dense and flex: the mask over all tokens, bool [T, T]
         self.register_buffer("token_mask", None, persistent=False)
+        # native: the tensors of NeighborLists over all tokens, which stay on the CPU
+        self.neighbors: list[Tensor] | None = None
         # flex
         self.block_mask: BlockMask | None = None
 
@@ -85,8 +95,8 @@ class CompiledMask(nn.Module):
             return Choice("dense", "full attention is SDPA without a mask")
         if self.requested == "diagonal" and not self.offsets:
             return Choice("dense", self.too_many_diagonals)
-        if self.requested == "auto":
-            return Choice("dense", "not measured yet")
+        if self.requested in ("auto", "measure"):
+            return Choice("dense", NOT_CHOSEN)
         return Choice(self.requested, "asked for")
 
     @property
@@ -102,7 +112,13 @@ class CompiledMask(nn.Module):
         )
 
     def apply_choice(self, choice: Choice) -> None:
-        """Switch to a backend. Raises ValueError for `diagonal` if there are too many diagonals."""
+        """Switch to a backend.
+
+        Raises ValueError for `diagonal` if there are too many diagonals, and for `native` if it
+        cannot be built here.
+        """
+        if choice.backend == "native" and (reason := build.error()) is not None:
+            raise ValueError(f"backend 'native' cannot be used: {reason}; use auto or dense")
         if choice.backend == "diagonal" and not self.offsets:
             raise ValueError(self.too_many_diagonals)
 
@@ -110,6 +126,8 @@ class CompiledMask(nn.Module):
         device = next((buffer.device for buffer in self.buffers()), None)
         needs_mask = self.mask is not None and choice.backend in ("dense", "flex")
         self.token_mask = self.with_global_tokens().to(device) if needs_mask else None
+        if choice.backend == "native" and self.neighbors is None:
+            self.neighbors = find_neighbors(self.with_global_tokens()).tensors()
         self._prepare()
 
     def _prepare(self) -> None:
@@ -138,8 +156,10 @@ class CompiledMask(nn.Module):
     def check(self, num_tokens: int, device: torch.device) -> None:
         """Before a forward: move to the tokens' device. Raises ValueError if they do not fit.
 
-        A model calls this once for all of its layers.
+        A model calls this once for all of its layers. The first call settles `auto` on the CPU.
         """
+        if self.requested == "auto" and self.mask is not None:
+            self._follow_rule(device)
         self.check_device(device)
         if self.num_tokens is not None and num_tokens != self.num_global_tokens + self.num_tokens:
             raise ValueError(
@@ -148,8 +168,22 @@ class CompiledMask(nn.Module):
             )
         self.follow(device)
 
+    def _follow_rule(self, device: torch.device) -> None:
+        """Choose by rule where that is possible; a choice for another device is dropped."""
+        if torch.compiler.is_compiling():  # has to be settled before, see compile_mask
+            return
+        is_undecided = self.choice.reason == NOT_CHOSEN
+        if device.type in NATIVE_DEVICES and is_undecided:
+            self.apply_choice(choose_by_rule(self))
+        elif device.type not in NATIVE_DEVICES and self.backend == "native":
+            self.apply_choice(Choice("dense", NOT_CHOSEN))
+
     def check_device(self, device: torch.device) -> None:
         """Raise ValueError if the backend cannot run on this device."""
+        if self.backend == "native" and device.type not in NATIVE_DEVICES:
+            raise ValueError(
+                f"backend 'native' runs on the CPU, not on {device.type}; use auto or dense"
+            )
         if self.backend == "flex" and device.type not in FLEX_DEVICES:
             raise ValueError(
                 f"backend 'flex' runs on CUDA, not on {device.type}; use auto, diagonal or dense"
@@ -159,6 +193,14 @@ class CompiledMask(nn.Module):
         """Move to the tokens' device, if not there yet."""
         if any(buffer.device != device for buffer in self.buffers()):
             self.to(device)
+
+
+def choose_by_rule(compiled: CompiledMask) -> Choice:
+    """The backend of a mask on the CPU, without measuring: see rule.py."""
+    num_global, num_patches = compiled.num_global_tokens, compiled.num_tokens
+    num_edges = count_pairs(compiled.mask, num_patches, num_global)
+    num_diagonals = len(compiled.offsets)
+    return Choice(*rule.choose(num_global + num_patches, num_edges, num_diagonals))
 
 
 def make_block_mask(allowed: Tensor) -> BlockMask:
@@ -224,8 +266,13 @@ def count_pairs(mask: Tensor | None, num_patches: int, num_global_tokens: int) -
 
 def attend(q: Tensor, k: Tensor, v: Tensor, compiled: CompiledMask) -> Tensor:
     """Attention of q, k, v, each [B, H, T, D] with the global tokens first -> [B, H, T, D]."""
-    qkv = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)  # [B, T, 3, H, D]
-    return attend_packed(qkv, compiled).transpose(1, 2)
+    compiled.check(q.shape[2], q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # each [B, T, H, D]
+    if compiled.backend == "native" and _fits_native(q, k, v):  # no need to pack them
+        return native.attend(q, k, v, compiled.neighbors).transpose(1, 2)
+
+    qkv = torch.stack([q, k, v], dim=2)  # [B, T, 3, H, D]
+    return attend_checked(qkv, compiled).transpose(1, 2)
 
 
 def attend_packed(qkv: Tensor, compiled: CompiledMask) -> Tensor:
@@ -239,6 +286,8 @@ def attend_checked(qkv: Tensor, compiled: CompiledMask) -> Tensor:
     if torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
 
+    if compiled.backend == "native":
+        return _attend_native(qkv, compiled)
     if compiled.backend == "diagonal":
         return diagonal.attend(qkv, compiled.valid, compiled.offsets, compiled.num_global_tokens)
 
@@ -248,6 +297,24 @@ def attend_checked(qkv: Tensor, compiled: CompiledMask) -> Tensor:
     else:
         out = _attend_dense(q, k, v, compiled.token_mask)
     return out.transpose(1, 2)  # [B, T, H, D]
+
+
+def _fits_native(*tensors: Tensor) -> bool:
+    """Whether the native kernel takes these tensors as they are."""
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        return False
+    dtypes = {x.dtype for x in tensors}
+    return len(dtypes) == 1 and dtypes <= {*native.DTYPES}
+
+
+def _attend_native(qkv: Tensor, compiled: CompiledMask) -> Tensor:
+    """The native kernel, which computes in fp32; float64 is left to SDPA."""
+    if qkv.dtype == torch.float64:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return _attend_dense(q, k, v, compiled.with_global_tokens()).transpose(1, 2)
+    if qkv.dtype not in native.DTYPES:  # float16
+        return native.attend_packed(qkv.float(), compiled.neighbors).to(qkv.dtype)
+    return native.attend_packed(qkv, compiled.neighbors)
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
