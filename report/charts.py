@@ -257,11 +257,11 @@ def _draw_comparison(rows: list[Row], x_of: Callable[[Row], Spread]) -> tuple[Fi
     are_few = len(rows) <= MAX_MARKED
 
     for zorder, (mask_type, members) in enumerate(by_mask_type(rows).items(), start=3):
-        _draw_points(axes, mask_type, members, x_of, are_few, zorder)
         if mask_type == "full":
             for row in most_accurate(members, MAX_FULL):
                 look = {"color": REFERENCE, "linestyle": "--", "linewidth": 1, "zorder": 1}
                 axes.axhline(row.accuracy.mean, **look)
+        _draw_points(axes, mask_type, members, x_of, are_few, zorder)
     return figure, axes
 
 

@@ -177,8 +177,8 @@ def test_differing_settings(tmp_path):
     before = "(2d_cardinal_expansion_1 seed 1, full seed 0)"
     now = "(2d_cardinal_expansion_2 seed 0)"
     assert results.differing_settings(results.load_runs(tmp_path)) == [
-        f"--epochs differs between the runs: 2 {before}; 9 {now}",
         f"--dropout differs between the runs: 0.1 {before}; 0.5 {now}",
+        f"--epochs differs between the runs: 2 {before}; 9 {now}",
         "device differs between the runs, so images/s and peak memory are not comparable: "
         f"Abacus {before}; Slide rule {now}",
     ]
