@@ -19,7 +19,7 @@ LAYERS = [
     {"data"},
     {"training"},
     {"report", "sweep", "benchmarks"},
-    {"main", "run_experiments", "plot_result", "eval", "benchmark", "experiments"},
+    {"main", "run_experiments", "plot_result", "eval", "benchmark", "experiments", "docs"},
 ]
 SCRIPTS = LAYERS[-1]
 # masks.py is a script as well: its command line draws, and imports what it draws with where it does.

@@ -1,5 +1,6 @@
 """Every file that the documentation names is in the repository, and not merely on the disk of whoever wrote it."""
 
+import posixpath
 import re
 import subprocess
 from pathlib import PurePosixPath
@@ -18,12 +19,12 @@ NAMED = re.compile(rf"(?<![\w./~$<>*-])((?:[\w.-]+/)*[\w-]+\.(?:{SUFFIXES}))(?![
 # Written by a run, a sweep or a measurement, in a folder of its own.
 WRITTEN = {
     *("config.json", "metrics.jsonl", "attention_mask.png", "last.pt", "previous.pt", "summary.json", "log.txt"),
-    *("results.md", "FILE.json", "label.txt", "rows.jsonl"),
+    *("results.md", "FILE.json", "label.txt", "rows.jsonl", "eval_test.json"),
 }
 # Folders that are the user's own, or are made by a run or an installation.
 OF_THE_USER = {
     *("test", "val", "validation", "photos/pets", "experiments/pets", "experiments/imagefolder", ".venv/bin/python"),
-    *("experiments/cifar10-jpeg", "imagefolder"),
+    *("experiments/cifar10-jpeg", "imagefolder", "experiments/gpu", "figures"),
 }
 FOLDERS = ("", "experiments/", "docs/")  # that a name may be relative to
 
@@ -41,8 +42,15 @@ def tracked():
 
 def names_in(document):
     text = (utils.REPOSITORY / document).read_text(encoding="utf-8")
+    text = re.sub(r"\[[^\]\n]+\]\(", "](", text)  # the text of a link may be a short name of its target
     names = {name for name in NAMED.findall(text) if name.rpartition("/")[2] not in WRITTEN}
-    return sorted(names | ({name.rstrip("/") for name in paths_in(text)} - OF_THE_USER))
+    names |= {name.rstrip("/") for name in paths_in(text)} - OF_THE_USER
+    return sorted({in_repository(name, document) for name in names})
+
+
+def in_repository(name, document):
+    """A name that begins with ../ is relative to the document."""
+    return posixpath.normpath(f"{document}/../{name}") if name.startswith("../") else name
 
 
 def paths_in(text):
