@@ -21,8 +21,10 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Restore the signal handlers: a run that was asked to stop leaves SIGTERM ignored, since its
-    process is about to exit."""
+    """Restore the signal handlers after each test.
+
+    A run that was asked to stop leaves SIGTERM ignored, since its process is about to exit.
+    """
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
 
