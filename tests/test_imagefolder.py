@@ -263,7 +263,7 @@ def test_a_label_that_is_no_text(tmp_path):
         imagefolder.read(tmp_path, (8, 8))
     (tmp_path / "label.txt").rmdir()
     os.mkfifo(tmp_path / "label.txt")  # opening it would wait for ever
-    with pytest.raises(UserError, match=r"label\.txt is no file"):
+    with pytest.raises(UserError, match=r"label\.txt is not a file"):
         imagefiles.read_label(tmp_path)
 
 
@@ -376,7 +376,7 @@ def test_what_is_no_file_is_no_image_whatever_its_name(tmp_path, capsys):
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert (
-        "passed over 6 that are no images of a class: train/eel, train/cat/dead.png, train/cat/pipe.jpg and 3 more"
+        "ignored what is not an image of a class (6): train/eel, train/cat/dead.png, train/cat/pipe.jpg and 3 more"
         in err
     )
 
@@ -386,7 +386,7 @@ def test_an_image_beside_the_classes_is_not_called_no_image(tmp_path, capsys):
     save(tmp_path / "train" / "two\nlines.png")
     imagefolder.read(tmp_path, (8, 8))
     err = capsys.readouterr().err
-    assert "passed over 1 that are no images of a class: train/two lines.png" in err
+    assert "ignored what is not an image of a class (1): train/two lines.png" in err
     assert len(err.splitlines()) == 1
 
 
@@ -400,7 +400,7 @@ def test_subfolders_and_links_are_followed_but_not_in_a_ring(tmp_path, capsys):
     images, labels = imagefolder.read(tmp_path / "pets", (8, 8)).train
     assert labels.tolist() == [0] * 5 + [1] * 2
     assert [tuple(image[:, 0, 0].tolist()) for image in images[:5]] == [RED, RED, GRAY, GREEN, BLUE]
-    assert "passed over 1 that are no images of a class: train/cat/a/ring/" in capsys.readouterr().err
+    assert "ignored what is not an image of a class (1): train/cat/a/ring/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.jfif", "a.jp2", "a.jpe", "a.tga", "a.pcx", "a.dib", "a.mpo"])
@@ -416,7 +416,7 @@ def test_nothing_is_run_that_is_called_an_image(tmp_path, monkeypatch):
     good_tree(tmp_path)
     Image.new("RGB", (8, 8), RED).save(tmp_path / "train" / "cat" / "a.jpg", format="EPS")
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("it was run"))
-    with pytest.raises(UserError, match=r"a\.jpg as an image: of no format that Pillow knows"):
+    with pytest.raises(UserError, match=r"a\.jpg as an image: not in a format that Pillow can read"):
         imagefolder.read(tmp_path, (8, 8))
 
 
@@ -426,10 +426,10 @@ def test_validation_images_serve_where_there_are_no_test_images(tmp_path, capsys
     (tmp_path / "test").rename(tmp_path / name)
     folder = imagefolder.read(tmp_path, (8, 8))
     assert (len(folder.test[1]), folder.notes) == (2, {"test_folder": name})
-    assert f"{name}/ serves as the test images" in capsys.readouterr().err
+    assert f"{name}/ is used for the test images" in capsys.readouterr().err
     good_tree(tmp_path)  # and now there are
     assert imagefolder.read(tmp_path, (8, 8)).notes == {}
-    assert f"passed over 1 that are no images of a class: {name}/" in capsys.readouterr().err
+    assert f"ignored what is not an image of a class (1): {name}/" in capsys.readouterr().err
 
 
 def spoil_some(root, number):
@@ -466,7 +466,7 @@ def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path):
     good_tree(tmp_path)
     for index in range(2):
         (tmp_path / "train" / "dog" / f"{index}.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="no image of class dog in the train images can be read"):
+    with pytest.raises(UserError, match="none of the train images of class dog can be read"):
         imagefolder.read(tmp_path, (8, 8), skip_unreadable=True)
 
 
@@ -566,7 +566,7 @@ def test_gray_is_scaled_by_the_bits_that_are_used(tmp_path, capsys, low, high, k
     if bits is None:
         assert err == ""
     else:
-        assert f"use {bits} of them, and are scaled by these: 0 is black, {2**bits - 1} white" in err
+        assert f"use only {bits} bits and are scaled to match: 0 is black, {2**bits - 1} white" in err
         assert len(err.splitlines()) == 1
 
 
@@ -640,7 +640,7 @@ def test_a_transparent_gray_of_16_bits_is_white(tmp_path):
 
 def test_signed_values_of_8_bits_are_refused(tmp_path):
     gray_tree(tmp_path, 0, 100, "tif", np.uint8, tiffinfo={339: 2})
-    with pytest.raises(UserError, match=r"4 images cannot be read: .*signed numbers of 8 bits"):
+    with pytest.raises(UserError, match=r"4 images cannot be read: .*signed 8-bit numbers"):
         imagefolder.read(tmp_path, (8, 8))
 
 
@@ -678,7 +678,7 @@ def test_color_of_16_bits_keeps_its_upper_byte_or_is_refused_where_that_is_empty
     png_of_16_bits_in_color(odd, 65535, opaque)
     assert imagefolder.read(tmp_path, (8, 8)).train[0][2].max() == 255
     png_of_16_bits_in_color(odd, 255, opaque)
-    with pytest.raises(UserError, match=r"deep\.png and all others of 16 bits in color.*convert them to 8 bits"):
+    with pytest.raises(UserError, match=r"deep\.png and all other 16-bit images with color.*convert them to 8 bits"):
         imagefolder.read(tmp_path, (8, 8))
 
 
@@ -698,7 +698,7 @@ def test_other_formats_of_which_the_upper_byte_alone_is_read(tmp_path, name, wri
     write(tmp_path / "train" / "cat" / name, 65535)
     assert imagefolder.read(tmp_path, (8, 8)).train[0][2].max() == 255
     write(tmp_path / "train" / "cat" / name, 4095)
-    with pytest.raises(UserError, match=r"all others of 16 bits in color.*convert them to 8 bits"):
+    with pytest.raises(UserError, match=r"all other 16-bit images with color.*convert them to 8 bits"):
         imagefolder.read(tmp_path, (8, 8))
 
 
@@ -718,7 +718,7 @@ def test_a_fits_is_passed_over(tmp_path, capsys):
     good_tree(tmp_path)
     (tmp_path / "train" / "cat" / "sky.fits").write_bytes(b"SIMPLE  =                    T")
     assert len(imagefolder.read(tmp_path, (8, 8)).train[0]) == 4
-    assert "passed over 1 that are no images of a class: train/cat/sky.fits" in capsys.readouterr().err
+    assert "ignored what is not an image of a class (1): train/cat/sky.fits" in capsys.readouterr().err
 
 
 def test_channels_that_are_not_used_are_said(tmp_path, capsys):
@@ -731,7 +731,7 @@ def test_channels_that_are_not_used_are_said(tmp_path, capsys):
         assert (image.mode, image.tag_v2[277]) == ("RGB", 4)
     assert is_plain(imagefolder.read(tmp_path, (8, 8)).train[0][2].permute(1, 2, 0).numpy().astype(int), GREEN)
     err = capsys.readouterr().err
-    assert "more channels than color and opacity, which are not used: train/cat/infrared.tif" in err
+    assert "channels beyond color and opacity are ignored: train/cat/infrared.tif" in err
     assert len(err.splitlines()) == 1
 
 
@@ -740,7 +740,7 @@ def test_several_frames_are_said(tmp_path, capsys):
     frames = [Image.new("RGB", (8, 8), color) for color in (RED, GREEN)]
     frames[0].save(tmp_path / "train" / "cat" / "pages.tif", save_all=True, append_images=frames[1:])
     assert is_plain(imagefolder.read(tmp_path, (8, 8)).train[0][2].permute(1, 2, 0).numpy().astype(int), RED)
-    assert "of images with several frames the first is used: train/cat/pages.tif" in capsys.readouterr().err
+    assert "only the first frame is used of images with several: train/cat/pages.tif" in capsys.readouterr().err
 
 
 def test_floats_are_refused(tmp_path):
