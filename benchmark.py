@@ -1,15 +1,16 @@
-"""Speed and memory of local attention, measured honestly: a forward and backward against full attention without a mask.
+"""Measure the speed and memory of local attention against full attention without a mask.
 
-    python benchmark.py                      # attention alone, over masks, steps, grids and backends
-    python benchmark.py --level model        # whole models
-    python benchmark.py --level pipeline     # images/s of the data pipeline, and of PIL images through a DataLoader
-    python benchmark.py --level training     # images/s of training, beside the bare model and the usual loop
-    python benchmark.py --quick              # under a minute
-    python benchmark.py --plot FILE.json     # the pictures again, from what was measured
+    python benchmark.py                    # attention alone: masks, steps, grids and backends
+    python benchmark.py --level model      # whole models
+    python benchmark.py --level pipeline   # the data pipeline, compared with PIL and a DataLoader
+    python benchmark.py --level training   # training, compared with the bare model and timm
+    python benchmark.py --quick            # under a minute
+    python benchmark.py --plot FILE.json   # redraw the plots of an earlier measurement
 
-Each candidate is first checked against dense attention, output and gradient. All candidates of a grid are then timed in
-one process, in turns, so that a noisy machine is noisy to all of them alike; a ratio is taken within each turn.
-Compiling and warming up come before and are reported apart.
+Each candidate is first checked against dense attention, both its output and its gradient. Then all
+candidates of a grid take turns in one process, so that noise of the machine affects all of them
+alike, and speed ratios are taken within each round. Compiling and warming up happen before and are
+reported separately.
 """
 
 from __future__ import annotations
@@ -27,129 +28,210 @@ import masks
 import models
 import utils
 from benchmarks import charts, pipeline, training
-from benchmarks.candidates import BACKENDS, DTYPES, Candidate, attention_candidates, model_candidates, usable_backends
+from benchmarks.candidates import (
+    BACKENDS,
+    DTYPES,
+    Candidate,
+    attention_candidates,
+    model_candidates,
+    usable_backends,
+)
 from benchmarks.memory import PEAK_MEMORY_IS, peak_memory_of
 from report import figures
 from runtime import hardware
 from utils import UserError, json_list, number_type
 
 FORMAT = 1
-WHAT_IS_TIMED = {  # by --level
+DESCRIPTIONS = {  # by --level
     "attention": "Time attention patterns and backends, forward and backward.",
     "model": "Time whole models by attention pattern and backend, forward and backward.",
-    "pipeline": "Images/s of the data pipeline, beside PIL images, torchvision's transforms and a DataLoader.",
-    "training": "Images/s of training, end to end, beside the bare model and the loop as often written.",
+    "pipeline": "Images/s of the data pipeline, compared with PIL, torchvision and a DataLoader.",
+    "training": "Images/s of training end to end, compared with the bare model and a typical loop.",
 }
 OTHER_LEVELS = {"pipeline": pipeline, "training": training}
-# Largest error against float64, of values around 1: a few units in the last place, and the sums of many.
+
+# Largest allowed error against float64, for values around 1: a few units in the last place, which
+# add up in long sums.
 TOLERANCES = {"fp32": 1e-4, "bf16": 6e-2}
 
 
-def parse_args(argv=None):
-    """Each level has flags of its own: `--level training --help` shows those of training."""
-    argv = sys.argv[1:] if argv is None else argv
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--level", default="attention")
-    try:
-        level = finder.parse_known_args(argv)[0].level
-    except argparse.ArgumentError:  # said by the parser below
-        level = "attention"
+# -------------------------------------------------------------------------------------------------
+# The command line
 
-    parser = utils.ArgumentParser(description=WHAT_IS_TIMED.get(level, WHAT_IS_TIMED["attention"]))
-    level_help = "what is measured; each has flags of its own, which --help shows beside it"
-    parser.add_argument("--level", choices=WHAT_IS_TIMED, default="attention", help=level_help)
-    parser.add_argument("--device", choices=hardware.DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
-    output_help = "JSON (default: experiments/benchmark/<level>_<device>.json)"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=output_help)
+
+def parse_args(argv=None):
+    """Each level has its own flags; `--level training --help` shows those of training."""
+    argv = sys.argv[1:] if argv is None else argv
+    level = _find_level(argv)
+
+    parser = utils.ArgumentParser(description=DESCRIPTIONS.get(level, DESCRIPTIONS["attention"]))
+    parser.add_argument(
+        "--level",
+        choices=DESCRIPTIONS,
+        default="attention",
+        help="what to measure; add --help to see the flags of a level",
+    )
+    parser.add_argument(
+        "--device",
+        choices=hardware.DEVICES,
+        default="auto",
+        help="auto: CUDA, else MPS, else the CPU",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON report (default: experiments/benchmark/<level>_<device>.json)",
+    )
     if level in OTHER_LEVELS:
         OTHER_LEVELS[level].add_arguments(parser)
         return parser.parse_args(argv)
+
     add_arguments(parser)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
     return args
 
 
+def _find_level(argv: list[str]) -> str:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--level", default="attention")
+    try:
+        return finder.parse_known_args(argv)[0].level
+    except argparse.ArgumentError:  # the real parser reports it
+        return "attention"
+
+
 def add_arguments(parser: utils.ArgumentParser) -> None:
-    """Of the levels attention and model."""
+    """Add the flags of the levels attention and model."""
     positive = number_type(int, minimum=1)
-    parser.add_argument(
+    patterns = parser.add_argument_group("patterns and backends")
+    patterns.add_argument(
         "--mask_types",
         type=json_list(str, masks.MASK_TYPES[1:]),
         default=list(masks.MASK_TYPES[1:]),
         metavar="JSON",
-        help="patterns",
+        help="attention patterns",
     )
-    parser.add_argument("--expansion_steps", type=json_list(int), default=[1, 2], metavar="JSON", help="reaches")
-    parser.add_argument(
-        "--grids", type=json_list(int), default=[14, 28, 56, 112], metavar="JSON", help="patches a side"
+    patterns.add_argument(
+        "--expansion_steps",
+        type=json_list(int),
+        default=[1, 2],
+        metavar="JSON",
+        help="expansion steps of each pattern",
     )
-    parser.add_argument(
+    patterns.add_argument(
         "--backends",
         type=json_list(str, BACKENDS),
         default=["dense", "diagonal", "flex", "local-attention", "natten"],
         metavar="JSON",
-        help="what to time beside full attention; those that cannot run here are named and left out",
+        help="what to compare with full attention; those that cannot run here are left out",
     )
-    parser.add_argument(
-        "--class_token", action="store_true", help="attention alone with one global token; models always have one"
+
+    sizes = parser.add_argument_group("sizes")
+    sizes.add_argument(
+        "--grids",
+        type=json_list(int),
+        default=[14, 28, 56, 112],
+        metavar="JSON",
+        help="sides of the patch grids, in patches",
     )
-    parser.add_argument("--batch_size", type=positive, help="images (default: by grid)")
-    parser.add_argument("--num_heads", type=positive, help="heads (default: by grid; of the model: by preset)")
-    parser.add_argument("--head_dim", type=positive, default=64, help="channels a head, attention alone")
-    parser.add_argument(
-        "--model", choices=models.PRESETS, default="vit_tiny", help="size of the model, with --level model"
+    sizes.add_argument(
+        "--class_token",
+        action="store_true",
+        help="add one global token to attention alone; models always have one",
     )
-    parser.add_argument("--depth", type=positive, help="blocks of the model (default: by preset)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of queries, keys and values")
-    parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's)")
-    parser.add_argument("--rounds", type=number_type(int, minimum=3), default=9, help="timed turns of all candidates")
-    parser.add_argument("--quick", action="store_true", help="one pattern, grids 14 and 28, 7 rounds")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the pictures of a JSON again, and measure nothing"
+    sizes.add_argument("--batch_size", type=positive, help="images per batch (default: by grid)")
+    sizes.add_argument(
+        "--num_heads",
+        type=positive,
+        help="attention heads (default: by grid; for models by preset)",
+    )
+    sizes.add_argument(
+        "--head_dim", type=positive, default=64, help="channels per head, for attention alone"
+    )
+    sizes.add_argument(
+        "--model", choices=models.PRESETS, default="vit_tiny", help="size preset for --level model"
+    )
+    sizes.add_argument("--depth", type=positive, help="blocks of the model (default: by preset)")
+    sizes.add_argument("--dtype", choices=DTYPES, default="fp32", help="data type of q, k and v")
+
+    protocol = parser.add_argument_group("measuring")
+    protocol.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    protocol.add_argument(
+        "--rounds", type=number_type(int, minimum=3), default=9, help="timed runs of each candidate"
+    )
+    protocol.add_argument(
+        "--quick", action="store_true", help="measure one pattern on grids 14 and 28 in 7 rounds"
+    )
+    protocol.add_argument(
+        "--plot", type=Path, metavar="FILE", help="redraw the plots of a report; measure nothing"
     )
 
 
 def check_arguments(parser: utils.ArgumentParser, args) -> None:
-    if max(args.grids) ** 2 > masks.MAX_PATCHES:
-        parser.error(f"argument --grids: at most {math.isqrt(masks.MAX_PATCHES)} patches a side, got {max(args.grids)}")
+    largest = max(args.grids)
+    if largest**2 > masks.MAX_PATCHES:
+        limit = math.isqrt(masks.MAX_PATCHES)
+        parser.error(f"argument --grids: at most {limit} patches per side, got {largest}")
     if 0 in args.grids:
-        parser.error("argument --grids: a grid has at least 1 patch a side, got 0")
+        parser.error("argument --grids: a grid has at least 1 patch per side, got 0")
+
     if args.quick:  # under a minute on two cores
-        args.mask_types, args.expansion_steps, args.grids, args.rounds = ["2d_all_neighbors"], [1], [14, 28], 7
+        args.mask_types = ["2d_all_neighbors"]
+        args.expansion_steps = [1]
+        args.grids = [14, 28]
+        args.rounds = 7
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Measuring
 
 
 def prepare(candidates: list[Candidate], tolerance: float, device: torch.device) -> None:
-    """Run each once, which compiles it, and check it. Raises UserError for one that computes something else."""
-    for candidate in tqdm(candidates, "checking", leave=False, disable=not sys.stderr.isatty()):
+    """Run each candidate once, which compiles it, and check it.
+
+    Raises UserError if one computes something else than it should.
+    """
+    hidden = not sys.stderr.isatty()
+    for candidate in tqdm(candidates, "checking", leave=False, disable=hidden):
         candidate.first_seconds = hardware.seconds_of(candidate.run, device)
-        candidate.error = None if candidate.check is None else candidate.check()
-        if candidate.error is not None and not candidate.error <= tolerance:
+        if candidate.check is None:
+            candidate.error = None
+            continue
+
+        candidate.error = candidate.check()
+        if not candidate.error <= tolerance:  # True for NaN as well
             raise UserError(
-                f"{candidate.name} is off by {candidate.error:.1e} from dense attention (allowed: "
-                f"{tolerance:.0e}); a wrong result is not timed"
+                f"{candidate.name} is off by {candidate.error:.1e} from dense attention "
+                f"(allowed: {tolerance:.0e}); a wrong result is not timed"
             )
 
 
 def measure_grid(args, grid: int, backends: list[str], device: torch.device) -> list[dict]:
-    """One row a candidate: quartiles of milliseconds, of the ratio to full attention within each turn, and memory."""
     build = attention_candidates if args.level == "attention" else model_candidates
     return measure_candidates(build(args, grid, backends, device), args, grid, device)
 
 
-def measure_candidates(candidates: list[Candidate], args, grid: int, device: torch.device) -> list[dict]:
-    """Check the candidates, then time them in turns; the first one is what the others are compared with."""
+def measure_candidates(
+    candidates: list[Candidate], args, grid: int, device: torch.device
+) -> list[dict]:
+    """Check the candidates, time them in rounds, and return one row for each.
+
+    The first candidate is the one to which the others are compared.
+    """
     prepare(candidates, TOLERANCES[args.dtype], device)
+
+    # A new random order in each round, so that no candidate always follows the same other one.
+    order = np.random.default_rng(0)
     seconds = np.empty((args.rounds, len(candidates)))
-    order = np.random.default_rng(0)  # reshuffled each round, so that no candidate always follows the same one
-    for turn in tqdm(range(args.rounds), f"grid {grid}x{grid}", leave=False, disable=not sys.stderr.isatty()):
+    rounds = range(args.rounds)
+    hidden = not sys.stderr.isatty()
+    for round_number in tqdm(rounds, f"grid {grid}x{grid}", leave=False, disable=hidden):
         for index in order.permutation(len(candidates)):
-            seconds[turn, index] = hardware.seconds_of(candidates[index].run, device)
-    ratios = seconds[:, :1] / seconds
+            seconds[round_number, index] = hardware.seconds_of(candidates[index].run, device)
+
+    speedups = seconds[:, :1] / seconds
     memory = [peak_memory_of(candidate.run, device) for candidate in candidates]
     return [
         {
@@ -160,7 +242,7 @@ def measure_candidates(candidates: list[Candidate], args, grid: int, device: tor
             "num_neighbors_mean": candidate.num_neighbors_mean,
             "backend": candidate.backend,
             "milliseconds": quartiles(1e3 * seconds[:, index]),
-            "speedup": quartiles(ratios[:, index]),
+            "speedup": quartiles(speedups[:, index]),
             "ceiling": candidate.ceiling,
             "peak_memory_bytes": memory[index],
             "first_run_seconds": candidate.first_seconds,
@@ -171,28 +253,15 @@ def measure_candidates(candidates: list[Candidate], args, grid: int, device: tor
 
 
 def quartiles(values: np.ndarray) -> dict[str, float]:
-    return dict(zip(("q1", "median", "q3"), np.quantile(values, [0.25, 0.5, 0.75]).tolist(), strict=True))
-
-
-def format_rows(rows: list[dict]) -> str:
-    """The table, one line a candidate; `x full` is the speed relative to full attention, its ceiling beside it."""
-    lines = [
-        f"{'grid':>7}  {'mask':<26}{'backend':<16}{'ms':>9} {'[q1, q3]':<18}{'x full':>7} {'[q1, q3]':<16}ceiling  MiB"
-    ]
-    for row in rows:
-        ms, speedup, memory = row["milliseconds"], row["speedup"], row["peak_memory_bytes"]
-        step = "" if row["expansion_step"] is None else f" {row['expansion_step']}"
-        ranges = [f"[{values['q1']:.2f}, {values['q3']:.2f}]" for values in (ms, speedup)]
-        lines.append(
-            f"{row['grid']:>3}x{row['grid']:<3}  {row['mask_type'] + step:<26}{row['backend']:<16}{ms['median']:>9.2f} "
-            f"{ranges[0]:<18}{speedup['median']:>7.2f} {ranges[1]:<16}{row['ceiling']:>7.1f}  "
-            + ("-" if memory is None else f"{memory / 2**20:.0f}")
-        )
-    return "\n".join(lines)
+    q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"q1": q1, "median": median, "q3": q3}
 
 
 def measure(args, argv: list[str]) -> tuple[dict, Path]:
-    """The report (settings, machine, rows) and its file, written after each grid: an interrupt loses one grid."""
+    """Measure all grids; returns the report (settings, machine, rows) and its file.
+
+    The file is written after each grid, so an interrupt loses one grid at most.
+    """
     machine_tuned = hardware.keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -200,20 +269,26 @@ def measure(args, argv: list[str]) -> tuple[dict, Path]:
     backends, left_out = usable_backends(args.backends, args.level, device)
     for name, reason in left_out.items():
         print(f"left out: {name} ({reason})", flush=True)
+
+    settings = {}
+    for key, value in vars(args).items():
+        settings[key] = str(value) if isinstance(value, Path) else value
     report = {
         "format": FORMAT,
         "level": args.level,
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "settings": settings,
         "left_out": left_out,
         "threads": torch.get_num_threads(),
         "malloc_keeps_freed_memory": machine_tuned,
-        "first_run_is": "with compiling, or with reading from torch's cache on disk what an earlier run compiled",
+        "first_run_is": "with compiling, or with reading what an earlier run compiled from torch's "
+        "cache on disk",
         "memory_is": PEAK_MEMORY_IS[device.type],
-        "protocol": f"forward and backward, {args.rounds} turns of all candidates in one process, each turn in a "
-        "random order, after a first run of each",
+        "protocol": f"forward and backward, {args.rounds} rounds of all candidates in one process, "
+        "each round in a random order, after a first run of each",
         "provenance": hardware.provenance(argv, device),
         "rows": [],
     }
+
     output = output_of(args)
     for grid in args.grids:
         rows = measure_grid(args, grid, backends, device)
@@ -225,11 +300,52 @@ def measure(args, argv: list[str]) -> tuple[dict, Path]:
 
 
 def output_of(args) -> Path:
-    """The file of the report; its folder is made."""
+    """The file of the report; creates its folder."""
     device = hardware.pick_device(args.device)
-    output = args.output or Path("experiments") / "benchmark" / f"{args.level}_{device.type}.json"
+    default = Path("experiments") / "benchmark" / f"{args.level}_{device.type}.json"
+    output = args.output or default
     output.parent.mkdir(parents=True, exist_ok=True)
     return output
+
+
+# -------------------------------------------------------------------------------------------------
+# Results
+
+
+def format_rows(rows: list[dict]) -> str:
+    """A table with one line per candidate.
+
+    `x full` is the speed relative to full attention, and `ceiling` the most it could be.
+    """
+    times = f"{'ms':>9} {'[q1, q3]':<18}"
+    speedups = f"{'x full':>7} {'[q1, q3]':<16}"
+    header = f"{'grid':>7}  {'mask':<26}{'backend':<16}{times}{speedups}ceiling  MiB"
+    return "\n".join([header, *map(_format_row, rows)])
+
+
+def _format_row(row: dict) -> str:
+    mask = row["mask_type"]
+    if row["expansion_step"] is not None:
+        mask += f" {row['expansion_step']}"
+
+    ms = row["milliseconds"]
+    speedup = row["speedup"]
+    ms_range = f"[{ms['q1']:.2f}, {ms['q3']:.2f}]"
+    speedup_range = f"[{speedup['q1']:.2f}, {speedup['q3']:.2f}]"
+    times = f"{ms['median']:>9.2f} {ms_range:<18}"
+    speedups = f"{speedup['median']:>7.2f} {speedup_range:<16}"
+
+    memory = row["peak_memory_bytes"]
+    mebibytes = "-" if memory is None else f"{memory / 2**20:.0f}"
+    label = f"{row['grid']:>3}x{row['grid']:<3}  {mask:<26}{row['backend']:<16}"
+    return f"{label}{times}{speedups}{row['ceiling']:>7.1f}  {mebibytes}"
+
+
+def read_report(path: Path) -> dict:
+    report = utils.read_json(path)
+    if report.get("format") != FORMAT or not report.get("rows"):
+        raise UserError(f"{path} is not a report of benchmark.py in format {FORMAT}; measure again")
+    return report
 
 
 def main(argv=None) -> int:
@@ -240,16 +356,15 @@ def main(argv=None) -> int:
         OTHER_LEVELS[args.level].measure(args, argv, output)
         print(f"wrote {output}")
         return 0
-    if args.plot is not None:
-        report, output = utils.read_json(args.plot), args.plot
-        if report.get("format") != FORMAT or not report.get("rows"):
-            raise UserError(f"{args.plot} is no report of benchmark.py of format {FORMAT}; measure again")
-    else:
+
+    if args.plot is None:
         report, output = measure(args, argv)
+    else:
+        report, output = read_report(args.plot), args.plot
     drawings = {f"{output.stem}_{kind}": draw for kind, draw in charts.drawings(report).items()}
     failed = figures.save_drawings(output.parent, drawings)
     figures.raise_failed(failed)
-    print(f"drew time, speedup and memory beside {output}")
+    print(f"plotted time, speedup and memory next to {output}")
     return 0
 
 

@@ -100,11 +100,6 @@ class MaskSpec:
         if self.mask_type == "full":
             object.__setattr__(self, "expansion_step", None)
 
-    @classmethod
-    def from_settings(cls, settings: dict) -> MaskSpec:
-        """The spec of a run, from the settings in its config.json or checkpoint."""
-        return cls(settings["mask_type"], settings["expansion_step"])
-
     @property
     def label(self) -> str:
         """Display name in tables and plots: `2d_cardinal, step 2`."""

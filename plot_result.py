@@ -124,7 +124,7 @@ def load_comparison(results_path: Path) -> list[Run]:
 
     folders = {}
     for run in runs:
-        key = (run.settings["run_name"], run.settings["seed"])
+        key = (run.settings.run.run_name, run.settings.optimization.seed)
         first = folders.setdefault(key, run.folder)
         if first != run.folder:
             raise utils.UserError(
@@ -198,26 +198,23 @@ def describe_setup(rows: list[Row]) -> str:
 
     Read from the first run; the notes list what differs in others.
     """
-    config = rows[0].runs[0].config
-    settings = config["settings"]
+    first = rows[0].runs[0]
+    model = first.settings.model
 
-    facts = []
-    if "model" in settings:
-        facts.append(text.markdown(str(settings["model"])))
+    facts = [text.markdown(model.model)]
     if rows[0].num_parameters is not None:
         facts.append(f"{rows[0].num_parameters:,} parameters")
 
-    grid = config["attention"].get("grid")
-    if {"img_size", "patch_size"} <= settings.keys() and grid:
-        size = settings["img_size"]
-        patch = settings["patch_size"]
+    grid = first.config["attention"].get("grid")
+    if grid:
+        size, patch = model.img_size, model.patch_size
         grid = "×".join(map(str, grid))
         facts.append(f"{size}×{size} images in {patch}×{patch} patches (grid {grid})")
 
-    if "pool" in settings:
-        facts.append(text.code(f"--pool {settings['pool']}"))
-    facts.append(_plural(settings["epochs"], "epoch"))
-    facts.append(_plural(len({run.settings["seed"] for row in rows for run in row.runs}), "seed"))
+    facts.append(text.code(f"--pool {model.pool}"))
+    facts.append(_plural(first.settings.optimization.epochs, "epoch"))
+    seeds = {run.settings.optimization.seed for row in rows for run in row.runs}
+    facts.append(_plural(len(seeds), "seed"))
     return ", ".join(facts) + "."
 
 
@@ -225,7 +222,7 @@ def reading_notes(rows: list[Row]) -> list[str]:
     """What a reader must know to interpret the table and the plots."""
     runs = [run for row in rows for run in row.runs]
     on_cpu = ""
-    if _any_setting(runs, "device", "cpu"):
+    if any(run.settings.machine.device == "cpu" for run in runs):
         on_cpu = ", and on a CPU that of the whole process"
 
     notes = [
@@ -237,7 +234,7 @@ def reading_notes(rows: list[Row]) -> list[str]:
         "Images/s is training throughput without the first epoch, which includes the warm-up; "
         f"peak memory is the highest over seeds{on_cpu}.",
     ]
-    if _any_setting(runs, "pool", "cls"):
+    if any(run.settings.model.pool == "cls" for run in runs):
         notes.append(
             "The class token is a global token: it attends to every patch and every patch attends "
             "to it. That links all patches within two layers and blurs the comparison. "
@@ -257,7 +254,7 @@ def reading_notes(rows: list[Row]) -> list[str]:
     for run in runs:
         if run.state != "done":
             epoch = max(run.curve("eval_accuracy"), default=0)
-            unfinished.append(f"{run.name} (epoch {epoch} of {run.settings['epochs']})")
+            unfinished.append(f"{run.name} (epoch {epoch} of {run.settings.optimization.epochs})")
     if unfinished:
         names = text.markdown(", ".join(unfinished))
         notes.append(f"Unfinished runs, plotted up to their latest epoch: {names}.")
@@ -287,10 +284,6 @@ def _describe_commit(origin: dict) -> str | None:
     if not commit:
         return None
     return commit[:10] + (" (modified)" if origin.get("git_dirty") else "")
-
-
-def _any_setting(runs: list[Run], key: str, value: str) -> bool:
-    return any(run.settings.get(key) == value for run in runs)
 
 
 def _plural(number: int, noun: str) -> str:

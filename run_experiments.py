@@ -67,19 +67,14 @@ def make_parser() -> utils.ArgumentParser:
     at_least_0 = number_type(int, minimum=0, maximum=10_000)
     at_least_1 = number_type(int, minimum=1, maximum=10_000)
     above_0 = number_type(float, above=0)
-    mask_types = json_list(str, list(masks.MASK_TYPES))
+    all_types = list(masks.MASK_TYPES)
+    types = json_list(str, all_types)
 
     def add(name: str, help: str, **kwargs) -> None:
         group.add_argument(name, help=help, **kwargs)
 
     group = parser.add_argument_group("what to run")
-    add(
-        "--mask_types",
-        "patterns to run",
-        type=mask_types,
-        default=list(masks.MASK_TYPES),
-        metavar="JSON",
-    )
+    add("--mask_types", "patterns to run", type=types, default=all_types, metavar="JSON")
     steps_help = "expansion steps of each pattern"
     add("--expansion_steps", steps_help, type=json_list(int), default=[1, 2, 3], metavar="JSON")
     add("--seeds", "seeds of each pattern", type=json_list(int), default=[0], metavar="JSON")

@@ -1,4 +1,8 @@
-"""From a boolean mask to attention that pays for it: `compile_mask(mask) -> compiled`, `attend(q, k, v, compiled)`."""
+"""Attention that gets faster as its mask gets sparser.
+
+compiled = compile_mask(mask)       # bool [N, N]
+out = attend(q, k, v, compiled)     # [B, H, T, D]
+"""
 
 from attention.choice import choose_backend
 from attention.compiled_mask import (

@@ -1,6 +1,6 @@
-"""Images a second of the data pipeline alone, and of the usual one: PIL images, torchvision's transforms, a DataLoader.
+"""Images per second of the data pipeline alone, compared with PIL, torchvision and a DataLoader.
 
-Both do the same to the same random images of 32x32, resize and normalize them. Run by
+Both resize and normalize the same random 32x32 images. Run by
 `python benchmark.py --level pipeline`.
 """
 
@@ -19,9 +19,14 @@ import data
 import utils
 from runtime import hardware
 
-SIDE, BATCH_SIZE, ROUNDS = 32, 128, 7
-NUM_IMAGES = {32: 12_800, 224: 2_560}  # of ours, by the size that they are resized to
+SIDE = 32
+BATCH_SIZE = 128
+ROUNDS = 7
+
+# By the size to which images are resized. The slower PIL pipeline gets fewer.
+NUM_IMAGES = {32: 12_800, 224: 2_560}
 NUM_PIL_IMAGES = {32: 2_560, 224: 1_280}
+
 AUGMENTATIONS = {
     "crop, flip": data.Augmentation(),
     "crop, flip, TrivialAugment": data.Augmentation(policy="trivial"),
@@ -36,18 +41,24 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
 
 
 class PilImages(Dataset):
-    """Random images as PIL has them, and torchvision's transforms of them."""
+    """Random PIL images, transformed by torchvision."""
 
     def __init__(self, pixels: torch.Tensor, img_size: int, policy: str):
         from torchvision import transforms  # deferred: takes a second to import
 
-        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+        policies = {
+            "none": [],
+            "trivial": [transforms.TrivialAugmentWide()],
+            "rand": [transforms.RandAugment()],
+        }
         steps = [transforms.RandomCrop(SIDE, padding=SIDE // 8), transforms.RandomHorizontalFlip()]
-        steps += {"none": [], "trivial": [transforms.TrivialAugmentWide()], "rand": [transforms.RandAugment()]}[policy]
-        steps += [transforms.Resize(img_size)] if img_size != SIDE else []
-        self.transform = transforms.Compose(
-            [*steps, transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.25] * 3)]
-        )
+        steps += policies[policy]
+        if img_size != SIDE:
+            steps.append(transforms.Resize(img_size))
+        steps += [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.25] * 3)]
+
+        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+        self.transform = transforms.Compose(steps)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,12 +68,13 @@ class PilImages(Dataset):
 
 
 class Mix:
-    """Batches as a DataLoader makes them, a share of them mixed by torchvision's MixUp or CutMix."""
+    """Collate batches for a DataLoader; torchvision's MixUp or CutMix mixes a share of them."""
 
     def __init__(self, share: float):
         from torchvision.transforms import v2
 
-        self.share, self.mix = share, v2.RandomChoice([v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)])
+        self.share = share
+        self.mix = v2.RandomChoice([v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)])
 
     def __call__(self, examples: list) -> tuple[torch.Tensor, torch.Tensor]:
         batch = default_collate(examples)
@@ -77,12 +89,12 @@ def pil_loader(
     batch_size: int = BATCH_SIZE,
     augmentation: data.Augmentation | None = None,
 ) -> DataLoader:
-    how = augmentation or data.Augmentation()
+    augmentation = augmentation or data.Augmentation()
     return DataLoader(
-        PilImages(pixels, img_size, how.policy),
+        PilImages(pixels, img_size, augmentation.policy),
         batch_size,
         shuffle=True,
-        collate_fn=Mix(how.mix) if how.mix else None,
+        collate_fn=Mix(augmentation.mix) if augmentation.mix else None,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=device.type == "cuda",
@@ -90,7 +102,8 @@ def pil_loader(
 
 
 def dataset_of(pixels: torch.Tensor, img_size: int, device: torch.device) -> data.Dataset:
-    split = data.Split(pixels.to(device), torch.zeros(len(pixels), dtype=torch.int64, device=device))
+    labels = torch.zeros(len(pixels), dtype=torch.int64, device=device)
+    split = data.Split(pixels.to(device), labels)
     return data.Dataset(
         name="random",
         label="Random",
@@ -106,47 +119,66 @@ def dataset_of(pixels: torch.Tensor, img_size: int, device: torch.device) -> dat
 
 
 def rate(epoch: Callable[[], Iterator], device: torch.device) -> float:
-    """Images a second of one pass, each batch taken to the device."""
+    """Images per second of one epoch, with each batch copied to the device."""
     hardware.synchronize(device)
-    start, count = time.perf_counter(), 0
+    start = time.perf_counter()
+    num_images = 0
     for images, _ in epoch():
-        count += len(images.to(device, non_blocking=True))
+        num_images += len(images.to(device, non_blocking=True))
     hardware.synchronize(device)
-    return count / (time.perf_counter() - start)
+    return num_images / (time.perf_counter() - start)
 
 
 def measure_size(img_size: int, device: torch.device, num_workers: int) -> dict[str, list[float]]:
-    """Images a second of each pipeline in each turn; the pipelines take turns in one process."""
+    """Images per second of each pipeline in each round.
+
+    The pipelines take turns in one process, so that noise affects all of them alike.
+    """
     pixels = torch.randint(256, (NUM_IMAGES[img_size], 3, SIDE, SIDE), dtype=torch.uint8)
+    pil_pixels = pixels[: NUM_PIL_IMAGES[img_size]]
     dataset = dataset_of(pixels, img_size, device)
-    few, epochs = pixels[: NUM_PIL_IMAGES[img_size]], {}
+
+    epochs = {}
     for name, how in AUGMENTATIONS.items():
-        loader = pil_loader(few, img_size, num_workers, device, augmentation=how)
+        loader = pil_loader(pil_pixels, img_size, num_workers, device, augmentation=how)
         epochs[name] = lambda how=how: data.train_batches(
             dataset, batch_size=BATCH_SIZE, seed=0, epoch=1, augmentation=how
         )
         epochs[PIL + name] = lambda loader=loader: loader
+
     rates = {name: [] for name in epochs}
-    for turn in range(ROUNDS + 1):
+    for round_number in range(ROUNDS + 1):
         for name, epoch in epochs.items():
             found = rate(epoch, device)
-            if turn > 0:  # the first one warms up
+            if round_number > 0:  # the first round warms up
                 rates[name].append(found)
     return rates
 
 
 def measure(args, argv: list[str], output: Path) -> None:
-    """Time all pipelines at each size; the report so far is written to `output` before its table is printed."""
+    """Time all pipelines at each size; results are written to `output` before they are printed."""
     hardware.keep_freed_memory()
     device = hardware.pick_device(args.device)
-    report = {"provenance": hardware.provenance(argv, device), "batch_size": BATCH_SIZE, "workers": args.workers}
+    report = {
+        "provenance": hardware.provenance(argv, device),
+        "batch_size": BATCH_SIZE,
+        "workers": args.workers,
+    }
     for img_size in NUM_IMAGES:
         rates = measure_size(img_size, device, args.workers)
         report[f"images_per_second_at_{img_size}"] = rates
         utils.write_json(output, report)
-        print(f"{SIDE}x{SIDE} -> {img_size}x{img_size}, batches of {BATCH_SIZE}, on {hardware.device_name(device)}")
-        for name, values in rates.items():
-            low, median, high = statistics.quantiles(values, n=4)
-            peer = rates[name if name.startswith(PIL) else PIL + name]
-            ratio = statistics.median(ours / theirs for ours, theirs in zip(values, peer, strict=True))
-            print(f"  {name:<50}{median:>10,.0f} images/s ({low:,.0f} to {high:,.0f}){ratio:>7.1f} x PIL", flush=True)
+
+        sizes = f"{SIDE}x{SIDE} -> {img_size}x{img_size}"
+        print(f"{sizes}, batches of {BATCH_SIZE}, on {hardware.device_name(device)}")
+        for name in rates:
+            print_rates(name, rates)
+
+
+def print_rates(name: str, rates: dict[str, list[float]]) -> None:
+    low, median, high = statistics.quantiles(rates[name], n=4)
+    peer = rates[name if name.startswith(PIL) else PIL + name]
+    ratios = [ours / theirs for ours, theirs in zip(rates[name], peer, strict=True)]
+    ratio = statistics.median(ratios)
+    quartiles = f"({low:,.0f} to {high:,.0f})"
+    print(f"  {name:<50}{median:>10,.0f} images/s {quartiles}{ratio:>7.1f} x PIL", flush=True)

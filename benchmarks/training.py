@@ -1,13 +1,18 @@
-"""Training speed, end to end: this repository's loop, its bare model on random data, and the loop as often written.
+"""End-to-end training speed: our training loop, the bare model, and a typical loop.
 
     python benchmark.py --level training
 
-The often written one: timm's ViT of the same size, PIL images, torchvision's transforms, a DataLoader, fp32. All take
-turns in one process, an epoch of a few steps each, and a ratio is taken within each turn: of the bare model (what is
-missing to 1 is the time that the model waits for data and bookkeeping), of the often written loop, and of the rate of
-a large matrix product.
+The typical loop is timm's ViT of the same size with PIL images, torchvision's transforms, a
+DataLoader and fp32. All loops take turns in one process, an epoch of a few steps each, and ratios
+are taken within each round:
 
-    python benchmark.py --level training --model vit_base --img_size 224 --patch_size 16 --batch_size 256 --steps 10
+- to the bare model on random data: what is missing to 1 is time the model waits for data and
+  bookkeeping,
+- to the typical loop,
+- to the rate of a large matrix product.
+
+    python benchmark.py --level training --model vit_base --img_size 224 --patch_size 16 \\
+        --batch_size 256 --steps 10
 """
 
 from __future__ import annotations
@@ -34,33 +39,56 @@ from training.progress import Progress
 from training.settings import RECIPES
 from training.trainer import Trainer
 
-MATRIX_SIZE = {"cuda": 8192}  # of the matrix product, by device
-SMALL_MATRIX = 2048  # elsewhere
+# Side of the matrices to multiply, by device and for all other devices.
+MATRIX_SIZE = {"cuda": 8192}
+SMALL_MATRIX = 2048
+
 PRECISIONS = ("fp32", "bf16")
-OURS, BARE, USUAL = "this repository", "bare model", "timm, PIL, DataLoader, fp32"
+
+# Beginnings of the names of loops in the report.
+OURS = "this repository"
+BARE = "bare model"
+USUAL = "timm, PIL, DataLoader, fp32"
 
 
 def add_arguments(parser: utils.ArgumentParser) -> None:
     positive = utils.number_type(int, minimum=1)
-    parser.add_argument("--model", choices=models.PRESETS, default="vit_tiny", help="size preset")
-    size_help = f"to which images of {pipeline.SIDE}x{pipeline.SIDE} are resized"
-    parser.add_argument("--img_size", type=positive, default=pipeline.SIDE, metavar="PX", help=size_help)
-    parser.add_argument("--patch_size", type=positive, default=4, metavar="PX", help="side of a patch")
-    parser.add_argument("--batch_size", type=positive, default=128, metavar="N", help="images per step")
-    modes, compile_help = [mode for mode in COMPILE if mode != "auto"], "torch.compile our model and the bare one alike"
-    parser.add_argument("--compile", choices=modes, default="off", help=compile_help)
-    parser.add_argument("--steps", type=positive, default=4, help="of each epoch")
-    parser.add_argument("--rounds", type=utils.number_type(int, minimum=3), default=7, help="timed rounds")
-    parser.add_argument("--workers", type=utils.number_type(int, minimum=0), default=2, help="of the DataLoader")
+    at_least_3 = utils.number_type(int, minimum=3)
+    not_negative = utils.number_type(int, minimum=0)
+
+    def add(flag: str, default, help: str, **options) -> None:
+        parser.add_argument(flag, default=default, help=help, **options)
+
+    side = pipeline.SIDE
+    compile_modes = [mode for mode in COMPILE if mode != "auto"]
+    add("--model", "vit_tiny", "size preset", choices=models.PRESETS)
+    add("--img_size", side, f"resize {side}x{side} images to this", type=positive, metavar="PX")
+    add("--patch_size", 4, "side of a patch", type=positive, metavar="PX")
+    add("--batch_size", 128, "images per step", type=positive, metavar="N")
+    add("--compile", "off", "torch.compile mode of our and the bare model", choices=compile_modes)
+    add("--steps", 4, "steps per epoch", type=positive)
+    add("--rounds", 7, "timed rounds", type=at_least_3)
+    add("--workers", 2, "processes of the DataLoader", type=not_negative)
 
 
-def our_loop(args, pixels: torch.Tensor, precision: str, options: list[str], device: torch.device) -> Callable:
-    """A function that trains one epoch as main.py does, without evaluating and saving."""
-    run = [f"--{name}={getattr(args, name)}" for name in ("model", "img_size", "patch_size", "batch_size", "compile")]
-    run += ["--device", device.type, "--precision", precision, "--checkpoint_every_minutes", "0", *options]
-    settings = resolve_settings(parse_run(run))
-    dataset, folder = pipeline.dataset_of(pixels, args.img_size, device), Path(tempfile.gettempdir())
-    trainer = Trainer(build_ours(args).to(device), dataset, settings, {}, folder, device, StopRequest())
+# -------------------------------------------------------------------------------------------------
+# The loops
+
+
+def our_loop(
+    args, pixels: torch.Tensor, precision: str, options: list[str], device: torch.device
+) -> Callable:
+    """A function that trains one epoch as main.py does, without evaluating or saving."""
+    names = ("model", "img_size", "patch_size", "batch_size", "compile")
+    flags = [f"--{name}={getattr(args, name)}" for name in names]
+    flags += ["--device", device.type, "--precision", precision]
+    flags += ["--checkpoint_every_minutes", "0", *options]
+    settings = resolve_settings(parse_run(flags))
+
+    dataset = pipeline.dataset_of(pixels, args.img_size, device)
+    folder = Path(tempfile.gettempdir())
+    model = build_ours(args).to(device)
+    trainer = Trainer(model, dataset, settings, {}, folder, device, StopRequest())
 
     def epoch() -> None:
         trainer.start_epoch(Progress())
@@ -70,11 +98,12 @@ def our_loop(args, pixels: torch.Tensor, precision: str, options: list[str], dev
 
 
 def build_ours(args) -> models.VisionTransformer:
-    return models.VisionTransformer(args.img_size, args.patch_size, dropout=0.1, **models.PRESETS[args.model])
+    preset = models.PRESETS[args.model]
+    return models.VisionTransformer(args.img_size, args.patch_size, dropout=0.1, **preset)
 
 
 def bare_loop(model: torch.nn.Module, batches, precision: str, device: torch.device) -> Callable:
-    """A function that does forward, backward and step for each of the batches, and nothing else."""
+    """A function that does forward, backward and optimizer step per batch, and nothing else."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def epoch() -> None:
@@ -98,80 +127,125 @@ def timm_model(args) -> torch.nn.Module:
 def matrix_product(precision: str, device: torch.device) -> tuple[Callable, float]:
     """A function that multiplies two large matrices, and its FLOPs."""
     size = MATRIX_SIZE.get(device.type, SMALL_MATRIX)
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     return lambda: a @ b, 2.0 * size**3
 
 
 def build_loops(args, device: torch.device) -> dict[str, Callable]:
-    """What takes turns: name -> a function that trains an epoch of `args.steps` steps."""
-    num_images, side = args.steps * args.batch_size, pipeline.SIDE
-    pixels = torch.randint(256, (num_images, 3, side, side), dtype=torch.uint8)
-    shape = (args.batch_size, 3, args.img_size, args.img_size)
-    batches = [(torch.randn(shape, device=device), torch.arange(args.batch_size, device=device) % 10)] * args.steps
+    """Name -> a function that trains for an epoch of `args.steps` steps."""
+    shape = (args.steps * args.batch_size, 3, pipeline.SIDE, pipeline.SIDE)
+    pixels = torch.randint(256, shape, dtype=torch.uint8)
+
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    labels = torch.arange(args.batch_size, device=device) % 10
+    batches = [(images, labels)] * args.steps
+
     loops = {}
     for precision in PRECISIONS:
         model = build_ours(args).to(device)
-        compiled = model if args.compile == "off" else torch.compile(model, mode=args.compile, dynamic=False)
-        loops[f"{BARE}, {precision}"] = bare_loop(compiled, batches, precision, device)
+        if args.compile != "off":
+            model = torch.compile(model, mode=args.compile, dynamic=False)
+        loops[f"{BARE}, {precision}"] = bare_loop(model, batches, precision, device)
+
         for recipe in RECIPES:
-            options = ["--recipe", recipe, "--pool", "cls", "--drop_path", "0"]  # the same model
-            loops[f"{OURS}, {recipe}, {precision}"] = our_loop(args, pixels, precision, options, device)
+            # These options make the model the same for all recipes.
+            options = ["--recipe", recipe, "--pool", "cls", "--drop_path", "0"]
+            name = f"{OURS}, {recipe}, {precision}"
+            loops[name] = our_loop(args, pixels, precision, options, device)
+
     loader = pipeline.pil_loader(pixels, args.img_size, args.workers, device, args.batch_size)
     loops[USUAL] = bare_loop(timm_model(args).to(device), loader, "fp32", device)
     return loops
 
 
+# -------------------------------------------------------------------------------------------------
+# Measuring
+
+
 def measure(args, argv: list[str], output: Path) -> None:
     """Time all loops, write the report to `output`, and print it. Raises UserError without timm."""
     if importlib.util.find_spec("timm") is None:
-        raise utils.UserError("the often written loop needs timm; pip install -r requirements-dev.txt")
+        raise utils.UserError(
+            "--level training needs timm for comparison: pip install -r requirements-dev.txt"
+        )
     hardware.keep_freed_memory()
     device = hardware.pick_device(args.device)
+
     loops = build_loops(args, device)
-    products = {precision: matrix_product(precision, device) for precision in PRECISIONS}
-    seconds = time_in_turns(loops | {product: function for product, (function, _) in products.items()}, args, device)
-    matmul = {product: [flops / value for value in seconds[product]] for product, (_, flops) in products.items()}
-    report = {"provenance": hardware.provenance(argv, device)}
-    report["matmul_flops_per_second"] = matmul
-    report["rows"] = [make_row(name, seconds, matmul, args) for name in loops]
+    products = {}
+    num_flops = {}
+    for precision in PRECISIONS:
+        products[precision], num_flops[precision] = matrix_product(precision, device)
+
+    seconds = time_in_rounds(loops | products, args, device)
+    matmul = {}
+    for precision in PRECISIONS:
+        matmul[precision] = [num_flops[precision] / value for value in seconds[precision]]
+
+    report = {
+        "provenance": hardware.provenance(argv, device),
+        "matmul_flops_per_second": matmul,
+        "rows": [make_row(name, seconds, matmul, args) for name in loops],
+    }
     utils.write_json(output, report)
     for row in report["rows"]:
         print_row(row)
 
 
-def time_in_turns(functions: dict[str, Callable], args, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each function in each turn."""
+def time_in_rounds(
+    functions: dict[str, Callable], args, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round."""
     seconds = {name: [] for name in functions}
-    for turn in tqdm(range(args.rounds + 1), "turns", leave=False, disable=not sys.stderr.isatty()):
+    rounds = range(args.rounds + 1)
+    hidden = not sys.stderr.isatty()
+    for round_number in tqdm(rounds, "rounds", leave=False, disable=hidden):
         for name, function in functions.items():
             found = hardware.seconds_of(function, device)
-            if turn > 0:  # the first one warms up
+            if round_number > 0:  # the first round warms up
                 seconds[name].append(found)
     return seconds
 
 
-def make_row(name: str, seconds: dict[str, list[float]], matmul: dict[str, list[float]], args) -> dict:
-    """What the report says of a loop: images a second in each turn, and medians of its ratios to others."""
-    values, precision, num_images = seconds[name], name.rpartition(", ")[2], args.steps * args.batch_size
-    flops = 3 * models.count_forward_flops(build_ours(args))["total"] * num_images  # backward counts twice
+def make_row(
+    name: str, seconds: dict[str, list[float]], matmul: dict[str, list[float]], args
+) -> dict:
+    """What the report says about a loop.
+
+    Images per second in each round, and the medians of its speed relative to other loops.
+    """
+    values = seconds[name]
+    precision = name.rpartition(", ")[2]
+    num_images = args.steps * args.batch_size
+    forward_flops = models.count_forward_flops(build_ours(args))["total"]
+    flops = 3 * forward_flops * num_images  # the backward pass costs twice the forward pass
+    at_matmul_rate = [flops / rate for rate in matmul[precision]]
+
+    of_bare = None
+    if name.startswith(OURS):
+        of_bare = ratio(values, seconds[f"{BARE}, {precision}"])
     return {
         "name": name,
         "images_per_second": [num_images / value for value in values],
-        "of_bare": ratio(values, seconds[f"{BARE}, {precision}"]) if name.startswith(OURS) else None,
+        "of_bare": of_bare,
         "of_usual": ratio(values, seconds[USUAL]),
-        "of_matmul": ratio(values, [flops / rate for rate in matmul[precision]]),
+        "of_matmul": ratio(values, at_matmul_rate),
     }
 
 
 def print_row(row: dict) -> None:
     low, median, high = statistics.quantiles(row["images_per_second"], n=4)
-    of_bare = "" if row["of_bare"] is None else f", {row['of_bare']:.2f} of the bare model"
-    print(
-        f"{row['name']:<32}{median:7.0f} images/s ({low:.0f} to {high:.0f}), {row['of_usual']:.2f} of the usual, "
-        f"{row['of_matmul']:.2f} of the matrix product's rate{of_bare}"
-    )
+    facts = [
+        f"{row['name']:<32}{median:7.0f} images/s ({low:.0f} to {high:.0f})",
+        f"{row['of_usual']:.2f} of the typical loop",
+        f"{row['of_matmul']:.2f} of the matrix product's rate",
+    ]
+    if row["of_bare"] is not None:
+        facts.append(f"{row['of_bare']:.2f} of the bare model")
+    print(", ".join(facts))
 
 
 def ratio(seconds: list[float], peer: list[float]) -> float:
-    """Median over the turns of how many times as fast as the peer."""
+    """How many times as fast as the peer: the median over the rounds."""
     return statistics.median(theirs / ours for ours, theirs in zip(seconds, peer, strict=True))

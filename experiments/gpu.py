@@ -1,13 +1,14 @@
-"""What experiments/gpu.sh measures and no other script does; gpu.sh runs it.
+"""The measurements of experiments/gpu.sh that no other script makes.
 
     gpu.py ceilings FOLDER    versions; the rates of a copy and of matrix products
-    gpu.py full FOLDER        full attention by the kernel that torch picks, by cuDNN and by FlashAttention-2
-    gpu.py attention FOLDER   masked attention, one backend after the other
-    gpu.py training FOLDER    training steps, and what share of the device's peak they reach
-    gpu.py profile FOLDER     a trace of one epoch of few steps
+    gpu.py full FOLDER        full attention: torch's choice of kernel, cuDNN, FlashAttention-2
+    gpu.py attention FOLDER   masked attention, with one backend after the other
+    gpu.py training FOLDER    training steps, and the share of the device's peak that they reach
+    gpu.py profile FOLDER     a trace of one epoch of a few steps
 
-`full` and `attention` take the flags of benchmark.py, the others those of its --level training. Each measurement is
-appended to FOLDER/rows.jsonl as soon as it is made; one that fails becomes a row with its error, and the next one runs.
+`full` and `attention` take the flags of benchmark.py, the others those of its --level training.
+Each measurement is appended to FOLDER/rows.jsonl right away. One that fails becomes a row with its
+error, and the next one runs.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from runtime import hardware
 
 KERNELS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
 COPY_BYTES = {"cuda": 2**30}
-SMALL_COPY = 2**26  # elsewhere
+SMALL_COPY = 2**26  # bytes, on other devices
 MATMUL_PRECISIONS = ("fp32", "tf32", "bf16")
-ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace's events
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events in a trace
 
 
 class Rows:
@@ -47,14 +48,18 @@ class Rows:
 
     def __init__(self, folder: Path, command: str, device: torch.device):
         self.path = folder / "rows.jsonl"
-        self.origin = {"what": command, "device": hardware.device_name(device), "torch": torch.__version__}
+        self.origin = {
+            "what": command,
+            "device": hardware.device_name(device),
+            "torch": torch.__version__,
+        }
         self.num_failed = 0
 
     def add(self, name: str, measure: Callable[..., dict], *arguments) -> None:
-        """Measure and append; an error is appended as well."""
+        """Measure and append the result or the error."""
         try:
             found = measure(*arguments)
-        except Exception as error:  # of a kernel, a compiler, the memory: the others can still be measured
+        except Exception as error:  # kernels, compilers, memory: the rest can still be measured
             traceback.print_exc()
             self.num_failed += 1
             found = {"error": utils.first_line(error)}
@@ -70,7 +75,7 @@ class Rows:
             file.write(line + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The machine
 
 
@@ -103,7 +108,8 @@ def driver_version() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0] or None
+    output = subprocess.run(command, capture_output=True, text=True).stdout
+    return output.partition("\n")[0] or None
 
 
 def copy_rate(rounds: int, device: torch.device) -> dict:
@@ -121,31 +127,36 @@ def matmul_rate(precision: str, rounds: int, device: torch.device) -> dict:
 
 
 def seconds_of_rounds(function: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Median seconds of a call, after two to warm up."""
-    return statistics.median([hardware.seconds_of(function, device) for _ in range(2 + rounds)][2:])
+    """Median seconds of a call, after two calls to warm up."""
+    seconds = [hardware.seconds_of(function, device) for _ in range(2 + rounds)]
+    return statistics.median(seconds[2:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention, by the flags of benchmark.py
+# --------------------------------------------------------------------------------------------------
+# Attention, with the flags of benchmark.py
 
 
 def measure_full(rows: Rows, folder: Path, args, device: torch.device) -> None:
     for grid in args.grids:
         rows.add(f"full SDPA, {grid}x{grid}", full_row, args, grid, device)
         for name, kernel in KERNELS.items():
+            title = f"full SDPA, {name}, {grid}x{grid}"
             if device.type == "cuda":
-                rows.add(f"full SDPA, {name}, {grid}x{grid}", forced_row, args, grid, name, kernel, device)
+                rows.add(title, forced_row, args, grid, name, kernel, device)
             else:
-                rows.leave_out(f"full SDPA, {name}, {grid}x{grid}", f"a kernel of CUDA, not of {device.type}")
+                rows.leave_out(title, f"a kernel of CUDA, not of {device.type}")
 
 
 def full_row(args, grid: int, device: torch.device) -> dict:
-    """With the kernel that torch picks, which a claim about its speed should name."""
+    """With torch's own choice of kernel, whose name belongs to any claim about the speed."""
     batch_size, num_heads = candidates.shape_of(args, grid)
+    shape = (batch_size, num_heads, grid * grid, args.head_dim)
     dtype = candidates.DTYPES[args.dtype]
-    q = torch.zeros(batch_size, num_heads, grid * grid, args.head_dim, device=device, dtype=dtype, requires_grad=True)
+    q = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
     kernel = SDPBackend(torch._fused_sdp_choice(q, q, q)).name
-    return {"kernel": kernel} | row_of(args, grid, candidates.attention_candidates(args, grid, [], device), device)
+
+    full = candidates.attention_candidates(args, grid, [], device)
+    return {"kernel": kernel, **row_of(args, grid, full, device)}
 
 
 def forced_row(args, grid: int, name: str, kernel: SDPBackend, device: torch.device) -> dict:
@@ -154,7 +165,7 @@ def forced_row(args, grid: int, name: str, kernel: SDPBackend, device: torch.dev
 
 
 def with_kernel(full: candidates.Candidate, name: str, kernel: SDPBackend) -> candidates.Candidate:
-    """Full attention by this kernel alone."""
+    """Full attention with this kernel only."""
 
     def forced(function: Callable) -> Callable:
         def call():
@@ -174,27 +185,33 @@ def measure_attention(rows: Rows, folder: Path, args, device: torch.device) -> N
     for grid in args.grids:
         for spec in candidates.masks_of(args):
             for backend in backends:
-                rows.add(f"{spec.label}, {grid}x{grid}: {backend}", masked_row, args, grid, spec, backend, device)
+                title = f"{spec.label}, {grid}x{grid}: {backend}"
+                rows.add(title, masked_row, args, grid, spec, backend, device)
 
 
 def masked_row(args, grid: int, spec: MaskSpec, backend: str, device: torch.device) -> dict:
-    steps = [spec.expansion_step]
-    one = argparse.Namespace(**{**vars(args), "mask_types": [spec.mask_type], "expansion_steps": steps})
-    full, *masked = candidates.attention_candidates(one, grid, [backend], device)
+    one_mask = {"mask_types": [spec.mask_type], "expansion_steps": [spec.expansion_step]}
+    args = argparse.Namespace(**{**vars(args), **one_mask})
+    full, *masked = candidates.attention_candidates(args, grid, [backend], device)
     if not masked:
-        raise utils.UserError(f"backend {backend} does not take this mask")
-    return row_of(one, grid, [full, *masked], device)
+        raise utils.UserError(f"backend {backend} does not support this mask")
+    return row_of(args, grid, [full, *masked], device)
 
 
 def row_of(args, grid: int, measured: list[candidates.Candidate], device: torch.device) -> dict:
-    """The row of the last one, compared with the first one: checked, then timed in turns."""
+    """The row of the last candidate, checked against the first one and timed in turns with it."""
     batch_size, num_heads = candidates.shape_of(args, grid)
-    shape = {"dtype": args.dtype, "batch_size": batch_size, "num_heads": num_heads, "head_dim": args.head_dim}
+    shape = {
+        "dtype": args.dtype,
+        "batch_size": batch_size,
+        "num_heads": num_heads,
+        "head_dim": args.head_dim,
+    }
     return shape | benchmark.measure_candidates(measured, args, grid, device)[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training, by the flags of benchmark.py --level training: the loop of main.py in bf16
+# --------------------------------------------------------------------------------------------------
+# Training, with the flags of benchmark.py --level training: the loop of main.py in bf16
 
 
 def measure_training(rows: Rows, folder: Path, args, device: torch.device) -> None:
@@ -209,8 +226,10 @@ def training_row(args, device: torch.device) -> dict:
 
     num_images = args.steps * args.batch_size
     rate = num_images / statistics.median(seconds)
-    flops = 3 * models.count_forward_flops(training.build_ours(args))["total"] * rate  # backward counts twice
+    flops_per_image = models.count_forward_flops(training.build_ours(args))["total"]
+    flops = 3 * flops_per_image * rate  # the backward pass takes twice as many as the forward pass
     peak = hardware.peak_flops(device, "bf16")
+    matmul_peak = matmul_rate("bf16", args.rounds, device)["flops_per_second"]
     return {
         "batch_size": args.batch_size,
         "num_steps": args.steps * args.rounds,
@@ -219,25 +238,28 @@ def training_row(args, device: torch.device) -> dict:
         "first_epoch_seconds": first_seconds,
         "flops_per_second": flops,
         "flops_utilization": None if peak is None else 100 * flops / peak,
-        "flops_utilization_of_matmul": 100 * flops / matmul_rate("bf16", args.rounds, device)["flops_per_second"],
+        "flops_utilization_of_matmul": 100 * flops / matmul_peak,
         "peak_memory_bytes": hardware.peak_memory_bytes(device),
     }
 
 
 def measure_profile(rows: Rows, folder: Path, args, device: torch.device) -> None:
-    rows.add(f"{args.model} at {args.img_size} px, {args.compile}", profile_row, folder, args, device)
+    rows.add(
+        f"{args.model} at {args.img_size} px, {args.compile}", profile_row, folder, args, device
+    )
 
 
 def profile_row(folder: Path, args, device: torch.device) -> dict:
-    """A trace of one epoch for chrome://tracing, its table as text, and the share of the time that kernels ran."""
+    """Write a trace of one epoch, for chrome://tracing, and its table; the share of kernel time."""
     epoch = build_epoch(args, device)
-    for _ in range(2):  # compiles, and records CUDA graphs
+    for _ in range(2):  # compile, and record CUDA graphs
         epoch()
     with torch.profiler.profile() as profile:
         seconds = hardware.seconds_of(epoch, device)
 
     stem = f"profile_{args.model}_{args.img_size}px_{args.compile}"
-    trace, table = folder / f"{stem}.json.gz", folder / f"{stem}.txt"
+    trace = folder / f"{stem}.json.gz"
+    table = folder / f"{stem}.txt"
     profile.export_chrome_trace(str(trace))
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     utils.write_text(table, profile.key_averages().table(sort_by=order, row_limit=60))
@@ -252,20 +274,22 @@ def profile_row(folder: Path, args, device: torch.device) -> dict:
 
 
 def percent_on_device(trace: Path, seconds: float) -> float:
-    """What kernels and copies took of the time; they follow each other on one stream."""
+    """The share of the time that kernels and copies took. They follow each other on one stream."""
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
-    return 100 * sum(event["dur"] for event in events if event.get("cat") in ON_DEVICE) / (1e6 * seconds)
+    microseconds = sum(event["dur"] for event in events if event.get("cat") in ON_DEVICE)
+    return 100 * microseconds / (1e6 * seconds)
 
 
 def build_epoch(args, device: torch.device) -> Callable[[], None]:
     """A function that trains `args.steps` steps as main.py does, on random images."""
-    side = pipeline.SIDE
-    pixels = torch.randint(256, (args.steps * args.batch_size, 3, side, side), dtype=torch.uint8)
+    num_images = args.steps * args.batch_size
+    shape = (num_images, 3, pipeline.SIDE, pipeline.SIDE)
+    pixels = torch.randint(256, shape, dtype=torch.uint8)
     return training.our_loop(args, pixels, "bf16", ["--recipe", "plain"], device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def training_args(argv: list[str]) -> argparse.Namespace:
@@ -284,13 +308,17 @@ COMMANDS = {
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) < 2 or argv[0] not in COMMANDS:
-        raise utils.UsageError(f"expected one of {', '.join(COMMANDS)} and a folder, got {' '.join(argv) or 'nothing'}")
+        raise utils.UsageError(
+            f"expected one of {', '.join(COMMANDS)} and a folder, got {' '.join(argv) or 'nothing'}"
+        )
     command, folder = argv[0], Path(argv[1])
     measure, parse_args = COMMANDS[command]
     args = parse_args(argv[2:])
+
     hardware.keep_freed_memory()
     device = hardware.pick_device(args.device)
     folder.mkdir(parents=True, exist_ok=True)
+
     rows = Rows(folder, command, device)
     measure(rows, folder, args, device)
     return 1 if rows.num_failed else 0

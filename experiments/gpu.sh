@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# What a GPU is to be asked first, in seven parts. Each takes at most ten minutes and needs none of the others; a step
-# that fails, hangs or kills its process stops no other step.
+# The first things to measure on a GPU, in seven parts. Each part takes at most ten minutes and is
+# independent of the others. A step that fails, hangs or kills its process stops no other step.
 #
 #   bash experiments/gpu.sh                  lists the parts
-#   bash experiments/gpu.sh PART [FOLDER]    runs one, by name or number
+#   bash experiments/gpu.sh PART [FOLDER]    runs one part, by name or number
 #
-# FOLDER (experiments/gpu) gets rows.jsonl, one JSON row for each measurement and each step as soon as it is there, the
-# output of each step as PART-STEP.txt, and the reports. The exit code is 1 if a step failed; the last line names it.
+# FOLDER (default: experiments/gpu) gets rows.jsonl with one JSON row per measurement and per step,
+# written right away, the output of each step as PART-STEP.txt, and the reports. The exit code is 1
+# if a step failed; the last line of output names it.
 #
-#   SMALL=1      tiny shapes on the CPU, to try the script itself; what needs CUDA is said and left out
-#   PYTHON=...   the interpreter (.venv/bin/python where there is one, else python3)
-#   DATA=...     the image folder of part 7 (data/cifar10-jpeg)
-#   ARCHIVE=...  cifar10-jpeg.tar.xz, from which DATA is unpacked where it is not there
-#   PART_SECONDS=540   after which a part stops: the step that runs, and those that have not started
+#   SMALL=1      tiny shapes on the CPU, to try the script itself; leaves out what needs CUDA
+#   PYTHON=...   the interpreter (default: .venv/bin/python if it exists, else python3)
+#   DATA=...     the image folder for part 7 (default: data/cifar10-jpeg)
+#   ARCHIVE=...  cifar10-jpeg.tar.xz, to unpack DATA from if it doesn't exist
+#   PART_SECONDS=540   time limit of a part: ends the running step and skips the rest
 
 PARTS=(machine tests attention grids base training accuracy)
 PART_SECONDS=${PART_SECONDS:-540}
@@ -21,17 +22,18 @@ usage() {
     cat <<'END'
 usage: bash experiments/gpu.sh PART [FOLDER]
 
-  1  machine     versions; rates of a copy and of matrix products in bf16, fp32 and tf32
+  1  machine     versions; rates of copying and of matrix products in bf16, fp32 and tf32
   2  tests       pytest -m cuda
-  3  attention   64x64 patches, square of step 2: full attention by each kernel, dense, flex, diagonal
+  3  attention   64x64 patches, square of step 2: full attention, each kernel; dense, flex, diagonal
   4  grids       grids 14, 28 and 128; steps 1 and 3; plus and 1D
-  5  base        ViT-B/16 at 224 px: 30 steps each, eager, compiled and with CUDA graphs; a profiler trace; utilization
-  6  training    ViT-Tiny/4 at 32 px: images/s of training, and what share of the bare model's rate that is
-  7  accuracy    full and square attention of step 1 on CIFAR images (JPEG copy), 12 epochs, one seed
+  5  base        ViT-B/16 at 224 px: 30 steps each, eager, compiled and with CUDA graphs;
+                 a profiler trace; utilization
+  6  training    ViT-Tiny/4 at 32 px: images/s of training, and its share of the bare model's rate
+  7  accuracy    full and square attention, step 1, on CIFAR images (JPEG copy), 12 epochs, one seed
 END
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The parts
 
 machine() {
@@ -58,7 +60,8 @@ grids() {
     pattern step_1 100 "$GRID" 2d_all_neighbors 1 "$all"
     pattern plus 100 "$GRID" 2d_cardinal 2 "$all"
     pattern 1d 150 "$GRID" 1d_all_neighbors 2 "$all"
-    pattern step_3 300 "$GRID" 2d_all_neighbors 3 "$all" # last: compiling 49 diagonals takes minutes
+    # Last, because compiling 49 diagonals takes minutes.
+    pattern step_3 300 "$GRID" 2d_all_neighbors 3 "$all"
 }
 
 pattern() { # STEP SECONDS GRID MASK_TYPE EXPANSION_STEP BACKENDS
@@ -72,7 +75,8 @@ base() {
         if [ "$SMALL" ] && [ "$mode" = reduce-overhead ]; then
             leave_out "$mode" "CUDA graphs need CUDA"
         else
-            step "$mode" 180 "${MEASURE[@]}" training "$FOLDER" "${run[@]}" --steps 10 --rounds 3 --compile "$mode"
+            step "$mode" 180 "${MEASURE[@]}" training "$FOLDER" "${run[@]}" \
+                --steps 10 --rounds 3 --compile "$mode"
         fi
     done
     step profile 120 "${MEASURE[@]}" profile "$FOLDER" "${run[@]}" --steps 3 --compile default
@@ -80,8 +84,9 @@ base() {
 
 training() {
     for mode in "${COMPILE_MODES[@]}"; do
-        step "$mode" 200 "$PYTHON" benchmark.py --level training --device "$DEVICE" --img_size 32 --patch_size 4 "${TINY[@]}" \
-            --compile "$mode" --output "$FOLDER/training_32px_$mode.json"
+        step "$mode" 200 "$PYTHON" benchmark.py --level training --device "$DEVICE" \
+            --img_size 32 --patch_size 4 "${TINY[@]}" --compile "$mode" \
+            --output "$FOLDER/training_32px_$mode.json"
     done
 }
 
@@ -93,25 +98,28 @@ accuracy() {
             && mv "$DATA.unpacked"/* "$DATA" && rmdir "$DATA.unpacked" \
             && echo "CIFAR-10 (JPEG q75 copy)" >"$DATA/label.txt"
     fi
-    step sweep 500 "$PYTHON" run_experiments.py "${SWEEP[@]}" --mask_types '["full", "2d_all_neighbors"]' \
-        --expansion_steps '[1]' --seeds '[0]' --output_dir "$FOLDER/runs" -- --device "$DEVICE" "${SWEPT_RUN[@]}"
+    step sweep 500 "$PYTHON" run_experiments.py "${SWEEP[@]}" \
+        --mask_types '["full", "2d_all_neighbors"]' --expansion_steps '[1]' --seeds '[0]' \
+        --output_dir "$FOLDER/runs" -- --device "$DEVICE" "${SWEPT_RUN[@]}"
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the parts are made of
+# --------------------------------------------------------------------------------------------------
+# The building blocks of the parts
 
-# step NAME SECONDS COMMAND...: run it for so long at most, or for what is left of the part, and note how it ended.
+# step NAME SECONDS COMMAND...: run a command, with a time limit of SECONDS or what is left of the
+# part, and note how it ended.
 step() {
     local name=$1 limit=$2 start=$SECONDS code=0
     local log="$FOLDER/$PART-$name.txt" left=$((PART_SECONDS - SECONDS))
     shift 2
     [ "$left" -lt "$limit" ] && limit=$left
     if [ "$limit" -le 0 ]; then
-        code=124 # as of timeout
+        code=124 # the same as of timeout
         echo "not started" >"$log"
     else
         echo "--- $PART, $name: at most $limit s"
-        # In the background, for signals to reach this script at once; to a file, as a pipe would wait for stray children.
+        # In the background, so that signals reach this script at once. Into a file, because a pipe
+        # would wait for stray children.
         timeout --kill-after=15 "$limit" "$@" >"$log" 2>&1 </dev/null &
         CHILD=$!
         wait "$CHILD" || code=$?
@@ -130,12 +138,13 @@ leave_out() { # NAME REASON
 }
 
 note() { # NAME FIELDS
-    printf '{"what": "step", "part": "%s", "name": "%s", %s}\n' "$PART" "$1" "$2" >>"$FOLDER/rows.jsonl"
+    printf '{"what": "step", "part": "%s", "name": "%s", %s}\n' "$PART" "$1" "$2" \
+        >>"$FOLDER/rows.jsonl"
 }
 
 interrupted() {
     [ "$CHILD" ] && kill -TERM "$CHILD" && wait "$CHILD"
-    echo "gpu.sh: interrupted; what was measured is in $FOLDER" >&2
+    echo "gpu.sh: interrupted; all results so far are in $FOLDER" >&2
     exit 130
 }
 
@@ -144,44 +153,60 @@ refuse() {
     exit 2
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
-[ $# -gt 0 ] || { usage; exit 0; }
+if [ $# -eq 0 ]; then
+    usage
+    exit 0
+fi
 [ $# -le 2 ] || refuse "expected PART and FOLDER, got $*"
 PART=$1
 [[ $PART =~ ^[1-7]$ ]] && PART=${PARTS[PART - 1]}
-[[ " ${PARTS[*]} " = *" $PART "* ]] || refuse "no part is called $PART; expected 1 to 7 or one of ${PARTS[*]}"
+[[ " ${PARTS[*]} " = *" $PART "* ]] \
+    || refuse "no part is called $PART; expected 1 to 7 or one of ${PARTS[*]}"
 
 REPOSITORY=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 FOLDER=$(realpath -m "${2:-$REPOSITORY/experiments/gpu}")
 DATA=$(realpath -m "${DATA:-$REPOSITORY/data/cifar10-jpeg}")
 [ "$ARCHIVE" ] && ARCHIVE=$(realpath -m "$ARCHIVE")
 if [ "$PART" = accuracy ] && [ ! "$SMALL" ] && [ ! -d "$DATA" ] && [ ! -f "$ARCHIVE" ]; then
-    refuse "no image folder $DATA; name one as DATA=..., or its archive as ARCHIVE=..."
+    refuse "no image folder $DATA; pass one as DATA=..., or its archive as ARCHIVE=..."
 fi
 mkdir -p "$FOLDER" && cd "$REPOSITORY" || exit 1
-[ "$PYTHON" ] || { PYTHON=python3 && [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; }
+if [ ! "$PYTHON" ]; then
+    PYTHON=python3
+    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 MEASURE=("$PYTHON" experiments/gpu.py)
-FAILED=() CHILD=
+FAILED=()
+CHILD=
 
 if [ "$SMALL" ]; then
-    DEVICE=cpu GRID=6 OTHER_GRIDS=(3 5)
+    DEVICE=cpu
+    GRID=6
+    OTHER_GRIDS=(3 5)
     DIAGONAL=uncompiled # compiling it on a CPU takes minutes
     SHAPE=(--device cpu --dtype bf16 --batch_size 1 --num_heads 2 --head_dim 16 --rounds 3)
     VIT_BASE=(--model vit_micro --img_size 16 --patch_size 8 --batch_size 8)
-    TINY=(--model vit_micro --batch_size 8 --steps 1 --rounds 3 --workers 0) COMPILE_MODES=(off)
-    SWEEP=(--dataset digits --gpus 0) SWEPT_RUN=(--model vit_micro --img_size 16 --patch_size 4 --epochs 1)
+    TINY=(--model vit_micro --batch_size 8 --steps 1 --rounds 3 --workers 0)
+    COMPILE_MODES=(off)
+    SWEEP=(--dataset digits --gpus 0)
+    SWEPT_RUN=(--model vit_micro --img_size 16 --patch_size 4 --epochs 1)
 else
-    DEVICE=cuda GRID=64 OTHER_GRIDS=(14 28 128)
+    DEVICE=cuda
+    GRID=64
+    OTHER_GRIDS=(14 28 128)
     DIAGONAL=diagonal
     SHAPE=(--device cuda --dtype bf16 --batch_size 8 --num_heads 12 --head_dim 64 --rounds 9)
     VIT_BASE=(--model vit_base --img_size 224 --patch_size 16 --batch_size 128)
-    TINY=(--model vit_tiny --batch_size 512 --steps 20 --rounds 5 --workers 8) COMPILE_MODES=(off default reduce-overhead)
+    TINY=(--model vit_tiny --batch_size 512 --steps 20 --rounds 5 --workers 8)
+    COMPILE_MODES=(off default reduce-overhead)
     SWEEP=(--dataset imagefolder --gpus 1 --runs_per_gpu 2)
-    SWEPT_RUN=(--data_dir "$DATA" --model vit_tiny --img_size 32 --patch_size 4 --pool mean --dropout 0)
-    SWEPT_RUN+=(--optimizer muon --lr 4e-3 --weight_decay 0.05 --batch_size 128 --epochs 12)
+    SWEPT_RUN=(--data_dir "$DATA" --model vit_tiny --img_size 32 --patch_size 4)
+    SWEPT_RUN+=(--pool mean --dropout 0 --optimizer muon --lr 4e-3 --weight_decay 0.05)
+    SWEPT_RUN+=(--batch_size 128 --epochs 12)
 fi
 
 trap interrupted INT TERM

@@ -18,7 +18,7 @@ import utils
 from masks import MASK_TYPES, MaskSpec
 from report import text
 from training.run_record import RunRecord, number
-from training.settings import MAY_CHANGE
+from training.settings import FLAGS, MAY_CHANGE
 
 GIB = 2**30
 
@@ -34,7 +34,7 @@ class Run(RunRecord):
     @property
     def name(self) -> str:
         """The run's name in messages."""
-        return f"{text.one_line(self.settings['run_name'])} seed {self.settings['seed']}"
+        return f"{text.one_line(self.settings.run.run_name)} seed {self.settings.optimization.seed}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Row:
         else:
             state = f"{len(self.done)} of {len(self.runs)} done"
 
-        accumulation = [run.settings.get("grad_accumulation") for run in self.runs]
+        accumulation = [run.settings.machine.grad_accumulation for run in self.runs]
         parts = max((value for value in accumulation if isinstance(value, int)), default=1)
         return f"{state}, batches in {parts} parts" if parts > 1 else state
 
@@ -162,12 +162,12 @@ def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
     """
     groups = {}
     for run in runs:
-        key = (run.settings["run_name"], run.mask)
+        key = (run.settings.run.run_name, run.mask)
         groups.setdefault(key, []).append(run)
 
     rows = []
     for (run_name, mask), members in groups.items():
-        members.sort(key=lambda run: run.settings["seed"])
+        members.sort(key=lambda run: run.settings.optimization.seed)
         config = members[0].config
         row = Row(
             run_name=run_name,
@@ -208,7 +208,7 @@ def is_same_data(run: Run, other: Run) -> bool:
     Compares the names and sizes of the files if both runs recorded them, else the labels and the
     checksums of the decoded pixels.
     """
-    if run.settings["dataset"] != other.settings["dataset"]:
+    if run.settings.data.dataset != other.settings.data.dataset:
         return False
 
     here = run.config["data"]
@@ -226,17 +226,17 @@ def is_same_data(run: Run, other: Run) -> bool:
 def differing_settings(runs: list[Run]) -> list[str]:
     """One sentence for each difference that keeps the runs of a table from comparing cleanly."""
     compared = {}
-    for key in dict.fromkeys(key for run in runs for key in run.settings):
+    for key in FLAGS:
         if key not in MAY_DIFFER:
-            compared[f"--{key}"] = lambda run, key=key: run.settings.get(key, "missing")
+            compared[f"--{key}"] = lambda run, key=key: run.settings.to_dict()[key]
     for key in ("label", "num_train", "num_test", "num_classes"):
         compared[f"data {key}"] = lambda run, key=key: run.config["data"].get(key, "missing")
 
     speed_only = {
         "device": lambda run: run.config["provenance"].get("device"),
         "torch": lambda run: (run.config["provenance"].get("versions") or {}).get("torch"),
-        "--grad_accumulation": lambda run: run.settings.get("grad_accumulation", 1),
-        "--checkpoint_activations": lambda run: run.settings.get("checkpoint_activations", False),
+        "--grad_accumulation": lambda run: run.settings.machine.grad_accumulation,
+        "--checkpoint_activations": lambda run: run.settings.machine.checkpoint_activations,
     }
 
     notes = []

@@ -125,7 +125,7 @@ def make_plan(args, device: str) -> list[PlannedRun]:
     """`full` once, and every other mask type at each expansion step, for each seed.
 
     The seeds are the outer loop, so that one complete comparison is there early. Raises UsageError
-    if an image folder can't be read, or a planned run's folder has a run on other data.
+    if an image folder can't be read, or a planned run's folder has a run with other data.
     """
     data_dir = data_dir_of(args)
     try:
@@ -156,7 +156,7 @@ def make_plan(args, device: str) -> list[PlannedRun]:
             where = (args.output_dir, args.dataset, data_dir, args.dataset_name)
             folder = identity.find_run_folder(*where, mask.run_name, seed, data)
             run = PlannedRun(mask, seed, folder, (*arguments, *on_device, *args.main_options), data)
-            identity.refuse_other_data(folder, run.differs_in_data())
+            identity.refuse_other(folder, "data", run.differs_in_data())
             plan.append(run)
     return plan
 

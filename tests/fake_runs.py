@@ -1,4 +1,4 @@
-"""Run folders as main.py writes them, with made-up numbers: for the tests of whatever reads them."""
+"""Run folders as main.py writes them, with made-up numbers, for tests of code that reads them."""
 
 import masks
 import utils
@@ -16,17 +16,22 @@ def write_run(
     run_name=None,
     **changes,
 ):
-    """A run of len(accuracies) epochs in root/digits/<run_name>/seed_<seed>; returns the folder.
+    """Write a run of len(accuracies) epochs to root/<dataset>/<run_name>/seed_<seed>.
 
-    `changes` are settings, but for `label` (of the data), `device`, `images_per_second` and `peak_memory_bytes`.
+    `changes` are settings, except `label` (of the data), `device_name`, `images_per_second` and
+    `peak_memory_bytes`. Returns the folder.
     """
-    label, device = changes.pop("label", "Digits"), changes.pop("device_name", "Abacus")
-    rate, memory = changes.pop("images_per_second", 1000.0), changes.pop("peak_memory_bytes", 2**30)
+    label = changes.pop("label", "Digits")
+    device = changes.pop("device_name", "Abacus")
+    rate = changes.pop("images_per_second", 1000.0)
+    memory = changes.pop("peak_memory_bytes", 2**30)
+
+    mask = masks.MaskSpec(mask_type, expansion_step)
     settings = {
         "mask_type": mask_type,
         "expansion_step": expansion_step,
         "dataset": "digits",
-        "run_name": run_name or masks.MaskSpec(mask_type, expansion_step).run_name,
+        "run_name": run_name or mask.run_name,
         "seed": seed,
         "model": "vit_micro",
         "img_size": 16,
@@ -35,18 +40,24 @@ def write_run(
         "epochs": len(accuracies),
         "device": "cpu",
     } | changes
-    known = mask_type in masks.MASK_TYPES
+    is_known = mask_type in masks.MASK_TYPES
     config = {
         "format": 1,
         "settings": settings,
         "attention": {
             "grid": [4, 4],
             "num_patches": 16,
-            "num_neighbors_nominal": masks.MaskSpec(mask_type, expansion_step).num_neighbors(16) if known else 3,
+            "num_neighbors_nominal": mask.num_neighbors(16) if is_known else 3,
             "num_neighbors_mean": MEAN_NEIGHBORS[expansion_step],
             "attention_share_of_flops": 0.2,
         },
-        "data": {"name": settings["dataset"], "label": label, "num_train": 100, "num_test": 20, "num_classes": 10},
+        "data": {
+            "name": settings["dataset"],
+            "label": label,
+            "num_train": 100,
+            "num_test": 20,
+            "num_classes": 10,
+        },
         "num_parameters": 12345,
         "provenance": {
             "command": ["main.py"],
@@ -69,11 +80,17 @@ def write_run(
         }
         for epoch, accuracy in enumerate(accuracies, start=1)
     ]
+
     folder = utils.run_folder(root, settings["dataset"], settings["run_name"], seed)
     folder.mkdir(parents=True)
     utils.write_json(folder / utils.CONFIG, config)
     utils.write_json_lines(folder / utils.METRICS, rows)
     if finished:
-        summary = {"format": 1, "final": rows[-1], "train_images_per_second": rate, "peak_memory_bytes": memory}
+        summary = {
+            "format": 1,
+            "final": rows[-1],
+            "train_images_per_second": rate,
+            "peak_memory_bytes": memory,
+        }
         utils.write_json(folder / utils.SUMMARY, summary)
     return folder

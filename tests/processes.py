@@ -1,4 +1,4 @@
-"""For tests that start processes and wait for what they do."""
+"""Helpers for tests that start processes and wait for what they do."""
 
 import os
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def alive(pid):
-    """Whether a process of this number runs; one that has ended and waits for its parent to notice does not."""
+    """Whether a process with this id is running. A zombie is not."""
     try:
         os.kill(int(pid), 0)
         stat = Path(f"/proc/{pid}/stat")  # on Linux

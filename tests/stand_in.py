@@ -1,6 +1,7 @@
-"""A stand-in for main.py that trains nothing: it records that it was called, and fails, hangs or is slow when told.
+"""A stand-in for main.py that trains nothing. It records its call, and fails or hangs if told to.
 
-It keeps main.py's side of the contract with the sweep: the lock, the exit codes, and going on from what it has saved.
+It keeps main.py's side of the contract with the sweep: the lock, the exit codes, resuming from what
+it has saved.
 """
 
 import argparse
@@ -16,12 +17,12 @@ parser = argparse.ArgumentParser()
 for name in ("mask_type", "expansion_step", "seed", "dataset", "output_dir", "device"):
     parser.add_argument(f"--{name}")
 parser.add_argument("--grad_accumulation", type=int, default=1)
-parser.add_argument("--fail")  # the name of the run that does it
+parser.add_argument("--fail")  # the name of the run that should do it, as for the following flags
 parser.add_argument("--fail_once")
 parser.add_argument("--hang")
-parser.add_argument("--deaf")  # hangs and cannot be asked to stop
+parser.add_argument("--deaf")  # hangs and ignores requests to stop
 parser.add_argument("--out_of_memory")
-parser.add_argument("--below", type=int, default=2)  # so many micro-batches memory runs out
+parser.add_argument("--below", type=int, default=2)  # with fewer micro-batches, memory runs out
 parser.add_argument("--ask_itself")
 parser.add_argument("--seconds", type=float, default=0.0)
 args = parser.parse_args()
@@ -46,29 +47,51 @@ def seconds_done():
     return done_before + time.monotonic() - began
 
 
-began, done_before = time.monotonic(), float(saved.read_text()) if saved.exists() else 0.0
+began = time.monotonic()
+done_before = float(saved.read_text()) if saved.exists() else 0.0
 if args.deaf == name:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 else:
     signal.signal(signal.SIGTERM, save_and_exit)
     signal.signal(signal.SIGUSR1, save_and_exit)
+
 lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
 try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except OSError:
     print("stand-in: error: busy", file=sys.stderr)
     sys.exit(76)
-settings = {"mask_type": args.mask_type, "expansion_step": int(args.expansion_step) if args.expansion_step else None}
-settings |= {"dataset": args.dataset, "run_name": name, "seed": int(args.seed), "epochs": 1, "pool": "cls"}
-settings["grad_accumulation"] = args.grad_accumulation
-attention = {"num_neighbors_nominal": 5, "num_neighbors_mean": 4.5, "num_patches": 16}
-provenance = {"command": ["main.py", *sys.argv[1:]], "device": "stand-in"}
-config = {"format": 1, "settings": settings, "num_parameters": 1, "data": {"name": args.dataset, "label": "stand-in"}}
-(folder / "config.json").write_text(json.dumps(config | {"attention": attention, "provenance": provenance}))
-print(f"resuming after {done_before:.1f} s" if done_before else "begun", flush=True)
-gpu, parent = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ["LOCAL_ATTENTION_PARENT"])
-write_row("calls.jsonl", gpu=gpu, device=args.device, pid=os.getpid(), parent=parent, start=began, resumed=done_before)
+
+config = {
+    "format": 1,
+    "settings": {
+        "mask_type": args.mask_type,
+        "expansion_step": int(args.expansion_step) if args.expansion_step else None,
+        "dataset": args.dataset,
+        "run_name": name,
+        "seed": int(args.seed),
+        "epochs": 1,
+        "pool": "cls",
+        "grad_accumulation": args.grad_accumulation,
+    },
+    "num_parameters": 1,
+    "data": {"name": args.dataset, "label": "stand-in"},
+    "attention": {"num_neighbors_nominal": 5, "num_neighbors_mean": 4.5, "num_patches": 16},
+    "provenance": {"command": ["main.py", *sys.argv[1:]], "device": "stand-in"},
+}
+(folder / "config.json").write_text(json.dumps(config))
+print(f"resuming after {done_before:.1f} s" if done_before else "started", flush=True)
+write_row(
+    "calls.jsonl",
+    gpu=os.environ.get("CUDA_VISIBLE_DEVICES"),
+    device=args.device,
+    pid=os.getpid(),
+    parent=int(os.environ["LOCAL_ATTENTION_PARENT"]),
+    start=began,
+    resumed=done_before,
+)
+
 calls = [json.loads(line)["name"] for line in (root / "calls.jsonl").read_text().splitlines()]
 if args.ask_itself == name and calls.count(name) == 1:
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -80,9 +103,18 @@ if args.out_of_memory == name and args.grad_accumulation < args.below:
 if args.fail == name or (args.fail_once == name and calls.count(name) == 1):
     print("a line before")
     sys.exit("stand-in: error: told to fail")
-row = {"epoch": 1, "step": 1, "eval_accuracy": 50.0 + int(args.seed), "train_images_per_second": 10.0}
+
+accuracy = 50.0 + int(args.seed)
+row = {"epoch": 1, "step": 1, "eval_accuracy": accuracy, "train_images_per_second": 10.0}
 (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-summary = {"format": 1, "final": row, "best": {"epoch": 1, "eval_accuracy": row["eval_accuracy"]}, "epochs": 1}
-summary |= {"total_seconds": 1.0, "train_images_per_second": 10.0, "peak_memory_bytes": 2**30}
+summary = {
+    "format": 1,
+    "final": row,
+    "best": {"epoch": 1, "eval_accuracy": accuracy},
+    "epochs": 1,
+    "total_seconds": 1.0,
+    "train_images_per_second": 10.0,
+    "peak_memory_bytes": 2**30,
+}
 (folder / "summary.json").write_text(json.dumps(summary))
 write_row("ends.jsonl", end=time.monotonic())

@@ -143,7 +143,7 @@ def test_a_run_on_other_data_is_refused(pets, run_script, monkeypatch, kind, wor
     code, out, err = run_script(main.main, *arguments(other, pets / "output"))
     assert (code, len(err.splitlines())) == (2, 1), err
     assert out == ""
-    assert "holds a run on other data" in err
+    assert "holds a run with other data" in err
     assert words in err
     assert "--dataset_name" in err
     assert contents(run_folder(pets)) == before
@@ -237,7 +237,7 @@ def test_an_earlier_run_only_counts_after_the_pixels_are_compared(earlier, run_s
     code, out, err = run_script(main.main, *arguments(other, earlier / "output"))
     assert (code, len(err.splitlines())) == (2, 1), err
     assert "nothing to do" not in out
-    assert "holds a run on other data" in err
+    assert "holds a run with other data: " in err
     assert "checksum" in err
 
 
@@ -325,7 +325,7 @@ def test_a_sweep_on_other_data_starts_and_tabulates_nothing(pets, run_script, sc
     if kind != "missing":
         others(pets / "pets", kind)
     before = contents(pets / "output")
-    words = "cannot read the folder" if kind == "missing" else "holds a run on other data"
+    words = "cannot read the folder" if kind == "missing" else "holds a run with other data"
 
     code, out, err = run_script(run_experiments.main, *sweep(pets, pets / "pets", *more))
     assert (code, out, len(err.splitlines())) == (2, "", 1), err

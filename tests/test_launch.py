@@ -1,4 +1,4 @@
-"""The pool's parts: slots, GPUs that answer, exit codes in words, and torchrun with main.py's exit codes."""
+"""The parts of a pool: slots, GPUs that respond, exit codes, and torchrun with main.py's codes."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from processes import alive, wait_for
@@ -22,13 +23,15 @@ TORCHRUN = utils.REPOSITORY / "sweep" / "torchrun.py"
 def test_slots_spread_few_runs_over_many_gpus():
     assert gpus.make_slots(["0", "1"], 2) == ["0", "1", "0", "1"]
     assert gpus.make_slots([], 3) == ["", "", ""]
-    assert gpus.make_slots(["0", "1", "2", "3", "4"], 1, 2) == ["0,1", "2,3"]  # the fifth is left over
+    # The fifth one is left over.
+    assert gpus.make_slots(["0", "1", "2", "3", "4"], 1, 2) == ["0,1", "2,3"]
     with pytest.raises(utils.UsageError, match="--gpus_per_run 4, but there are 2 GPUs"):
         gpus.make_slots(["0", "1"], 1, 4)
 
 
 @pytest.mark.parametrize(("exit_code", "answer"), [(0, True), (9, False), (None, True)])
-def test_a_gpu_answers_as_nvidia_smi_says_where_there_is_one(tmp_path, monkeypatch, exit_code, answer):
+def test_a_gpu_responds_if_nvidia_smi_finds_it(tmp_path, monkeypatch, exit_code, answer):
+    """Without nvidia-smi, it is assumed to."""
     if exit_code is not None:
         script = tmp_path / "nvidia-smi"
         script.write_text(f'#!/bin/sh\n[ "$*" = "-i 3 -L" ] && exit {exit_code}\n')
@@ -62,14 +65,18 @@ def test_exit_codes_in_words():
     ],
 )
 def test_what_the_end_of_a_process_means(code, changes, outcome):
-    usual = {"has_summary": False, "is_late": False, "is_stopping": False, "can_halve_batches": True, "retries_left": 0}
-    assert launch.judge(code, launch.Facts(**usual | changes)) == outcome
+    usual = launch.Facts(
+        has_summary=False, is_late=False, is_stopping=False, can_halve_batches=True, retries_left=0
+    )
+    assert launch.judge(code, replace(usual, **changes)) == outcome
 
 
 @pytest.mark.parametrize("code", [0, 1, utils.EXIT_OUT_OF_MEMORY, utils.EXIT_AGAIN])
 def test_torchrun_exits_as_the_script(tmp_path, code):
     script = tmp_path / "script.py"
-    script.write_text(f"import os, sys\nsys.exit({code} if os.environ['RANK'] == '1' else {int(code > 0)})")
+    script.write_text(
+        f"import os, sys\nsys.exit({code} if os.environ['RANK'] == '1' else {int(code > 0)})"
+    )
     command = [sys.executable, str(TORCHRUN), "--standalone", "--nproc_per_node", "2"]
     assert subprocess.run([*command, str(script)], capture_output=True).returncode == code
 
@@ -120,7 +127,7 @@ def test_exit_codes_that_ranks_leave_behind(tmp_path, monkeypatch):
     ],
 )
 def test_ranks_stopped_by_torchrun_exit_for_it(tmp_path, rank_1, expected):
-    """With 75 only if all have saved. Nothing stays in the folder for temporary files."""
+    """75 only if all have saved. No temporary files are left."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, pathlib, signal, time, utils\n"
@@ -153,12 +160,15 @@ def test_ranks_stopped_by_torchrun_exit_for_it(tmp_path, rank_1, expected):
 
 
 def test_no_process_survives_its_torchrun(tmp_path):
-    """They have sessions of their own, and here they do not listen."""
+    """They have their own sessions, and here they ignore signals."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, pathlib, signal, time\nfrom runtime import distributed\ndistributed.die_with_parent()\n"
+        "import os, pathlib, signal, time\n"
+        "from runtime import distributed\n"
+        "distributed.die_with_parent()\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(os.getpid()))\ntime.sleep(300)\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "time.sleep(300)\n"
     )
     command = [sys.executable, str(TORCHRUN), "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(utils.REPOSITORY)}
@@ -172,28 +182,23 @@ def test_no_process_survives_its_torchrun(tmp_path):
 
 def test_torchrun_without_a_meeting_place_says_so():
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        meeting = ["--master_addr", "127.0.0.1", "--master_port", str(taken.getsockname()[1])]
-        command = [
-            sys.executable,
-            str(TORCHRUN),
-            "--nnodes",
-            "2",
-            "--node_rank",
-            "0",
-            *meeting,
-        ]
-        done = subprocess.run([*command, "main.py"], capture_output=True, text=True, timeout=120)
+        port = str(taken.getsockname()[1])
+        options = ["--nnodes", "2", "--node_rank", "0"]
+        options += ["--master_addr", "127.0.0.1", "--master_port", port]
+        command = [sys.executable, str(TORCHRUN), *options, "main.py"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("torchrun.py: error: the processes cannot meet: ")
+    last_line = done.stderr.splitlines()[-1]
+    assert last_line.startswith("torchrun.py: error: the processes cannot meet: ")
     assert "Traceback" not in done.stderr
 
 
-def test_a_job_that_has_saved_nothing_in_its_time_is_not_queued_again(tmp_path):
+def test_a_job_that_has_saved_nothing_in_its_time_is_not_requeued(tmp_path):
     run = PlannedRun(MaskSpec(), 0, tmp_path, ())
     task = slurm.Task(run, slurm.RulesOnNodes(tmp_path), tmp_path, on_gpu=False, minutes=60)
     now = time.time()
     assert task.has_wasted_its_time(now - 57 * 60)
-    assert not task.has_wasted_its_time(now - 60)  # pushed aside early
+    assert not task.has_wasted_its_time(now - 60)  # preempted early
     (tmp_path / utils.CHECKPOINT).touch()
     assert not task.has_wasted_its_time(now - 57 * 60)
     os.utime(tmp_path / utils.CHECKPOINT, (now - 3600, now - 3600))

@@ -12,17 +12,15 @@ from hypothesis import strategies as st
 import masks
 
 SIDES = st.integers(1, 6)
-STEPS = st.integers(0, 8)  # beyond every grid
+STEPS = st.integers(0, 8)  # also larger than every grid
 
 
 def oracle_2d(step, height, width, allows):
-    mask = torch.zeros(height * width, height * width, dtype=torch.bool)
-    for row in range(height):
-        for column in range(width):
-            for other_row in range(height):
-                for other_column in range(width):
-                    if allows(abs(row - other_row), abs(column - other_column), step):
-                        mask[row * width + column, other_row * width + other_column] = True
+    patches = [(row, column) for row in range(height) for column in range(width)]
+    mask = torch.zeros(len(patches), len(patches), dtype=torch.bool)
+    for i, (row, column) in enumerate(patches):
+        for j, (other_row, other_column) in enumerate(patches):
+            mask[i, j] = allows(abs(row - other_row), abs(column - other_column), step)
     return mask
 
 
@@ -36,7 +34,7 @@ def square(dy, dx, step):
 
 @given(STEPS, SIDES, SIDES)
 @settings(max_examples=60, deadline=None)
-def test_2d_masks_match_the_loops(step, height, width):
+def test_2d_masks_match_plain_loops(step, height, width):
     cardinal = masks.generate_2d_attention_mask_cardinal(step, height, width)
     all_neighbors = masks.generate_2d_attention_mask_all_neighbors(step, height, width)
     assert torch.equal(cardinal, oracle_2d(step, height, width, plus))
@@ -45,7 +43,7 @@ def test_2d_masks_match_the_loops(step, height, width):
 
 @given(st.integers(0, 12), st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
-def test_1d_mask_matches_the_loops(radius, num_tokens):
+def test_1d_mask_matches_plain_loops(radius, num_tokens):
     mask = masks.generate_1d_attention_mask(2 * radius + 1, num_tokens)
     expected = [[abs(i - j) <= radius for j in range(num_tokens)] for i in range(num_tokens)]
     assert torch.equal(mask, torch.tensor(expected))
@@ -53,7 +51,7 @@ def test_1d_mask_matches_the_loops(radius, num_tokens):
 
 @pytest.mark.parametrize("mask_type", masks.MASK_TYPES[1:])
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 1), (3, 8), (8, 3)])
-def test_every_mask_is_boolean_symmetric_and_owns_its_diagonal(mask_type, grid):
+def test_every_mask_is_boolean_and_symmetric_and_has_its_diagonal(mask_type, grid):
     for step in (0, 1, 2, 20):
         mask = masks.build_attention_mask(mask_type, step, *grid)
         assert mask.dtype == torch.bool
@@ -64,36 +62,37 @@ def test_every_mask_is_boolean_symmetric_and_owns_its_diagonal(mask_type, grid):
         if step == 0:
             assert torch.equal(mask, torch.eye(len(mask), dtype=torch.bool))
     if not (mask_type == "2d_cardinal" and min(grid) > 1):
-        assert mask.all()  # the last step, 20, is beyond the grid
+        assert mask.all()  # the last step, 20, is larger than the grid
 
 
-def test_plus_beyond_the_grid_is_the_whole_row_and_column():
+def test_a_plus_larger_than_the_grid_is_the_whole_row_and_column():
     mask = masks.generate_2d_attention_mask_cardinal(100, 3, 5)
     assert mask.sum(1).eq(3 + 5 - 1).all()
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
-def test_nominal_neighbors_are_those_of_a_patch_far_from_the_border(step):
+def test_a_patch_far_from_the_border_has_the_nominal_number_of_neighbors(step):
     center = 10 * 21 + 10
     for name in ("cardinal", "all_neighbors"):
         nominal = getattr(masks, f"compute_num_neighbors_{name}")(step)
         for prefix in ("1d", "2d"):
-            mask = masks.build_attention_mask(f"{prefix}_{name}", step, 21, 21)
-            assert mask[center].sum() == nominal == masks.MaskSpec(f"{prefix}_{name}", step).num_neighbors(441)
+            spec = masks.MaskSpec(f"{prefix}_{name}", step)
+            assert spec.build(21, 21)[center].sum() == nominal == spec.num_neighbors(441)
     assert masks.compute_num_neighbors_cardinal(step) == 1 + 4 * step
     assert masks.compute_num_neighbors_all_neighbors(step) == (2 * step + 1) ** 2
 
 
-def test_true_mean_of_a_nominal_25_on_the_14x14_grid():
+def test_25_nominal_neighbors_are_fewer_on_average_on_the_14x14_grid():
     def mean(mask_type, step):
-        return masks.build_attention_mask(mask_type, step, 14, 14).sum(1, dtype=float).mean().item()
+        mask = masks.build_attention_mask(mask_type, step, 14, 14)
+        return mask.sum(1, dtype=float).mean().item()
 
     assert mean("2d_all_neighbors", 2) == pytest.approx(20.9, abs=0.05)
     assert mean("2d_cardinal", 6) == pytest.approx(19.0, abs=0.05)
     assert mean("1d_all_neighbors", 2) == pytest.approx(24.2, abs=0.05)
 
 
-def test_1d_window_runs_on_over_the_row_end():
+def test_a_1d_window_continues_past_the_end_of_a_row():
     mask = masks.build_attention_mask("1d_cardinal", 1, 3, 4)  # window of 5 on rows of 4
     assert mask[3].nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
 
@@ -110,10 +109,9 @@ def test_bad_window(value):
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, "1", None, False])
-@pytest.mark.parametrize(
-    "function", [masks.generate_2d_attention_mask_cardinal, masks.generate_2d_attention_mask_all_neighbors]
-)
-def test_bad_step(function, value):
+@pytest.mark.parametrize("name", ["cardinal", "all_neighbors"])
+def test_bad_step(name, value):
+    function = getattr(masks, f"generate_2d_attention_mask_{name}")
     with pytest.raises(ValueError, match=f"expansion_step.*{re.escape(repr(value))}"):
         function(value, 3, 4)
 
@@ -125,23 +123,23 @@ def test_bad_grid(grid):
             masks.build_attention_mask(mask_type, 1, *grid)
 
 
-def test_integers_of_numpy_are_integers():
-    assert torch.equal(
-        masks.generate_1d_attention_mask(np.int64(3), np.int32(4)), masks.generate_1d_attention_mask(3, 4)
-    )
+def test_numpy_integers_are_accepted():
+    mask = masks.generate_1d_attention_mask(np.int64(3), np.int32(4))
+    assert torch.equal(mask, masks.generate_1d_attention_mask(3, 4))
 
 
-def test_unknown_type_names_those_there_are():
+def test_an_unknown_type_is_refused_with_the_list_of_known_ones():
     with pytest.raises(ValueError, match=r"'3d'.*2d_cardinal"):
         masks.build_attention_mask("3d", 1, 2, 2)
 
 
-def test_a_pattern_of_ones_own_comes_with_its_1d_twin(monkeypatch):
+def test_your_own_pattern_comes_with_its_1d_twin(monkeypatch):
+    def every_other(dy, dx, step):
+        reach = 2 * step
+        return (abs(dy) <= reach) & (abs(dx) <= reach) & (dy % 2 == 0) & (dx % 2 == 0)
+
     dilated = masks.Pattern(
-        allows=masks.by_offset(
-            lambda dy, dx, s: (abs(dy) <= 2 * s) & (abs(dx) <= 2 * s) & (dy % 2 == 0) & (dx % 2 == 0)
-        ),
-        num_neighbors=lambda s: (2 * s + 1) ** 2,
+        allows=masks.by_offset(every_other), num_neighbors=lambda s: (2 * s + 1) ** 2
     )
     monkeypatch.setitem(masks.PATTERNS, "dilated", dilated)
     monkeypatch.setattr(masks, "MASK_TYPES", (*masks.MASK_TYPES, "1d_dilated", "2d_dilated"))
@@ -151,7 +149,7 @@ def test_a_pattern_of_ones_own_comes_with_its_1d_twin(monkeypatch):
 
 
 def test_a_pattern_may_depend_on_where_a_patch_lies(monkeypatch):
-    """Blocks of 2 x 2 patches, which attend within themselves; on a grid that is no square."""
+    """Blocks of 2 x 2 patches that attend only within themselves, on a grid that is not square."""
     blocks = masks.Pattern(
         allows=lambda query, key, s: (query.y // 2 == key.y // 2) & (query.x // 2 == key.x // 2),
         num_neighbors=lambda s: 4,
@@ -165,34 +163,35 @@ def test_a_pattern_may_depend_on_where_a_patch_lies(monkeypatch):
         assert mask[i].nonzero().flatten().tolist() == expected
 
 
-def test_a_spec_has_one_name_for_each_use():
+def test_a_spec_has_a_label_and_a_run_name():
     spec = masks.MaskSpec("2d_cardinal", 2)
     assert (spec.label, spec.run_name) == ("2d_cardinal, step 2", "2d_cardinal_expansion_2")
     assert torch.equal(spec.build(3, 5), masks.generate_2d_attention_mask_cardinal(2, 3, 5))
     assert masks.MaskSpec("full", 3) == masks.MaskSpec() == masks.MaskSpec("full")
     assert (masks.MaskSpec().label, masks.MaskSpec().run_name) == ("full", "full")
-    foreign = masks.MaskSpec("2d_of_another_checkout", 1)  # may be in old logs
+    foreign = masks.MaskSpec("2d_of_another_checkout", 1)  # logs may name it
     assert foreign.label == "2d_of_another_checkout, step 1"
     with pytest.raises(ValueError, match="unknown mask type"):
         foreign.build(3, 3)
 
 
-def test_large_grids_take_seconds():
+def test_masks_of_large_grids_are_built_in_seconds():
     start = time.perf_counter()
     for mask_type in masks.MASK_TYPES[1:]:
         masks.build_attention_mask(mask_type, 2, 128, 128)
-    assert time.perf_counter() - start < 30  # measured 1 s in all; a loop over tokens takes minutes
+    assert time.perf_counter() - start < 30  # takes 1 s in total; a loop over tokens takes minutes
 
 
-def test_neighborhood_as_characters(capsys):
-    assert masks.main(["--mask_type", "2d_cardinal", "--expansion_step", "2", "--grid", "3x5", "--patch", "0x1"]) == 0
+def test_the_command_line_prints_a_neighborhood_as_characters(capsys):
+    pattern = ["--mask_type", "2d_cardinal", "--expansion_step", "2"]
+    assert masks.main([*pattern, "--grid", "3x5", "--patch", "0x1"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[1:] == ["# @ # # .", ". # . . .", ". # . . ."]
     assert "9 neighbors nominal" in printed[0]
     assert "6 of patch 0x1" in printed[0]
 
 
-def test_full_and_picture_on_the_command_line(capsys, tmp_path):
+def test_the_command_line_shows_full_attention_and_draws_a_picture(capsys, tmp_path):
     masks.main(["--mask_type", "full", "--grid", "2x3"])
     assert capsys.readouterr().out.splitlines()[1:] == ["# # #", "# @ #"[::-1]]
     masks.main(["--picture", str(tmp_path / "masks.png"), "--grid", "5x6"])
@@ -209,7 +208,7 @@ def test_full_and_picture_on_the_command_line(capsys, tmp_path):
         (["--mask_type", "2d"], "invalid choice"),
     ],
 )
-def test_bad_command_lines_end_in_one_line(arguments, words, run_script):
+def test_a_bad_command_line_ends_with_one_line_on_stderr(arguments, words, run_script):
     code, _, err = run_script(masks.main, *arguments)
     assert code == 2
     assert len(err.splitlines()) == 1, err

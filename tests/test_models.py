@@ -1,16 +1,25 @@
-"""The ViT against timm's, and against what a mask forbids."""
+"""The ViT equals timm's, and a mask really limits who can see whom."""
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import masks
 import models
 from models import VisionTransformer
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, "dropout": 0.0}
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 3,
+    "num_classes": 7,
+    "dropout": 0.0,
+}
 
 
 def make_timm(config, **kwargs):
@@ -19,7 +28,7 @@ def make_timm(config, **kwargs):
 
 
 def randomize(model):
-    """Weights far from initialization, so that biases, norms and positions all matter."""
+    """Set weights far from their initialization, so that biases, norms and positions all matter."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -27,16 +36,30 @@ def randomize(model):
     return model
 
 
+def shapes_of(state):
+    return {name: value.shape for name, value in state.items()}
+
+
+def tokens_of(model, *batches):
+    """The tokens after the last norm, [B, T, E], for each batch of images."""
+    tokens = []
+    hook = model.norm.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    for images in batches:
+        model(images)
+    hook.remove()
+    return tokens
+
+
 @pytest.fixture
 def images():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_default_is_timms_vit_base_patch16_224():
+def test_the_default_is_timms_vit_base_patch16_224():
     with torch.device("meta"):
         theirs = timm.create_model("vit_base_patch16_224", num_classes=10).state_dict()
     ours = VisionTransformer().state_dict()
-    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    assert shapes_of(ours) == shapes_of(theirs)
 
 
 @pytest.mark.parametrize("preset", ["vit_small", "vit_tiny"])
@@ -44,44 +67,49 @@ def test_presets_have_timms_sizes(preset):
     with torch.device("meta"):
         theirs = timm.create_model(f"{preset}_patch16_224", num_classes=10).state_dict()
     ours = VisionTransformer(**models.PRESETS[preset]).state_dict()
-    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    assert shapes_of(ours) == shapes_of(theirs)
 
 
-def test_same_logits_and_gradients_as_timm_with_its_weights(images):
+def test_logits_and_gradients_equal_timms_with_its_weights(images):
     theirs = randomize(make_timm(SMALL))
     ours = VisionTransformer(**SMALL)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
     for model in (ours, theirs):
         model(images).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        scale = gradients[name].abs().max()
-        torch.testing.assert_close(parameter.grad / scale, gradients[name] / scale, rtol=1e-3, atol=1e-4)
+        expected = gradients[name]
+        scale = expected.abs().max()
+        torch.testing.assert_close(parameter.grad / scale, expected / scale, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("img_size", [32, (24, 40)])
-def test_masked_logits_are_those_of_timm_masked_by_hand(img_size):
+def test_masked_logits_equal_those_of_timm_masked_by_hand(img_size):
     config = {**SMALL, "img_size": img_size}
     height, width = (32, 32) if img_size == 32 else img_size
+
     mask = masks.generate_2d_attention_mask_cardinal(1, height // 8, width // 8)
-    theirs = randomize(make_timm(config))
-    tokens = len(mask) + 1
-    extended = torch.ones(tokens, tokens, dtype=torch.bool)
-    extended[1:, 1:] = mask
+    num_tokens = len(mask) + 1
+    with_class_token = torch.ones(num_tokens, num_tokens, dtype=torch.bool)
+    with_class_token[1:, 1:] = mask
 
     def masked_attention(module):
         def forward(x, *args, **kwargs):
             b, t, e = x.shape
-            q, k, v = module.qkv(x).reshape(b, t, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
+            qkv = module.qkv(x).reshape(b, t, 3, module.num_heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
             scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
-            weights = scores.masked_fill(~extended, float("-inf")).softmax(-1)
+            weights = scores.masked_fill(~with_class_token, float("-inf")).softmax(-1)
             return module.proj((weights @ v).transpose(1, 2).reshape(b, t, e))
 
         return forward
 
+    theirs = randomize(make_timm(config))
     for block in theirs.blocks:
         block.attn.forward = masked_attention(block.attn)
+
     ours = VisionTransformer(**config, attention_mask=mask).eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, height, width)
@@ -89,14 +117,15 @@ def test_masked_logits_are_those_of_timm_masked_by_hand(img_size):
 
 
 @pytest.mark.parametrize("pool", models.POOLS)
-def test_a_mask_of_ones_is_no_mask(images, pool):
+def test_a_mask_of_ones_changes_nothing(images, pool):
+    ones = torch.ones(16, 16, dtype=torch.bool)
     model = randomize(VisionTransformer(**SMALL, pool=pool)).eval()
-    masked = VisionTransformer(**SMALL, pool=pool, attention_mask=torch.ones(16, 16, dtype=torch.bool)).eval()
+    masked = VisionTransformer(**SMALL, pool=pool, attention_mask=ones).eval()
     masked.load_state_dict(model.state_dict())
     torch.testing.assert_close(masked(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_full_attention_passes_no_mask(images, monkeypatch):
+def test_full_attention_passes_no_mask_to_sdpa(images, monkeypatch):
     seen = []
     original = F.scaled_dot_product_attention
 
@@ -111,21 +140,24 @@ def test_full_attention_passes_no_mask(images, monkeypatch):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("mask_type", ["2d_cardinal", "2d_all_neighbors", "1d_cardinal"])
-def test_information_spreads_exactly_by_the_mask(depth, mask_type):
-    """A changed patch changes, after k layers, exactly the patches within k steps of the mask (no class token)."""
+def test_information_spreads_exactly_as_far_as_the_mask_allows(depth, mask_type):
+    """After k layers, a changed patch has changed exactly the patches within k steps of the mask.
+
+    There is no class token here.
+    """
     height, width = 5, 7
     mask = masks.build_attention_mask(mask_type, 1, height, width)
-    config = {**SMALL, "img_size": (height * 4, width * 4), "patch_size": 4, "depth": depth, "pool": "mean"}
-    model = randomize(VisionTransformer(**config, attention_mask=mask)).double().eval()
-    tokens = []
-    model.norm.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    sizes = {"img_size": (height * 4, width * 4), "patch_size": 4, "depth": depth}
+    model = VisionTransformer(**{**SMALL, **sizes}, pool="mean", attention_mask=mask)
+    model = randomize(model).double().eval()
+
     images = torch.randn(1, 3, height * 4, width * 4, dtype=torch.float64)
     changed = images.clone()
     row, column = 1, 5
     changed[..., row * 4 : row * 4 + 4, column * 4 : column * 4 + 4] += 1
-    model(images)
-    model(changed)
-    differs = (tokens[0] != tokens[1]).any(-1)[0]
+    before, after = tokens_of(model, images, changed)
+    differs = (before != after).any(-1)[0]  # [N]
+
     reach = torch.eye(height * width, dtype=torch.float64)
     for _ in range(depth):
         reach = ((mask.double() @ reach) > 0).double()
@@ -136,13 +168,10 @@ def test_information_spreads_exactly_by_the_mask(depth, mask_type):
 def test_the_class_token_links_all_patches_within_two_layers(images):
     mask = torch.eye(16, dtype=torch.bool)
     model = randomize(VisionTransformer(**{**SMALL, "depth": 2}, attention_mask=mask)).eval()
-    tokens = []
-    model.norm.register_forward_hook(lambda module, inputs, output: tokens.append(output))
     changed = images.clone()
     changed[..., :8, :8] += 1
-    model(images)
-    model(changed)
-    assert (tokens[0] != tokens[1]).any(-1).all()
+    before, after = tokens_of(model, images, changed)
+    assert (before != after).any(-1).all()
 
 
 @pytest.mark.parametrize("pool", models.POOLS)
@@ -156,7 +185,7 @@ def test_every_parameter_gets_a_gradient(images, pool):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_dropout_acts_in_training_only(images):
+def test_dropout_acts_only_in_training(images):
     model = VisionTransformer(**{**SMALL, "dropout": 0.5})
     model.train()
     assert not torch.equal(model(images), model(images))
@@ -164,7 +193,7 @@ def test_dropout_acts_in_training_only(images):
     assert torch.equal(model(images), model(images))
 
 
-def test_same_seed_same_weights_whatever_the_mask():
+def test_the_same_seed_gives_the_same_weights_whatever_the_mask():
     states = []
     for mask in (None, masks.generate_1d_attention_mask(3, 16)):
         torch.manual_seed(3)
@@ -173,29 +202,33 @@ def test_same_seed_same_weights_whatever_the_mask():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_positions_tell_the_patches_apart_and_neighbors_are_alike():
+def test_positions_tell_patches_apart_and_are_similar_for_neighbors():
     positions = models.sincos_positions(5, 7, 48)
     similarity = F.cosine_similarity(positions[:, None], positions[None], dim=-1)  # [N, N]
     assert similarity.fill_diagonal_(0).max() < 0.999
+
     center = similarity[2 * 7 + 3].view(5, 7)
     assert center[2, 2] > center[2, 1] > center[2, 0]
-    assert center[2, 2] == pytest.approx(center[1, 3].item(), abs=1e-6)  # rows and columns count alike
+    # A step to the left and a step up count alike.
+    assert center[2, 2] == pytest.approx(center[1, 3].item(), abs=1e-6)
+
     assert models.sincos_positions(2, 3, 7).shape == (6, 7)
 
 
 @pytest.mark.parametrize("pool", models.POOLS)
-def test_flops_are_those_that_torch_counts(pool):
+def test_flops_equal_what_torch_counts(pool):
     model = VisionTransformer(**SMALL, pool=pool).eval()
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.randn(1, 3, 32, 32))
     assert models.count_forward_flops(model)["total"] == counter.get_total_flops()
 
 
-def test_flops_of_a_mask_count_its_pairs():
+def test_flops_of_masked_attention_count_the_allowed_pairs():
     mask = masks.generate_2d_attention_mask_cardinal(1, 4, 4)
     pairs = int(mask.sum()) + 2 * 16 + 1  # the class token's row and column
     flops = models.count_forward_flops(VisionTransformer(**SMALL, attention_mask=mask))
     assert flops["attention"] == 4 * pairs * SMALL["embed_dim"] * SMALL["depth"]
+
     base = models.count_forward_flops(VisionTransformer())
     assert base["attention"] / base["total"] == pytest.approx(0.04, abs=0.005)
 
@@ -211,6 +244,6 @@ def test_flops_of_a_mask_count_its_pairs():
         ({"backend": "magic"}, "'magic'"),
     ],
 )
-def test_bad_sizes(change, words):
+def test_sizes_that_do_not_fit_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         VisionTransformer(**{**SMALL, **change})

@@ -68,7 +68,7 @@ def test_a_broken_run_is_skipped_with_one_line(tmp_path, capsys, name, text, sai
     write_run(tmp_path, seed=1)
     broken = write_run(tmp_path, seed=0)
     (broken / name).write_text(text)
-    assert [run.settings["seed"] for run in results.load_runs(tmp_path)] == [1]
+    assert [run.settings.optimization.seed for run in results.load_runs(tmp_path)] == [1]
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert said in error
@@ -117,7 +117,7 @@ def test_a_row_reports_the_final_epoch_of_its_finished_runs(tmp_path):
     assert row.accuracy == results.Spread(82, pytest.approx(math.sqrt(8)), 2)
     assert row.throughput.mean == 200
     assert row.peak_memory_bytes == 7
-    assert [run.settings["seed"] for run in row.runs] == [0, 1, 2]
+    assert [run.settings.optimization.seed for run in row.runs] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "fast", True])
@@ -177,8 +177,8 @@ def test_differing_settings(tmp_path):
     before = "(2d_cardinal_expansion_1 seed 1, full seed 0)"
     now = "(2d_cardinal_expansion_2 seed 0)"
     assert results.differing_settings(results.load_runs(tmp_path)) == [
+        f"--dropout differs between the runs: 0.1 {before}; 0.5 {now}",
         f"--epochs differs between the runs: 2 {before}; 9 {now}",
-        f"--dropout differs between the runs: missing {before}; 0.5 {now}",
         "device differs between the runs, so images/s and peak memory are not comparable: "
         f"Abacus {before}; Slide rule {now}",
     ]

@@ -1,4 +1,4 @@
-"""The sweep, with a stand-in for main.py that trains nothing: it records its arguments, fails or hangs when told."""
+"""The sweep, with a stand-in for main.py that trains nothing, and fails or hangs if told to."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from sweep import gpus, launch
 
 STAND_IN = utils.REPOSITORY / "tests" / "stand_in.py"
 NAMES = {"full": "full", "cardinal": "2d_cardinal_expansion_1"}
-TWO = ["--mask_types", '["full", "2d_cardinal"]', "--expansion_steps", "[1]"]  # the runs that NAMES names
+TWO = ["--mask_types", '["full", "2d_cardinal"]', "--expansion_steps", "[1]"]  # the runs in NAMES
 
 
 @pytest.fixture
@@ -32,7 +32,8 @@ def sweep(tmp_path, monkeypatch):
     output.mkdir()
 
     def run(*arguments):
-        return run_experiments.main(["--output_dir", str(output), "--dataset", "digits", *arguments])
+        options = ["--output_dir", str(output), "--dataset", "digits"]
+        return run_experiments.main([*options, *arguments])
 
     run.output = output
     return run
@@ -43,7 +44,8 @@ def calls(output):
 
 
 def test_plan_is_full_and_each_type_at_each_step_over_seeds(sweep, capsys):
-    assert sweep("--gpus", "8", "--expansion_steps", "[1, 2, 3]", "--seeds", "[0, 1]", "--dry_run") == 0
+    masks = ["--expansion_steps", "[1, 2, 3]", "--seeds", "[0, 1]"]
+    assert sweep("--gpus", "8", *masks, "--dry_run") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * (1 + 4 * 3) + 1
     assert lines[0].startswith("GPU 0     full seed 0")
@@ -54,7 +56,7 @@ def test_plan_is_full_and_each_type_at_each_step_over_seeds(sweep, capsys):
     assert not (sweep.output / "digits").exists()
 
 
-def test_a_sweep_to_the_end_and_again(sweep, capsys):
+def test_a_finished_sweep_does_nothing_when_run_again(sweep, capsys):
     arguments = ["--gpus", "2", "--expansion_steps", "[1]", "--seeds", "[0, 1]"]
     assert sweep(*arguments) == 0
     printed = capsys.readouterr().out
@@ -68,36 +70,39 @@ def test_a_sweep_to_the_end_and_again(sweep, capsys):
     assert again[again.index("|") :] == printed[printed.index("|") :]
 
 
-def test_another_command_is_not_taken_for_finished(sweep):
+def test_a_run_of_another_command_does_not_count_as_finished(sweep):
     assert sweep("--gpus", "1", "--mask_types", '["full"]') == 0
     assert sweep("--gpus", "1", "--mask_types", '["full"]', "--", "--seconds", "0.1") == 0
     assert len(calls(sweep.output)) == 2
 
 
-def test_a_folder_whose_name_begins_with_a_dash(sweep, monkeypatch):
+def test_a_folder_whose_name_starts_with_a_dash(sweep, monkeypatch):
     monkeypatch.chdir(sweep.output)
-    for _ in range(2):  # and it is found again
+    for _ in range(2):  # the second time, it is found
         assert sweep("--gpus", "1", "--mask_types", '["full"]', "--output_dir=-runs") == 0
     assert len(utils.read_json_lines(sweep.output / "-runs" / "calls.jsonl")) == 1
 
 
 def test_no_gpu_is_booked_twice(sweep):
-    assert sweep("--gpus", "3", "--runs_per_gpu", "2", "--expansion_steps", "[1, 2]", "--", "--seconds", "0.3") == 0
+    slots = ["--gpus", "3", "--runs_per_gpu", "2"]
+    assert sweep(*slots, "--expansion_steps", "[1, 2]", "--", "--seconds", "0.3") == 0
     started = {(call["name"], call["seed"]): call for call in calls(sweep.output)}
     for end in utils.read_json_lines(sweep.output / "ends.jsonl"):
         started[end["name"], end["seed"]]["end"] = end["end"]
-    events = sorted(
-        (call[key], 1 if key == "start" else -1, call["gpu"]) for call in started.values() for key in ("start", "end")
-    )
-    load, most = dict.fromkeys("012", 0), dict.fromkeys("012", 0)
-    for _, change, gpu in events:
+
+    events = []
+    for call in started.values():
+        events += [(call["start"], 1, call["gpu"]), (call["end"], -1, call["gpu"])]
+    load = dict.fromkeys("012", 0)
+    most = dict.fromkeys("012", 0)
+    for _, change, gpu in sorted(events):
         load[gpu] += change
         most[gpu] = max(most[gpu], load[gpu])
     assert len(started) == 9
     assert all(1 <= count <= 2 for count in most.values())
 
 
-def test_gpus_are_those_that_cuda_visible_devices_names(sweep, monkeypatch):
+def test_cuda_visible_devices_sets_the_gpus(sweep, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert sweep("--expansion_steps", "[1]") == 0
     assert {call["gpu"] for call in calls(sweep.output)} == {"5", "7"}
@@ -105,7 +110,7 @@ def test_gpus_are_those_that_cuda_visible_devices_names(sweep, monkeypatch):
         sweep("--gpus", "3")
 
 
-def test_hidden_gpus_are_no_gpus(sweep, monkeypatch, capsys):
+def test_hidden_gpus_are_not_used(sweep, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert sweep("--dry_run", "--mask_types", '["full"]') == 0
     assert capsys.readouterr().out.startswith("CPU")
@@ -127,7 +132,7 @@ def test_a_failing_run_does_not_stop_the_others(sweep, capsys):
     assert "50.00" in printed
 
 
-def test_out_of_memory_is_tried_again_with_smaller_micro_batches(sweep, capsys):
+def test_a_run_out_of_memory_is_tried_again_with_smaller_micro_batches(sweep, capsys):
     arguments = ["--gpus", "2", *TWO, "--", "--out_of_memory", NAMES["full"]]
     assert sweep(*arguments) == 0
     printed = capsys.readouterr().out
@@ -136,11 +141,11 @@ def test_out_of_memory_is_tried_again_with_smaller_micro_batches(sweep, capsys):
     states = {row[1].strip(): row[-2].strip() for row in rows}
     assert states["full"] == "done, batches in 2 parts"
     assert states["2d_cardinal, step 1"] == "done"
-    assert sweep(*arguments) == 0  # finished, though main.py's command was another
+    assert sweep(*arguments) == 0  # finished, although main.py got more options
     assert len(calls(sweep.output)) == 3
 
 
-def test_out_of_memory_twice_is_a_failure_and_is_remembered(sweep, capsys):
+def test_running_out_of_memory_twice_is_a_failure_and_is_remembered(sweep, capsys):
     with pytest.raises(utils.UserError, match="1 of 2 runs failed: full seed 0"):
         sweep("--gpus", "1", *TWO, "--", "--out_of_memory", NAMES["full"], "--below", "4")
     assert "FAILED with exit code 77: stand-in: error: out of memory" in capsys.readouterr().out
@@ -151,8 +156,9 @@ def test_out_of_memory_twice_is_a_failure_and_is_remembered(sweep, capsys):
 def test_failures_are_retried_and_reported_with_the_end_of_the_log(sweep, capsys):
     assert sweep("--gpus", "1", "--retries", "1", *TWO, "--", "--fail_once", NAMES["full"]) == 0
     assert "told to fail; retry 1 of 1" in capsys.readouterr().out
+    seed_1 = ["--seeds", "[1]", *TWO]
     with pytest.raises(utils.UserError, match="1 of 2 runs failed"):
-        sweep("--gpus", "1", "--retries", "2", "--seeds", "[1]", *TWO, "--", "--fail", NAMES["full"])
+        sweep("--gpus", "1", "--retries", "2", *seed_1, "--", "--fail", NAMES["full"])
     printed = capsys.readouterr().out
     assert "    a line before\n    stand-in: error: told to fail\n" in printed
     assert sum(call["name"] == "full" for call in calls(sweep.output)) == 2 + 3
@@ -173,20 +179,21 @@ def test_a_run_that_was_asked_to_stop_starts_again(sweep, capsys):
     assert [call["resumed"] > 0 for call in calls(sweep.output)] == [False, True, False]
 
 
-def test_a_gpu_that_falls_off_gets_no_more_runs(sweep, capsys, monkeypatch):
-    answers = iter([True, True, False])  # two at the start; then the first that fails
+def test_a_gpu_that_drops_out_gets_no_more_runs(sweep, capsys, monkeypatch):
+    answers = iter([True, True, False])  # two at the start, then for the first failure
     monkeypatch.setattr(gpus, "responds", lambda gpu: next(answers, True))
-    assert sweep("--gpus", "2", *TWO, "--seeds", "[0, 1, 2]", "--", "--fail_once", NAMES["full"]) == 0
-    captured = capsys.readouterr()
-    assert "no longer responds to nvidia-smi" in captured.err
+    options = [*TWO, "--seeds", "[0, 1, 2]"]
+    assert sweep("--gpus", "2", *options, "--", "--fail_once", NAMES["full"]) == 0
+    assert "no longer responds to nvidia-smi" in capsys.readouterr().err
     rows = calls(sweep.output)
     lost = next(row["gpu"] for row in rows if row["name"] == "full")
     failed_at = [row["gpu"] for row in rows].index(lost)
-    assert [row["gpu"] for row in rows[failed_at + 2 :]] == [str(1 - int(lost))] * (len(rows) - failed_at - 2)
+    later = rows[failed_at + 2 :]
+    assert all(row["gpu"] == str(1 - int(lost)) for row in later)
     assert len(rows) == 7
 
 
-def test_without_any_gpu_left_the_sweep_ends(sweep, monkeypatch, capsys):
+def test_the_sweep_ends_when_no_gpu_is_left(sweep, monkeypatch, capsys):
     answers = iter([True])
     monkeypatch.setattr(gpus, "responds", lambda gpu: next(answers, False))
     with pytest.raises(utils.UserError, match="no GPU is left that responds; 2 of 2 runs left"):
@@ -203,7 +210,7 @@ def test_a_run_that_cannot_be_started_fails_alone(sweep, capsys):
 
 
 def start_sweep(output, *arguments):
-    """A sweep as a process of its own."""
+    """A sweep in its own process."""
     program = "\n".join(
         [
             "import pathlib, sys",
@@ -215,7 +222,8 @@ def start_sweep(output, *arguments):
             "utils.run_cli(run_experiments.main)",
         ]
     )
-    command = [sys.executable, "-c", program, "--output_dir", str(output), "--gpus", "0", *TWO, *arguments]
+    options = ["--output_dir", str(output), "--gpus", "0", *TWO]
+    command = [sys.executable, "-c", program, *options, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -260,7 +268,7 @@ def test_two_sweeps_share_the_runs(sweep):
     assert all("51.00 ± 1.00 (n = 3)" in text for text in printed)
 
 
-def test_what_another_sweep_leaves_is_taken_over(sweep):
+def test_a_sweep_takes_over_what_another_one_leaves(sweep):
     first = start_sweep(sweep.output, "--", "--hang", NAMES["full"])
     wait_for(lambda: num_calls(sweep.output) == 1)
     hanging = calls(sweep.output)[0]["pid"]
@@ -268,12 +276,13 @@ def test_what_another_sweep_leaves_is_taken_over(sweep):
     second = start_sweep(sweep.output, "--", "--seconds", "0")
     wait_for(lambda: num_calls(sweep.output) == 2)
     assert not (folder / "summary.json").exists()
-    first.kill()  # leaves its child: main.py would notice, the stand-in does not
+    first.kill()  # it leaves its child, which main.py would notice, but not the stand-in
     os.kill(hanging, signal.SIGKILL)
     printed, _ = second.communicate(timeout=30)
     assert second.returncode == 0
     assert "full seed 0: is being written by another process, left alone" in printed
-    assert [call["parent"] for call in calls(sweep.output) if call["name"] == "full"] == [first.pid, second.pid]
+    full = [call for call in calls(sweep.output) if call["name"] == "full"]
+    assert [call["parent"] for call in full] == [first.pid, second.pid]
     first.communicate()
 
 
@@ -299,7 +308,7 @@ def test_what_another_sweep_leaves_is_taken_over(sweep):
         (["--launcher", "slurm", "--slurm_options", "[1]"], "expected a JSON object"),
     ],
 )
-def test_bad_command_lines_end_in_one_line(arguments, words, capsys):
+def test_bad_command_lines_fail_with_one_line(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         run_experiments.parse_args(arguments)
     assert stop.value.code == 2
@@ -322,7 +331,7 @@ def test_slurm_without_submitit_says_what_to_install(sweep, monkeypatch):
         sweep("--launcher", "slurm")
 
 
-def test_slurm_without_its_commands_is_one_line(sweep, monkeypatch):
+def test_slurm_without_its_commands_fails_with_one_line(sweep, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(utils.UserError, match="there is no squeue here"):
         sweep("--launcher", "slurm", "--mask_types", '["full"]')

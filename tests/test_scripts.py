@@ -1,4 +1,4 @@
-"""Every script from outside: it starts, helps without network, and fails on one line."""
+"""Every script from the outside: it starts, prints its help offline, and fails with one line."""
 
 import importlib
 import os
@@ -13,9 +13,13 @@ SCRIPTS = ["main.py", "benchmark.py", "run_experiments.py", "plot_result.py", "e
 LIGHT = ["run_experiments.py", "plot_result.py"]  # start without torch
 
 
+def run_script(*command):
+    return subprocess.run(command, capture_output=True, text=True, cwd=utils.REPOSITORY)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag_with_a_text(script):
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=utils.REPOSITORY)
+    done = run_script(sys.executable, script, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "--" in done.stdout
@@ -24,7 +28,7 @@ def test_help_names_every_flag_with_a_text(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_unknown_flag_ends_in_one_line(script):
-    done = subprocess.run([sys.executable, script, "--no_such"], capture_output=True, text=True, cwd=utils.REPOSITORY)
+    done = run_script(sys.executable, script, "--no_such")
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
@@ -38,7 +42,7 @@ def test_light_scripts_do_not_load_torch(module):
 
 
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys, monkeypatch):
-    """A sweep of runs with --debug goes by the codes as well."""
+    """A sweep of runs with --debug acts on the codes as well."""
 
     def fail():
         raise utils.OutOfMemoryError("no memory")
@@ -55,10 +59,12 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys, monkeypatch):
 def gpu_script(tmp_path, part, **environment):
     command = ["bash", "experiments/gpu.sh", part, str(tmp_path / "gpu")]
     environment = {**os.environ, "SMALL": "1", "PYTHON": sys.executable, **environment}
-    return subprocess.run(command, capture_output=True, text=True, cwd=utils.REPOSITORY, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=utils.REPOSITORY, env=environment
+    )
 
 
-def test_the_script_for_gpus_measures_and_writes_each_row(tmp_path):
+def test_the_gpu_script_measures_and_writes_each_row(tmp_path):
     done = gpu_script(tmp_path, "machine")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = utils.read_json_lines(tmp_path / "gpu" / "rows.jsonl")
@@ -70,17 +76,18 @@ def test_the_script_for_gpus_measures_and_writes_each_row(tmp_path):
     assert rows[5]["exit_code"] == 0
 
 
-def test_the_script_for_gpus_goes_on_after_a_failure_and_names_it(tmp_path):
+def test_the_gpu_script_continues_after_a_failure_and_names_it(tmp_path):
     done = gpu_script(tmp_path, "4", PYTHON="false")
     assert done.returncode == 1
     steps = utils.read_json_lines(tmp_path / "gpu" / "rows.jsonl")
     assert len(steps) == 8
     assert {(row["what"], row["part"], row["exit_code"]) for row in steps} == {("step", "grids", 1)}
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("gpu.sh: failed in part grids: full_3 (exit code 1), grid_3 (exit code 1), ")
+    failed = "full_3 (exit code 1), grid_3 (exit code 1), "
+    assert last.startswith(f"gpu.sh: failed in part grids: {failed}")
 
 
-def test_the_script_for_gpus_ends_what_hangs(tmp_path):
+def test_the_gpu_script_ends_what_hangs(tmp_path):
     hanging = tmp_path / "python"
     hanging.write_text("#!/bin/sh\nexec sleep 60\n")
     hanging.chmod(0o755)
@@ -92,8 +99,8 @@ def test_the_script_for_gpus_ends_what_hangs(tmp_path):
     assert (tmp_path / "gpu" / "base-default.txt").read_text() == "not started\n"
 
 
-def test_the_script_for_gpus_lists_its_parts_and_refuses_others(tmp_path):
-    listed = subprocess.run(["bash", "experiments/gpu.sh"], capture_output=True, text=True, cwd=utils.REPOSITORY)
+def test_the_gpu_script_lists_its_parts_and_refuses_others(tmp_path):
+    listed = run_script("bash", "experiments/gpu.sh")
     assert listed.returncode == 0
     assert "7  accuracy" in listed.stdout
     for part, environment, words in [
@@ -106,7 +113,7 @@ def test_the_script_for_gpus_lists_its_parts_and_refuses_others(tmp_path):
         assert words in done.stderr
 
 
-def test_a_candidate_that_fails_on_a_gpu_costs_no_other_its_row(tmp_path, monkeypatch, capsys):
+def test_a_failing_candidate_on_a_gpu_costs_no_other_its_row(tmp_path, monkeypatch, capsys):
     gpu = load_gpu_measurements(monkeypatch)
     attend = gpu.candidates.make_attend
 
@@ -116,9 +123,12 @@ def test_a_candidate_that_fails_on_a_gpu_costs_no_other_its_row(tmp_path, monkey
         return attend(backend, *arguments)
 
     monkeypatch.setattr(gpu.candidates, "make_attend", broken)
-    options = "--device cpu --grids [3] --batch_size 1 --num_heads 1 --head_dim 8 --rounds 3 --expansion_steps [1]"
-    lists = ["--mask_types", '["2d_cardinal"]', "--backends", '["dense", "flex", "uncompiled"]']
-    assert gpu.main(["attention", str(tmp_path), *options.split(), *lists]) == 1
+    options = [
+        *("--device", "cpu", "--grids", "[3]", "--batch_size", "1", "--num_heads", "1"),
+        *("--head_dim", "8", "--rounds", "3", "--expansion_steps", "[1]"),
+        *("--mask_types", '["2d_cardinal"]', "--backends", '["dense", "flex", "uncompiled"]'),
+    ]
+    assert gpu.main(["attention", str(tmp_path), *options]) == 1
     flex, dense, uncompiled = utils.read_json_lines(tmp_path / "rows.jsonl")
     assert flex["left_out"] == "FlexAttention has no backward off CUDA"
     assert dense["error"] == "CUDA error: out of luck"
@@ -131,15 +141,16 @@ def load_gpu_measurements(monkeypatch):
     return importlib.import_module("gpu")
 
 
-def test_a_path_may_begin_at_home(monkeypatch):
-    """Shells expand `~` in `--output_dir ~/x`, and not in `--output_dir=~/x`."""
+def test_a_path_may_start_with_a_tilde(monkeypatch):
+    """Shells expand `~` in `--output_dir ~/x`, but not in `--output_dir=~/x`."""
     import main
     import plot_result
     import run_experiments
     from sweep.plan import data_dir_of
 
     monkeypatch.setenv("HOME", "/home/me")
-    settings = main.resolve_settings(main.parse_args(["--data_dir=~/x", "--output_dir=~/y", "--device", "cpu"]))
+    arguments = ["--data_dir=~/x", "--output_dir=~/y", "--device", "cpu"]
+    settings = main.resolve_settings(main.parse_args(arguments))
     assert (settings.data.data_dir, settings.run.output_dir) == ("/home/me/x", "/home/me/y")
     args = run_experiments.parse_args(["--output_dir=~/y", "--", "--data_dir=~/x"])
     assert (data_dir_of(args), args.output_dir) == ("/home/me/x", "/home/me/y")

@@ -1,4 +1,4 @@
-"""benchmark.py beside other pipelines and loops, on little; the figures are in experiments/benchmark."""
+"""benchmark.py with small data pipelines and loops; real numbers are in experiments/benchmark."""
 
 import pytest
 
@@ -9,10 +9,10 @@ from benchmarks import pipeline, training
 
 def test_training_benchmark_relates_each_loop_to_the_others(tmp_path):
     output = tmp_path / "training.json"
-    options = (
-        "--model vit_micro --img_size 16 --patch_size 8 --batch_size 8 --steps 1 --rounds 3 --workers 0 --device cpu"
-    )
-    assert benchmark.main(["--level", "training", *options.split(), "--output", str(output)]) == 0
+    options = "--level training --device cpu --model vit_micro --img_size 16 --patch_size 8 "
+    options += "--batch_size 8 --steps 1 --rounds 3 --workers 0"
+    assert benchmark.main([*options.split(), "--output", str(output)]) == 0
+
     report = utils.read_json(output)
     rows = {row["name"]: row for row in report["rows"]}
     assert len(rows) == 7
@@ -33,12 +33,14 @@ def test_pipeline_benchmark_compares_like_with_like(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(pipeline, "NUM_IMAGES", {32: 256, 64: 128})
     monkeypatch.setattr(pipeline, "NUM_PIL_IMAGES", {32: 128, 64: 128})
     output = tmp_path / "pipeline.json"
-    assert benchmark.main(["--level", "pipeline", "--device", "cpu", "--workers", "0", "--output", str(output)]) == 0
+    options = "--level pipeline --device cpu --workers 0"
+    assert benchmark.main([*options.split(), "--output", str(output)]) == 0
+
     report = utils.read_json(output)
     names = report["images_per_second_at_64"].keys()
-    assert {f"PIL and DataLoader: {name}" for name in names if not name.startswith("PIL")} == {
-        name for name in names if name.startswith("PIL")
-    }
+    pil_names = {name for name in names if name.startswith("PIL")}
+    assert pil_names == {f"PIL and DataLoader: {name}" for name in names - pil_names}
+
     printed = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
     assert len(printed) == 12
     assert sum(line.endswith(" 1.0 x PIL") for line in printed) >= 6

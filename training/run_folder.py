@@ -14,7 +14,7 @@ from runtime import distributed, locks
 from training.command_line import complete
 from training.run_record import FORMAT, RunRecord
 from training.settings import MAY_CHANGE, Settings
-from utils import BusyError, UsageError
+from utils import BusyError
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def refuse_other_settings(folder: Path, found: dict, asked: Settings) -> None:
 def refuse_other_data(folder: Path, found: dict, data: dict) -> None:
     """Raise UsageError if the folder's run was made with other data, as far as both notes tell."""
     if data.get("files") is not None:
-        identity.refuse_other_data(folder, identity.differences(found, data))
+        identity.refuse_other(folder, "data", identity.differences(found, data))
     asked = {key: data[key] for key in data if key in found and key != "label"}
     _refuse(folder, "data", found, asked)
 
@@ -103,11 +103,7 @@ def _refuse(folder: Path, what: str, found: dict, asked: dict) -> None:
         for key, value in asked.items()
         if _result_of(found.get(key)) != _result_of(value)
     ]
-    if differing:
-        raise UsageError(
-            f"{folder} holds a run of other {what}: {'; '.join(differing)}. Choose another "
-            "--dataset_name, --run_name or --output_dir, or remove the folder"
-        )
+    identity.refuse_other(folder, what, differing)
 
 
 def _result_of(value):

@@ -88,13 +88,13 @@ class RunRecord:
         utils.check_sections(path, summary, {"final": {}})
         return summary
 
-    @property
-    def settings(self) -> dict:
-        return self.config["settings"]
+    @cached_property
+    def settings(self) -> Settings:
+        return Settings.from_dict(self.config["settings"])
 
     @property
     def mask(self) -> MaskSpec:
-        return Settings.from_dict(self.settings).mask.spec
+        return self.settings.mask.spec
 
     @property
     def state(self) -> str:

@@ -1,4 +1,7 @@
-"""How much is tried: a little in `make test`, much in `make faults`, which sets FAULTS=long and prints the totals."""
+"""How much to try: a little in `make test`, a lot in `make faults`.
+
+`make faults` sets FAULTS=long and prints the totals.
+"""
 
 import os
 
@@ -26,7 +29,7 @@ def count():
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """The output folder of a run that nothing happened to."""
+    """The output folder of a run that nothing has interrupted."""
     output = tmp_path_factory.mktemp("uninterrupted")
     assert victims.finish(output) == 0, (output / "log.txt").read_text()
     return output

@@ -1,4 +1,5 @@
-/* For LD_PRELOAD: once a process has written QUOTA bytes to files, its writes fail as those of a user over quota do. */
+/* For LD_PRELOAD: once a process has written QUOTA bytes to files, further writes fail with EDQUOT, as
+   for a user who is over quota. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

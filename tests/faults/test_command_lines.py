@@ -1,4 +1,4 @@
-"""Command lines drawn at random: the right exit code, one line on stderr, no traceback, no result."""
+"""Random command lines give the right exit code, one line on stderr, no traceback, no result."""
 
 import contextlib
 import importlib
@@ -12,9 +12,9 @@ from parsers import parser_of
 
 import utils
 
-SCRIPTS = ("main", "run_experiments", "eval", "plot_result", "benchmark", "pipeline", "training", "masks")
-LEVELS = ("pipeline", "training")  # of benchmark.py, with flags of their own
-# Flags that would start long work, or write where they please; their values are tested one by one elsewhere.
+LEVELS = ("pipeline", "training")  # of benchmark.py, each with its own flags
+SCRIPTS = ("main", "run_experiments", "eval", "plot_result", "benchmark", "masks", *LEVELS)
+# Without these, flags could start long work, or write anywhere. Their values are tested elsewhere.
 HARMLESS = {
     "main": ["--dry_run"],
     "run_experiments": ["--dry_run"],
@@ -25,89 +25,63 @@ HARMLESS = {
     "pipeline": ["--level", "pipeline", "--workers", "-1"],
     "training": ["--level", "training", "--rounds", "0"],
 }
-NASTY = [
-    *(
-        "",
-        " ",
-        "-1",
-        "0",
-        "1",
-        "2.5",
-        "nan",
-        "inf",
-        "-inf",
-        "1e999",
-        "9" * 40,
-        "0x10",
-        "1_000",
-        "٣",
-        "½",
-        "true",
-        "None",
-    ),
-    *("[]", "[1, 2]", "[1, 1]", '["full"]', '["2d_cardinal", 3]', "{}", "[[1]]", "[-1]", '["\\ud800"]', "'", '"', "\\"),
-    *(
-        "--",
-        "-x",
-        "--help=3",
-        "..",
-        "../..",
-        "/",
-        "/dev/null",
-        "/proc/self/mem",
-        "~",
-        "a b",
-        "-leading",
-        "ä/ß",
-        "日本",
-        "\x00",
-    ),
-    *(
-        "x" * 300,
-        "x/" * 3000,
-        "*",
-        "$HOME",
-        "%s",
-        "{}",
-        "\n",
-        "\t1",
-        "cpu",
-        "cuda",
-        "full",
-        "digits",
-        "2d_cardinal",
-        "vit_base",
-    ),
+NUMBERS = [
+    "-1",
+    "0",
+    "1",
+    "2.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "9" * 40,
+    "0x10",
+    "1_000",
+    "٣",
+    "½",
 ]
+LISTS = ["[]", "[1, 2]", "[1, 1]", '["full"]', '["2d_cardinal", 3]', "[[1]]", "[-1]", '["\\ud800"]']
+PATHS = ["..", "../..", "/", "/dev/null", "/proc/self/mem", "~", "x/" * 3000, "ä/ß", "日本"]
+NAMES = ["cpu", "cuda", "full", "digits", "2d_cardinal", "vit_base", "true", "None", "x" * 300]
+ODD = ["", " ", "a b", "-leading", "-x", "--", "--help=3", "*", "$HOME", "%s", "{}", "'", '"', "\\"]
+CONTROL = ["\x00", "\n", "\t1"]
+NASTY = [*NUMBERS, *LISTS, *PATHS, *NAMES, *ODD, *CONTROL]
 
 
 def flags_of(script):
-    """Its flags, with the values that they know."""
-    parser = parser_of("benchmark", ["--level", script]) if script in LEVELS else parser_of(script)
+    """The flags of a script, with their choices."""
+    arguments = ("benchmark", ["--level", script]) if script in LEVELS else (script,)
+    parser = parser_of(*arguments)
     return {action.option_strings[0]: list(action.choices or []) for action in parser._actions}
 
 
 def command_lines(script):
-    """Some flags, each with nothing, a value that it knows, or a nasty one; now and then a stray word."""
-    flags = {flag: choices for flag, choices in flags_of(script).items() if flag not in ("-h", "--debug")}
+    """Some flags, each with no value, a valid one or a nasty one, and now and then a stray word."""
+    flags = flags_of(script)
+    del flags["-h"], flags["--debug"]
 
     def with_value(flag):
         values = st.sampled_from([*NASTY, *map(str, flags[flag])])
-        return st.one_of(
-            st.just([flag]), values.map(lambda value: [flag, value]), values.map(lambda v: [f"{flag}={v}"])
-        )
+        as_two_words = values.map(lambda value: [flag, value])
+        as_one_word = values.map(lambda value: [f"{flag}={value}"])
+        return st.one_of(st.just([flag]), as_two_words, as_one_word)
 
-    words = st.one_of(
-        st.sampled_from(sorted(flags)).flatmap(with_value), st.sampled_from(NASTY).map(lambda word: [word])
-    )
+    flag_and_value = st.sampled_from(sorted(flags)).flatmap(with_value)
+    stray_word = st.sampled_from(NASTY).map(lambda word: [word])
+    words = st.one_of(flag_and_value, stray_word)
     return st.lists(words, max_size=4).map(lambda parts: [word for part in parts for word in part])
 
 
 def call(script, arguments):
-    """-> (exit code, stderr). Anything but SystemExit is a traceback in the user's face, and fails the test."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
-        utils.run_cli(lambda: importlib.import_module("benchmark" if script in LEVELS else script).main(arguments))
+    """(exit code, stderr). An exception other than SystemExit fails the test."""
+    module = importlib.import_module("benchmark" if script in LEVELS else script)
+    err = io.StringIO()
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,
+    ):
+        utils.run_cli(lambda: module.main(arguments))
     return stop.value.code, err.getvalue()
 
 
@@ -116,7 +90,10 @@ def test_any_command_line_ends_well(script, tmp_path, monkeypatch, is_long, coun
     monkeypatch.chdir(tmp_path)
     harmless = [word.format(folder=tmp_path) for word in HARMLESS[script]]
 
-    @settings(max_examples=400 if is_long else 15, deadline=None, suppress_health_check=list(HealthCheck))
+    num_examples = 400 if is_long else 15
+    no_checks = list(HealthCheck)
+
+    @settings(max_examples=num_examples, deadline=None, suppress_health_check=no_checks)
     @given(command_lines(script))
     def try_one(arguments):
         count("command lines tried")

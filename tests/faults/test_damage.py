@@ -1,4 +1,4 @@
-"""Files damaged at random: what reads them says one line, or reads what was written; never something in between."""
+"""Randomly damaged files: a reader either fails with one line or reads what was written."""
 
 import contextlib
 import io
@@ -20,19 +20,20 @@ from training import checkpoints
 
 
 def damage(content: bytes, draws) -> bytes:
-    """Cut off, a byte changed, a run of zeros, or something put in."""
+    """Cut the content off, change a byte, zero a stretch, or insert something."""
     kind, place = draws.integers(4), int(draws.integers(len(content)))
     if kind == 0:
         return content[:place]
     if kind == 1:
-        return content[:place] + bytes([content[place] ^ int(draws.integers(1, 256))]) + content[place + 1 :]
+        changed = content[place] ^ int(draws.integers(1, 256))
+        return content[:place] + bytes([changed]) + content[place + 1 :]
     if kind == 2:
         return content[:place] + bytes(min(512, len(content) - place)) + content[place + 512 :]
     return content[:place] + draws.bytes(20) + content[place:]
 
 
 def with_odd_value(content: bytes, draws) -> bytes:
-    """A JSON object, one of whose values, at any depth, is another or is missing."""
+    """A JSON object in which one value, at any depth, is replaced or missing."""
     odd = [None, True, -1, 1e308, 10**400, "", "x", [], ["x"], {}, {"x": 1}]
     within = whole = json.loads(content)
     while True:
@@ -49,9 +50,13 @@ def with_odd_value(content: bytes, draws) -> bytes:
 
 
 def call(of_script, *arguments):
-    """-> (exit code, stderr); any exception but SystemExit fails the test."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+    """(exit code, stderr). An exception other than SystemExit fails the test."""
+    err = io.StringIO()
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,
+    ):
         utils.run_cli(lambda: of_script(list(arguments)))
     return stop.value.code, err.getvalue()
 
@@ -59,7 +64,8 @@ def call(of_script, *arguments):
 def test_a_damaged_checkpoint_is_refused_or_whole(uninterrupted, tmp_path, is_long, count):
     path = victims.folder_of(uninterrupted) / utils.CHECKPOINT
     content, expected = path.read_bytes(), checkpoints.load_checkpoint(path)
-    draws, num_refused = np.random.default_rng(0), 0
+    draws = np.random.default_rng(0)
+    num_refused = 0
     for _ in range(1000 if is_long else 60):
         damaged = tmp_path / utils.CHECKPOINT
         damaged.write_bytes(damage(content, draws))
@@ -81,8 +87,10 @@ def test_damaged_logs_are_named(uninterrupted, tmp_path, name, is_long, count):
     content = (victims.folder_of(uninterrupted) / name).read_bytes()
     for number in range(60 if is_long else 4):
         output = tmp_path / str(number)
-        shutil.copytree(victims.folder_of(uninterrupted), victims.folder_of(output), ignore=lambda *_: ["last.pt"])
-        (victims.folder_of(output) / name).write_bytes(damage(content, draws))
+        folder = victims.folder_of(output)
+        ignore_checkpoint = shutil.ignore_patterns("last.pt")
+        shutil.copytree(victims.folder_of(uninterrupted), folder, ignore=ignore_checkpoint)
+        (folder / name).write_bytes(damage(content, draws))
         count("damaged files tried")
         code, err = call(plot_result.main, "--results_path", str(output))
         assert code in (0, 1), err
@@ -91,7 +99,9 @@ def test_damaged_logs_are_named(uninterrupted, tmp_path, name, is_long, count):
 
 
 @pytest.mark.parametrize("name", [utils.CHECKPOINT, utils.CONFIG, utils.METRICS])
-def test_a_run_goes_on_from_a_damaged_folder_or_says_why_not(uninterrupted, tmp_path, name, is_long, count):
+def test_a_run_resumes_from_a_damaged_folder_or_says_why_not(
+    uninterrupted, tmp_path, name, is_long, count
+):
     draws = np.random.default_rng(2)
     for number in range(10 if is_long else 1):
         output = tmp_path / str(number)
@@ -112,8 +122,10 @@ def test_a_run_goes_on_from_a_damaged_folder_or_says_why_not(uninterrupted, tmp_
 
 
 @pytest.mark.parametrize("name", [utils.CONFIG, utils.SUMMARY])
-def test_odd_values_in_a_finished_run_are_read_or_named(uninterrupted, tmp_path, name, is_long, count):
-    """By main.py, which finds that nothing is left to do, by the sweep's plan, and by plot_result.py."""
+def test_odd_values_in_a_finished_run_are_read_or_named(
+    uninterrupted, tmp_path, name, is_long, count
+):
+    """By main.py, which finds nothing left to do, by the plan of a sweep, and by plot_result.py."""
     draws = np.random.default_rng(3)
     shutil.copytree(victims.folder_of(uninterrupted), victims.folder_of(tmp_path))
     path = victims.folder_of(tmp_path) / name

@@ -1,4 +1,4 @@
-"""A run killed by SIGKILL, at any moment and as often as one likes, ends as if nothing had happened."""
+"""A run that is killed at any moment, any number of times, ends as if nothing had happened."""
 
 import contextlib
 import os
@@ -16,7 +16,8 @@ KILLS_A_RUN = 6
 
 @pytest.mark.parametrize("place", victims.FAULTS)
 def test_killed_at_a_place_and_resumed(place, uninterrupted, tmp_path, is_long, count):
-    times = {"in a step": 2 * 23 + 5, "before summary.json": 1, "in the write of config.json": 1}.get(place, 3)
+    special = {"in a step": 2 * 23 + 5, "before summary.json": 1, "in the write of config.json": 1}
+    times = special.get(place, 3)
     for number in range(1, times + 1) if is_long and times < 10 else [times]:
         output = tmp_path / str(number)
         assert victims.finish(output, fault=(place, number)) == -signal.SIGKILL
@@ -28,11 +29,12 @@ def test_killed_at_a_place_and_resumed(place, uninterrupted, tmp_path, is_long, 
 
 
 def test_killed_at_random_moments_and_resumed(uninterrupted, tmp_path, is_long, count):
-    """Several kills a run, at moments uniform in what a whole run takes."""
+    """Several kills per run, at moments drawn uniformly from the duration of a whole run."""
     start = time.perf_counter()
     assert victims.finish(tmp_path / "timed") == 0
     whole = time.perf_counter() - start
-    draws, num_kills = np.random.default_rng(), 0
+    draws = np.random.default_rng()
+    num_kills = 0
     for number in range(100):
         output = tmp_path / str(number)
         for _ in range(KILLS_A_RUN):
@@ -61,7 +63,7 @@ def test_stopped_by_signals_and_resumed(uninterrupted, tmp_path, is_long, count)
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(process.pid, draws.choice([signal.SIGTERM, signal.SIGUSR1]))
             process.join()
-            # 0: done; 75: asked to stop; a negative one: the signal came before main.py was listening
+            # 0: done, 75: asked to stop, negative: the signal came before main.py was listening.
             assert process.exitcode in (0, utils.EXIT_AGAIN, -signal.SIGTERM, -signal.SIGUSR1)
             count("stops by SIGTERM or SIGUSR1 survived", process.exitcode != 0)
         victims.assert_same_result(output, uninterrupted)

@@ -1,6 +1,6 @@
-"""Small runs in processes of their own, to be killed, with faults that can be put into them.
+"""Small runs in their own processes, to be killed, in which faults can be planted.
 
-They are forked from a server that has imported everything, so that a start takes a fraction of a second.
+They are forked from a server that has imported everything, so one starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ import utils
 from training import checkpoints
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["main", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"])
+CONTEXT.set_forkserver_preload(
+    ["main", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"]
+)
 
 RUN = [
-    *("--dataset", "digits", "--model", "vit_micro", "--img_size", "8", "--patch_size", "4", "--device", "cpu"),
-    *("--batch_size", "64", "--lr", "2e-3", "--epochs", "3", "--mask_type", "2d_cardinal", "--policy", "trivial"),
-    *("--mix", "0.5", "--ema", "0.9", "--checkpoint_every_minutes", "0.0005"),  # 30 ms: many within an epoch
+    *("--dataset", "digits", "--img_size", "8", "--patch_size", "4", "--device", "cpu"),
+    *("--model", "vit_micro", "--mask_type", "2d_cardinal", "--policy", "trivial"),
+    *("--batch_size", "64", "--lr", "2e-3", "--epochs", "3", "--mix", "0.5", "--ema", "0.9"),
+    *("--checkpoint_every_minutes", "0.0005"),  # every 30 ms: many per epoch
 ]
 NUM_EPOCHS = 3
-STATE = ("model", "average", "optimizers", "schedulers", "ranks", "epoch")  # of a checkpoint, without clocks
+# The state in a checkpoint, except for clocks.
+STATE = ("model", "average", "optimizers", "schedulers", "ranks", "epoch")
+# Words in the names of metrics that differ from run to run.
 TIMES = ("seconds", "per_second", "memory")
 
-# Where a run can be made to kill itself: the n-th time that it comes to such a place.
+# Where a run can be made to kill itself, the n-th time that it gets there.
 FAULTS = (
     "in a step",
     "in the write of a checkpoint",
@@ -38,8 +43,13 @@ FAULTS = (
 )
 
 
-def start(output: Path, fault: tuple[str, int] | None = None, limit_bytes: int | None = None, log: Path | None = None):
-    """A process that runs main.py; what it prints goes to log.txt in `log`, by default in `output`."""
+def start(
+    output: Path,
+    fault: tuple[str, int] | None = None,
+    limit_bytes: int | None = None,
+    log: Path | None = None,
+):
+    """A process that runs main.py and prints to log.txt in the folder `log`, or in `output`."""
     log = log or output
     log.mkdir(parents=True, exist_ok=True)
     arguments = [*RUN, "--output_dir", str(output)]
@@ -49,7 +59,7 @@ def start(output: Path, fault: tuple[str, int] | None = None, limit_bytes: int |
 
 
 def finish(output: Path, **how) -> int:
-    """Run to the end -> the exit code, negative for a signal."""
+    """Run to the end. Returns the exit code, negative for a signal."""
     process = start(output, **how)
     process.join()
     return process.exitcode
@@ -60,15 +70,22 @@ def folder_of(output: Path) -> Path:
 
 
 def result_of(output: Path) -> tuple[list[dict], dict]:
-    """The metrics without what a clock measured, and the final state but for clocks."""
+    """The metrics and the final state, without anything that a clock measured."""
     rows = utils.read_json_lines(folder_of(output) / utils.METRICS)
-    rows = [{key: value for key, value in row.items() if not any(word in key for word in TIMES)} for row in rows]
+
+    def is_reproducible(key: str) -> bool:
+        return not any(word in key for word in TIMES)
+
+    rows = [{key: row[key] for key in row if is_reproducible(key)} for row in rows]
     state = checkpoints.load_checkpoint(folder_of(output) / utils.CHECKPOINT)
     return rows, {name: state[name] for name in STATE}
 
 
 def assert_same_result(output: Path, uninterrupted: Path) -> None:
-    """The finished run is that of `uninterrupted`, its weights bit for bit, each epoch logged once."""
+    """Assert that a finished run equals `uninterrupted`, its weights bit for bit.
+
+    Each epoch is logged once.
+    """
     rows, state = result_of(output)
     expected_rows, expected_state = result_of(uninterrupted)
     assert [row["epoch"] for row in rows] == list(range(1, NUM_EPOCHS + 1))
@@ -81,7 +98,9 @@ def assert_same_result(output: Path, uninterrupted: Path) -> None:
     assert not list(folder_of(output).glob(".*.tmp"))
 
 
-def _run(arguments: list[str], log: Path, fault: tuple[str, int] | None, limit_bytes: int | None) -> None:
+def _run(
+    arguments: list[str], log: Path, fault: tuple[str, int] | None, limit_bytes: int | None
+) -> None:
     import torch
 
     import main
@@ -89,7 +108,8 @@ def _run(arguments: list[str], log: Path, fault: tuple[str, int] | None, limit_b
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
     if fault is not None:
         _plant(*fault)
@@ -100,7 +120,7 @@ def _run(arguments: list[str], log: Path, fault: tuple[str, int] | None, limit_b
 
 
 def _limit_file_size(num_bytes: int) -> None:
-    """Writing more to a file fails, as on a full disk."""
+    """Make writes beyond this size of a file fail, as on a full disk."""
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -108,7 +128,7 @@ def _limit_file_size(num_bytes: int) -> None:
 
 
 def _plant(place: str, count: int) -> None:
-    """Make this process kill itself when it is at a place for the count-th time."""
+    """Make this process kill itself when it gets to a place for the count-th time."""
     from training import run_folder, trainer
 
     left = [count]

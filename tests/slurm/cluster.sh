@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# A Slurm cluster of two nodes, both on this machine, in a folder of its own: cluster.sh start|stop FOLDER. Needs root.
-#   export SLURM_CONF=FOLDER/slurm.conf   afterwards, for sbatch, squeue and the like
+# A Slurm cluster of two nodes, both on this machine, with all files in FOLDER. Needs root.
+#
+#   cluster.sh start|stop FOLDER
+#   export SLURM_CONF=FOLDER/slurm.conf   # afterwards, for sbatch, squeue etc.
 set -euo pipefail
 if [ $# -ne 2 ] || { [ "$1" != start ] && [ "$1" != stop ]; }; then
     echo "usage: cluster.sh start|stop FOLDER" >&2
@@ -11,7 +13,7 @@ folder=$(cd "$2" && pwd)
 export SLURM_CONF="$folder/slurm.conf"
 
 stop() {
-    for daemon in slurmd.a slurmd.b slurmctld munged; do # by the ids that they wrote down
+    for daemon in slurmd.a slurmd.b slurmctld munged; do # by the process ids that they wrote down
         if [ -f "$folder/$daemon.pid" ]; then
             pid=$(cat "$folder/$daemon.pid")
             kill "$pid" 2>/dev/null || true
@@ -33,7 +35,7 @@ SlurmctldPort=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits as long as a credential lives.
+# A requeued job waits for as long as a credential is valid.
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 StateSaveLocation=$folder/state
@@ -51,17 +53,19 @@ MpiDefault=none
 SchedulerParameters=sched_interval=1,bf_interval=1
 KillWait=5
 MinJobAge=10
-NodeName=a,b NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((port + 1)),$((port + 2)) CPUs=$(nproc) State=UNKNOWN
+NodeName=a,b NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((port + 1)),$((port + 2)) \
+    CPUs=$(nproc) State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES State=UP OverSubscribe=FORCE:4
-# Jobs in high push those in low aside, which are warned and have a minute.
+# Jobs in high preempt those in low, which get a warning and a minute of time.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 PartitionName=low Nodes=ALL State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL State=UP PriorityTier=10
 CONF
-    munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
-        --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>>"$folder/munged.err"
+    munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
+        --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" \
+        --seed-file="$folder/munged.seed" 2>>"$folder/munged.err"
     slurmctld -c
     slurmd -N a
     slurmd -N b

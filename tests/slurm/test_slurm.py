@@ -1,4 +1,4 @@
-"""The sweep on a real Slurm: a cluster of two nodes, both on this machine, of CPUs alone."""
+"""The sweep on a real Slurm cluster: two nodes, both on this machine, with only CPUs."""
 
 import contextlib
 import importlib.util
@@ -20,9 +20,14 @@ MAIN = utils.REPOSITORY / "main.py"
 STAND_IN = HERE.parent / "stand_in.py"
 TWO = ["--mask_types", '["full", "2d_cardinal"]', "--expansion_steps", "[1]"]
 LOCAL = "2d_cardinal_expansion_1"
-REAL = ["--model", "vit_micro", "--img_size", "8", "--patch_size", "2", "--batch_size", "128", "--epochs", "12"]
-REAL += ["--device", "cpu", "--backend", "dense"]
-MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
+REAL = [
+    *("--model", "vit_micro", "--img_size", "8", "--patch_size", "2"),
+    *("--batch_size", "128", "--epochs", "12", "--device", "cpu", "--backend", "dense"),
+]
+
+MISSING = [
+    name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None
+]
 if importlib.util.find_spec("submitit") is None:
     MISSING.append("submitit")
 if os.geteuid() != 0:
@@ -43,7 +48,7 @@ def cluster(tmp_path_factory):
 
 
 def start_sweep(output, *arguments, script=STAND_IN):
-    """A sweep as a process of its own, that looks often; `script` is run for main.py."""
+    """A sweep in its own process that looks often, with `script` in place of main.py."""
     program = "\n".join(
         [
             "import pathlib, sys",
@@ -55,8 +60,10 @@ def start_sweep(output, *arguments, script=STAND_IN):
             "utils.run_cli(run_experiments.main)",
         ]
     )
-    options = ["--output_dir", str(output), "--dataset", "digits", "--launcher", "slurm", "--gpus", "0", *TWO]
-    options += ["--slurm_cpus_per_task", "1", "--slurm_time", "5"]
+    options = [
+        *("--output_dir", str(output), "--dataset", "digits", *TWO, "--gpus", "0"),
+        *("--launcher", "slurm", "--slurm_cpus_per_task", "1", "--slurm_time", "5"),
+    ]
     command = [sys.executable, "-c", program, *options, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -75,15 +82,17 @@ def rows(path):
 
 
 def job_of(output, name):
-    return {row["run"]: row["job"] for row in rows(output / "slurm" / "jobs.jsonl")}[f"digits/{name}/seed_0"]
+    jobs = {row["run"]: row["job"] for row in rows(output / "slurm" / "jobs.jsonl")}
+    return jobs[f"digits/{name}/seed_0"]
 
 
-def warned_and_queued_again(output, *arguments, by=None):
-    """A sweep to its end, one of whose runs Slurm warned in the middle: by scancel, or by what the command brings."""
+def warned_and_requeued(output, *arguments, by=None):
+    """A sweep to its end, with a run that Slurm warns midway, by scancel or because of `by`."""
     sweep = start_sweep(output, *arguments, "--", *REAL, script=MAIN)
     folder = output / "digits" / "full" / "seed_0"
     wait_for(lambda: len(rows(folder / "metrics.jsonl")) >= 2)
-    subprocess.run(by or ["scancel", "--signal=USR1", job_of(output, "full")], check=True, timeout=90)
+    command = by or ["scancel", "--signal=USR1", job_of(output, "full")]
+    subprocess.run(command, check=True, timeout=90)
     code, printed, error = end_of(sweep)
     assert code == 0, (printed, error)
     log = (folder / "log.txt").read_text()
@@ -97,13 +106,15 @@ def losses_of(output):
 
 
 def losses_without_slurm(output, *starter):
-    command = [sys.executable, *starter, str(MAIN), "--dataset", "digits", "--output_dir", str(output), *REAL]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    options = ["--dataset", "digits", "--output_dir", str(output), *REAL]
+    command = [sys.executable, *starter, str(MAIN), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     return losses_of(output)
 
 
-def test_real_runs_are_queued_again_and_resume_exactly(tmp_path):
-    printed = warned_and_queued_again(tmp_path)
+def test_real_runs_are_requeued_and_resume_exactly(tmp_path):
+    printed = warned_and_requeued(tmp_path)
     assert printed.count("(n = 1)") == 2
     assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole")
     code, printed, _ = end_of(start_sweep(tmp_path, "--", *REAL, script=MAIN))
@@ -113,18 +124,19 @@ def test_real_runs_are_queued_again_and_resume_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("signal_of_slurm", ["SIGUSR1", "SIGTERM"])
-def test_a_run_that_is_preempted_is_queued_again_and_resumes_exactly(tmp_path, cluster, signal_of_slurm):
-    """A job of a partition of higher priority takes both nodes for a moment."""
-    more_important = ["srun", "--quiet", "--partition", "high", "--nodes", "2", "--exclusive", "true"]
+def test_a_preempted_run_is_requeued_and_resumes_exactly(tmp_path, cluster, signal_of_slurm):
+    """A job in a partition of higher priority takes both nodes for a moment."""
+    urgent = ["srun", "--quiet", "--partition", "high", "--nodes", "2", "--exclusive", "true"]
     ours = "SlurmctldParameters=preempt_send_user_signal"
     with configured(cluster, ours, ours if signal_of_slurm == "SIGUSR1" else ""):
-        warned_and_queued_again(tmp_path, "--slurm_partition", "low", "--mask_types", '["full"]', by=more_important)
+        options = ["--slurm_partition", "low", "--mask_types", '["full"]']
+        warned_and_requeued(tmp_path, *options, by=urgent)
     assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole")
 
 
 @contextlib.contextmanager
 def configured(cluster, line, other):
-    """The cluster with another line in its configuration."""
+    """Replace a line in the configuration of the cluster."""
     file, text = cluster / "slurm.conf", (cluster / "slurm.conf").read_text()
     assert line in text
     try:
@@ -138,7 +150,12 @@ def configured(cluster, line, other):
 
 def test_a_warning_before_the_task_listens_costs_nothing(tmp_path):
     sweep = start_sweep(tmp_path, "--mask_types", '["full"]', "--", "--seconds", "1")
-    wait_for(lambda: "RUNNING" in subprocess.run(["squeue", "-h", "-o", "%T"], capture_output=True, text=True).stdout)
+
+    def is_running():
+        states = subprocess.run(["squeue", "-h", "-o", "%T"], capture_output=True, text=True).stdout
+        return "RUNNING" in states
+
+    wait_for(is_running)
     job = job_of(tmp_path, "full")
     for _ in range(6):  # while submitit starts, and then the sweep's pool
         subprocess.run(["scancel", "--signal=USR1", job], stderr=subprocess.DEVNULL)
@@ -147,10 +164,11 @@ def test_a_warning_before_the_task_listens_costs_nothing(tmp_path):
     assert code == 0, (printed, error)
 
 
-def test_a_run_on_two_nodes_is_queued_again_and_resumes_exactly(tmp_path):
-    printed = warned_and_queued_again(tmp_path, "--nodes", "2", "--mask_types", '["full"]')
+def test_a_run_on_two_nodes_is_requeued_and_resumes_exactly(tmp_path):
+    printed = warned_and_requeued(tmp_path, "--nodes", "2", "--mask_types", '["full"]')
     assert "started on a,b as" in printed or "started on [a-b] as" in printed, printed
-    two = [str(utils.REPOSITORY / "sweep" / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
+    torchrun = str(utils.REPOSITORY / "sweep" / "torchrun.py")
+    two = [torchrun, "--standalone", "--nproc_per_node", "2"]
     assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole", *two)
 
 
@@ -161,26 +179,28 @@ def test_a_run_on_two_nodes_that_fails_says_why(tmp_path):
     assert "full seed 0: FAILED with exit code 1: main.py: error: the loss became nan" in printed
 
 
-def test_a_warned_run_is_queued_again_and_resumes_while_others_fail(tmp_path):
+def test_a_warned_run_is_requeued_and_resumes_while_others_fail(tmp_path):
     sweep = start_sweep(tmp_path, "--retries", "1", "--", "--seconds", "4", "--fail", LOCAL)
     wait_for(lambda: len(rows(tmp_path / "calls.jsonl")) == 2)
     time.sleep(1)
     subprocess.run(["scancel", "--signal=USR1", job_of(tmp_path, "full")], check=True)
     code, printed, error = end_of(sweep)
     assert code == 1, (printed, error)
-    assert error.endswith("1 of 2 runs failed: 2d_cardinal_expansion_1 seed 0; their logs say why\n")
+    assert error.endswith(
+        "1 of 2 runs failed: 2d_cardinal_expansion_1 seed 0; their logs say why\n"
+    )
     assert "FAILED with exit code 1: stand-in: error: told to fail" in printed
     calls = rows(tmp_path / "calls.jsonl")
     assert [call["name"] for call in calls].count(LOCAL) == 2
     first, second = [call for call in calls if call["name"] == "full"]
     assert first["resumed"] == 0
     assert 1 < second["resumed"] < 4
-    assert first["parent"] != second["parent"]  # another job, not the same one that went on
+    assert first["parent"] != second["parent"]  # in another task
     assert printed.count(f"full seed 0: queued in Slurm as {job_of(tmp_path, 'full')}") >= 1
     assert "full seed 0: finished" in printed
 
 
-def test_a_sweep_is_left_and_attached_to_and_cancelled_jobs_are_missed(tmp_path):
+def test_attaching_to_a_sweep_follows_it_and_notices_canceled_jobs(tmp_path):
     arguments = ["--", "--hang", LOCAL, "--seconds", "3"]
     sweep = start_sweep(tmp_path, *arguments)
     wait_for(lambda: len(rows(tmp_path / "calls.jsonl")) == 2)
