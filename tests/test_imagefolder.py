@@ -767,7 +767,7 @@ def test_a_dark_bitmap_with_16_bits_per_pixel_is_read(tmp_path):
 
 
 def test_fits_files_are_ignored(tmp_path, capsys):
-    """Pillow ignores the zero point BZERO, so dark and bright halves of 16 bits would change places."""
+    """Pillow ignores the zero point BZERO, which would swap dark and bright halves of 16 bits."""
     good_tree(tmp_path)
     (tmp_path / "train" / "cat" / "sky.fits").write_bytes(b"SIMPLE  =                    T")
     assert len(imagefolder.read(tmp_path, (8, 8)).train[0]) == 4

@@ -44,7 +44,8 @@ def tracked():
 
 def names_in(document):
     text = (utils.REPOSITORY / document).read_text(encoding="utf-8")
-    text = re.sub(r"\[[^\]\n]+\]\(", "](", text)  # the text of a link may be a short name of its target
+    # The text of a link may be a short name for its target.
+    text = re.sub(r"\[[^\]\n]+\]\(", "](", text)
     names = {name for name in NAMED.findall(text) if name.rpartition("/")[2] not in WRITTEN}
     names |= {name.rstrip("/") for name in paths_in(text)} - OF_THE_USER
     return sorted({in_repository(name, document) for name in names})
