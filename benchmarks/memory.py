@@ -1,4 +1,4 @@
-"""How much memory a call needs at its peak."""
+"""Peak memory of a call."""
 
 from __future__ import annotations
 
@@ -17,28 +17,39 @@ PEAK_MEMORY_IS = {
 
 
 def peak_memory_of(function: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a call needs at its peak, as PEAK_MEMORY_IS says; None where that cannot be known."""
+    """Peak memory of a call in bytes, as PEAK_MEMORY_IS defines it; None if it is not known."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return _peak_on_cuda(function, device)
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return None
+
     try:
-        if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-            return None
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what earlier calls have left, or it would hide this one
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
-        before = _status_bytes("VmRSS")
-        function()
-        return max(0, _status_bytes("VmHWM") - before)
+        return _peak_on_linux(function)
     except OSError:
         return None
 
 
+def _peak_on_cuda(function: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_on_linux(function: Callable[[], object]) -> int:
+    """Raises OSError if the system doesn't allow it."""
+    # Return the memory that earlier calls have freed; otherwise it would hide what this one needs.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+    before = _status_bytes("VmRSS")
+    function()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
 def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    values = [1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")]
-    if not values:
-        raise OSError(f"/proc/self/status has no {key}")
-    return values[0]
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
