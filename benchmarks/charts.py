@@ -1,8 +1,9 @@
-"""The pictures of benchmark.py: time against patches, speedup against its ceiling, memory."""
+"""Plots of benchmark.py: time against patches, speedup against its ceiling, peak memory."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# By backend; all others are dashed.
 LINE_STYLES = {
     "full SDPA": "-",
     "timm": ":",
@@ -21,20 +23,32 @@ LINE_STYLES = {
     "diagonal": "-",
     "flex": "-.",
     "local-attention": (0, (5, 1, 1, 1)),
-}  # the others dashed
-PANELS_ABREAST = 2
+}
+OTHER_LINE_STYLE = "--"
+CEILING_LINE_STYLE = (0, (1, 3))
+PANELS_PER_ROW = 2
+
+# (median, lower quartile, upper quartile) of a row, or None if it was not measured.
+ValueOf = Callable[[dict], tuple[float, float, float] | None]
 
 
 def drawings(report: dict) -> dict[str, Callable[[], Figure]]:
-    """What draws `time`, `speedup` and `memory` of a report of benchmark.py."""
-    words = "attention" if report["level"] == "attention" else report["settings"]["model"]
-    per = "per head and image" if report["level"] == "attention" else "per image"
+    """Functions that draw the `time`, `speedup` and `memory` of a report by benchmark.py."""
+    if report["level"] == "attention":
+        subject = "attention"
+        unit = "per head and image"
+    else:
+        subject = report["settings"]["model"]
+        unit = "per image"
+
+    time_label = f"time of {subject}, forward + backward, {unit} (ms)"
+    speed_label = f"speed of {subject}, × full attention"
+    memory_label = f"peak memory of {subject}, {unit} (MiB)"
     draw = functools.partial(_draw, report)
-    time, speed = f"time of {words}, forward + backward, {per} (ms)", f"speed of {words}, × full attention"
     return {
-        "time": functools.partial(draw, time, _milliseconds, with_exponent=True),
-        "speedup": functools.partial(draw, speed, _speedup, with_ceiling=True),
-        "memory": functools.partial(draw, f"peak memory of {words}, {per} (MiB)", _mebibytes),
+        "time": functools.partial(draw, time_label, _milliseconds, with_exponent=True),
+        "speedup": functools.partial(draw, speed_label, _speedup, with_ceiling=True),
+        "memory": functools.partial(draw, memory_label, _mebibytes),
     }
 
 
@@ -52,63 +66,106 @@ def _speedup(row: dict) -> tuple[float, float, float]:
 
 
 def _mebibytes(row: dict) -> tuple[float, float, float] | None:
-    return (row["peak_memory_bytes"] / 2**20 / row["num_sequences"],) * 3 if row["peak_memory_bytes"] else None
+    if not row["peak_memory_bytes"]:
+        return None
+    value = row["peak_memory_bytes"] / 2**20 / row["num_sequences"]
+    return value, value, value  # measured once
 
 
 @figures.drawing()
-def _draw(report: dict, ylabel: str, value_of, with_exponent: bool = False, with_ceiling: bool = False) -> Figure:
-    """One panel per mask type, full attention in each; one line per step and backend, with quartiles."""
-    from matplotlib.ticker import LogLocator
-
+def _draw(
+    report: dict,
+    ylabel: str,
+    value_of: ValueOf,
+    with_exponent: bool = False,
+    with_ceiling: bool = False,
+) -> Figure:
+    """One panel per mask type, with full attention in each."""
     rows = report["rows"]
-    mask_types = list(dict.fromkeys(row["mask_type"] for row in rows if row["mask_type"] != "full")) or ["full"]
-    num_columns = min(PANELS_ABREAST, len(mask_types))
-    num_lines = -(-len(mask_types) // num_columns)
+    mask_types = list(dict.fromkeys(row["mask_type"] for row in rows if row["mask_type"] != "full"))
+    mask_types = mask_types or ["full"]
+
+    num_columns = min(PANELS_PER_ROW, len(mask_types))
+    num_lines = math.ceil(len(mask_types) / num_columns)
     figure = figures.new_figure(5.4 * num_columns, 4.4 * num_lines)
-    panels = figure.subplots(num_lines, num_columns, sharex=True, sharey=True, squeeze=False).flatten()
-    for panel in panels[len(mask_types) :]:
-        panel.remove()
+    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    panels = figure.subplots(num_lines, num_columns, **shared).flatten()
+    for unused in panels[len(mask_types) :]:
+        unused.remove()
+
+    patches = sorted({row["num_patches"] for row in rows})
     for panel, mask_type in zip(panels, mask_types, strict=False):
-        steps = sorted({row["expansion_step"] for row in rows if row["mask_type"] == mask_type} - {None})
-        series, with_a_ceiling = {}, set()
-        for row in rows:
-            if row["mask_type"] in ("full", mask_type):
-                series.setdefault((row["mask_type"], row["expansion_step"], row["backend"]), []).append(row)
-        for (kind, step, backend), members in series.items():
-            variant = steps.index(step) if step in steps else 0
-            style = figures.style_of(kind, variant, len(steps) if kind != "full" else 1)
-            style["linestyle"] = LINE_STYLES.get(backend, "--")
-            label = backend if step is None else f"step {step}: {backend}"
-            _draw_series(panel, members, value_of, style, label, with_exponent)
-            if with_ceiling and step is not None and step not in with_a_ceiling:
-                _draw_ceiling(panel, members, style["color"], step)
-                with_a_ceiling.add(step)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-        patches = sorted({row["num_patches"] for row in rows})
-        panel.set_xticks(patches, [f"{n:,}\n({round(n**0.5)}²)" for n in patches])
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.minorticks_off()
-        figures.style_axes(panel, mask_type, "patches" if panel in panels[-num_columns:] else "", "")
+        shown = [row for row in rows if row["mask_type"] in ("full", mask_type)]
+        _draw_backends(panel, shown, mask_type, value_of, with_exponent, with_ceiling)
+        _scale_axes(panel, patches)
+        xlabel = "patches" if panel in panels[-num_columns:] else ""
+        figures.style_axes(panel, mask_type, xlabel, "")
         panel.legend(fontsize=7, frameon=False, handlelength=3.2)
+
     figure.supylabel(ylabel, fontsize=9)
     return figure
 
 
-def _draw_series(panel: Axes, rows: list[dict], value_of, style: dict, label: str, with_exponent: bool) -> None:
-    points = [(row["num_patches"], *values) for row in rows if (values := value_of(row)) is not None]
-    if not points:
+def _draw_backends(
+    panel: Axes,
+    rows: list[dict],
+    mask_type: str,
+    value_of: ValueOf,
+    with_exponent: bool,
+    with_ceiling: bool,
+) -> None:
+    """One line per expansion step and backend; one ceiling per step."""
+    series = {}
+    for row in rows:
+        key = (row["mask_type"], row["expansion_step"], row["backend"])
+        series.setdefault(key, []).append(row)
+
+    steps = sorted({step for kind, step, _ in series if kind == mask_type} - {None})
+    steps_with_ceiling = set()
+    for (kind, step, backend), members in series.items():
+        variant = steps.index(step) if step in steps else 0
+        num_variants = 1 if kind == "full" else len(steps)
+        style = figures.style_of(kind, variant, num_variants)
+        style["linestyle"] = LINE_STYLES.get(backend, OTHER_LINE_STYLE)
+        label = backend if step is None else f"step {step}: {backend}"
+        _draw_series(panel, members, value_of, style, label, with_exponent)
+
+        if with_ceiling and step is not None and step not in steps_with_ceiling:
+            _draw_ceiling(panel, members, style["color"], step)
+            steps_with_ceiling.add(step)
+
+
+def _scale_axes(panel: Axes, patches: list[int]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xticks(patches, [f"{n:,}\n({math.isqrt(n)}²)" for n in patches])
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.minorticks_off()
+
+
+def _draw_series(
+    panel: Axes, rows: list[dict], value_of: ValueOf, style: dict, label: str, with_exponent: bool
+) -> None:
+    """Medians with quartiles as error bars; rows without a value are left out."""
+    measured = [row for row in rows if value_of(row) is not None]
+    if not measured:
         return
-    x, median, low, high = zip(*points, strict=True)
+
+    x = [row["num_patches"] for row in measured]
+    median, low, high = zip(*map(value_of, measured), strict=True)
     if with_exponent and len(x) > 1:
         label += f"  ~ N^{fit_exponent(x, median):.2f}"
+
     errors = [np.subtract(median, low).clip(0), np.subtract(high, median).clip(0)]
-    panel.errorbar(x, median, yerr=errors, label=label, markersize=5, linewidth=1.4, capsize=2, **style)
+    look = {"markersize": 5, "linewidth": 1.4, "capsize": 2}
+    panel.errorbar(x, median, yerr=errors, label=label, **look, **style)
 
 
 def _draw_ceiling(panel: Axes, rows: list[dict], color: str, step: int) -> None:
-    x, ceiling = zip(*((row["num_patches"], row["ceiling"]) for row in rows), strict=True)
-    panel.plot(
-        x, ceiling, color=color, linewidth=1, linestyle=(0, (1, 3)), marker="_", label=f"step {step}: ceiling by FLOPs"
-    )
+    x = [row["num_patches"] for row in rows]
+    ceilings = [row["ceiling"] for row in rows]
+    look = {"color": color, "linewidth": 1, "linestyle": CEILING_LINE_STYLE, "marker": "_"}
+    panel.plot(x, ceilings, **look, label=f"step {step}: ceiling by FLOPs")
