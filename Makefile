@@ -1,8 +1,12 @@
-# make demo   set up, run the whole comparison on a small dataset that needs no download, and plot it
-# make test   set up, then lint and the whole test suite
-# make test-lowest   the test suite with the lowest versions that the requirements allow (Python 3.10 to 3.12)
-# make faults kill runs, fill disks, damage files, try command lines: long
-# make lint | format | clean
+# make demo          run the whole comparison on a small dataset that needs no download, and plot it
+# make test          lint, then run all tests
+# make test-lowest   run all tests with the lowest allowed versions (Python 3.10 to 3.12)
+# make faults        kill runs, fill disks, damage files, try random command lines: ~12 minutes
+# make lint          check code and formatting with ruff
+# make format        let ruff fix and format
+# make clean         remove the environments, the demo's results and caches
+#
+# Each target first creates the environment that it needs.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,7 +38,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The markers are newer than the requirements that they stand for, so that a changed requirement installs again.
+# These marker files make a changed requirement install again.
 $(VENV)/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -r requirements.txt
@@ -44,7 +48,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-# The bounds are those of the requirements: each >= becomes an == that binds pip.
+# Every >= of the requirements becomes an == that pip must satisfy.
 $(LOWEST)/installed: requirements.txt requirements-dev.txt requirements-slurm.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	sed -n 's/>=/==/p' $^ > $(LOWEST)/constraints.txt

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
-from training.settings import build_parser
+from training.command_line import build_parser
 
 DOCUMENT = utils.REPOSITORY / "docs" / "training.md"
 START = "<!-- flags: written by `python docs/flags.py` -->"

@@ -1,4 +1,4 @@
-"""Reduce images of more than 8 bits to 8: how many bits files declare, and how many they really use.
+"""Reduce images of more than 8 bits to 8: the bits that files declare, and those they use.
 
 16-bit files often hold only 8, 10 or 12 bits, and would be nearly black if they were read as
 declared. So if no image of a folder uses the upper bits, the bits that are used are scaled to the
@@ -142,7 +142,7 @@ def _check_not_negative(values: np.ndarray) -> None:
 def find_ranges(
     largest: Mapping[Path, int | None], depths: Mapping[Path, Depth]
 ) -> tuple[dict[int, int], list[str]]:
-    """The range of each kind of gray file in a folder, and a remark for each that is not as declared.
+    """The range of each kind of gray file in a folder, and a remark on each that is not as declared
 
     `largest` is the largest value in each file, or None if it cannot be read. Raises UserError for
     color images whose upper bits are unused, as Pillow does not read the lower ones.

@@ -1,10 +1,10 @@
-"""Read a folder of your own images: `<root>/train/<class>/**` and `<root>/test/<class>/**`, any formats and sizes.
+"""Read a folder of your own images: `<root>/train/<class>/**` and `<root>/test/<class>/**`.
 
-Every image becomes RGB of 8 bits: turned as its EXIF orientation says, transparency laid over white, the first frame of
-an animation, gray of more than 8 bits scaled by the bits that are used (bit_depth.py). Where all images have one size
-that is no larger than needed they are kept at it; otherwise they are resized and center-cropped to the size that the
-model wants. A file `label.txt` in the root says how the data is to be called where results are shown (default: the
-folder's name).
+Any formats and sizes will do. Every image becomes 8-bit RGB: it is rotated by its EXIF orientation,
+transparency is laid over white, of an animation the first frame is taken, and gray of more than
+8 bits is scaled by the bits in use (bit_depth.py). If all images have one size, no larger than
+needed, they keep it; otherwise they are resized and center-cropped to the size that the model
+wants. A file `label.txt` in the root sets the display name (default: the folder's name).
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from tqdm import tqdm
 
 import utils
 from pipeline import bit_depth, identity
-from pipeline.imagefiles import ImageFiles, list_images, names_of_classes, read_label, readable_formats, some_of
+from pipeline.imagefiles import (
+    ImageFiles,
+    list_images,
+    names_of_classes,
+    read_label,
+    readable_formats,
+    some_of,
+)
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
@@ -34,36 +41,42 @@ if TYPE_CHECKING:
 
     Labeled = tuple[Tensor, Tensor]  # uint8 images [n, 3, H, W], int64 labels [n]
 
-MAX_PIXELS = 64_000_000  # of one file; decoding takes 4 bytes a pixel, with transparency 8
-CHUNK = 8  # files that a thread takes at once
-NAMES_SHOWN = 20  # of unreadable files
-NAMES_OF_NO_IMAGES_SHOWN = 3
-EXTRA_SAMPLES, OPACITY = 338, (1, 2)  # a tag of TIFF 6.0: what the channels beside color are
-STDERR_IS_AWAY = threading.Lock()  # a second reader would save, and put back, what the first had put in its place
+MAX_PIXELS = 64_000_000  # per file; decoding takes 4 bytes per pixel, 8 with transparency
+CHUNK = 8  # files that a thread takes at a time
+UNREADABLE_SHOWN = 20
+EXAMPLES_SHOWN = 3
+
+# A tag of TIFF 6.0 that says what the channels beyond color are, and its values for opacity.
+EXTRA_SAMPLES = 338
+OPACITY = (1, 2)
+
+# Only one reader at a time may redirect stderr; a second one would save, and later restore, the
+# first one's replacement.
+STDERR_LOCK = threading.Lock()
 
 
 class UnreadableError(UserError):
-    """A file that should be an image and cannot be read."""
+    """A file that should be an image but cannot be read."""
 
 
 @dataclass
 class Folder:
-    """What was read."""
+    """The contents of an image folder."""
 
     train: Labeled
     test: Labeled
     class_names: list[str]
     label: str  # display name in tables and plots
-    files: dict  # as identity.fingerprint has it
-    notes: dict = field(default_factory=dict)  # for config.json: what was not as usual
+    files: dict  # from identity.fingerprint
+    notes: dict = field(default_factory=dict)  # anything unusual, for config.json
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an image without its pixels."""
+    """What is known about an image before its pixels are decoded."""
 
-    size: tuple[int, int]  # (width, height), as `read_image` will turn it
-    depth: bit_depth.Depth | None  # of more than 8 bits
+    size: tuple[int, int]  # (width, height), after rotation by the EXIF orientation
+    depth: bit_depth.Depth | None  # None for 8 bits or fewer
     is_tiff: bool
     is_animated: bool
     has_unused_channels: bool
@@ -72,83 +85,136 @@ class Header:
 def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -> Folder:
     """All images of a folder, for a model that wants `img_size` = (height, width).
 
-    Raises UserError, naming the file or folder, for whatever is missing, empty, damaged or too large; all files that
-    cannot be read are named at once, or left out with a warning if they are to be skipped.
+    Raises UserError, naming the file or folder, if something is missing, empty, damaged or too
+    large. All unreadable files are named at once, or left out with a warning if `skip_unreadable`.
     """
-    Image.MAX_IMAGE_PIXELS = None  # PIL's own limit; ours is checked on the header, with a message
-    warnings.filterwarnings("ignore", module="PIL")  # remarks on odd metadata, which name no file
-    files, notes = list_images(root), {}
-    _say_what_is_odd(root, files, notes)
+    Image.MAX_IMAGE_PIXELS = None  # replaces Pillow's limit by ours, which names the file
+    warnings.filterwarnings("ignore", module="PIL")  # odd metadata; these name no file
+
+    files = list_images(root)
+    notes = {}
+    _warn_about_layout(root, files, notes)
 
     unreadable: dict[Path, UnreadableError] = {}
-    paths = [path for split in files.splits.values() for path, _ in split]
-    headers = _attempt(read_header, paths, "reading headers", unreadable, sys.stderr)
-    known = {path: header for path, header in zip(paths, headers, strict=True) if header is not None}
-    deep = {path: header.depth for path, header in known.items() if header.depth is not None}
+    headers = _read_headers(files, unreadable)
+    has_tiff = any(header.is_tiff for header in headers.values())
 
-    with quiet_libraries(any(header.is_tiff for header in known.values())) as stream:
-        largest = _attempt(_largest_value, list(deep), "reading the range of values", unreadable, stream)
-        ranges, remarks = bit_depth.find_ranges(dict(zip(deep, largest, strict=True)), deep)
+    with quiet_libraries(has_tiff) as stream:
+        ranges, remarks = _find_ranges(headers, unreadable, stream)
+        size = _stored_size(headers, unreadable, img_size)
+        splits = _read_splits(files, size, ranges, unreadable, stream)
 
-        def read_splits(size: tuple[int, int]) -> dict[str, Labeled]:
-            return {name: _read_split(split, *size, ranges, unreadable, stream) for name, split in files.splits.items()}
-
-        size = _stored_size(_sizes(known, unreadable), img_size)
-        splits = read_splits(size)
-        if skip_unreadable and size != (size := _stored_size(_sizes(known, unreadable), img_size)):
-            splits = read_splits(size)  # that of the images that were left out counts no more
+        # Files that are left out, some of which only failed just now, must not affect the size.
+        size_without_them = _stored_size(headers, unreadable, img_size)
+        if skip_unreadable and size_without_them != size:
+            splits = _read_splits(files, size_without_them, ranges, unreadable, stream)
 
     if remarks:
         warn(f"{root}: {'; '.join(remarks)}")
-    _say_what_is_not_used(root, known)
-    _judge_unreadable(root, files, unreadable, skip_unreadable, notes)
+    _warn_about_unused_content(root, headers)
+
+    if unreadable and not skip_unreadable:
+        raise _error_for(unreadable)
+    if unreadable:
+        _check_classes_remain(root, files, unreadable)
+        _report_skipped(root, unreadable, notes)
+
     return Folder(
-        splits["train"], splits["test"], files.class_names, read_label(root), identity.fingerprint(root, files), notes
+        train=splits["train"],
+        test=splits["test"],
+        class_names=files.class_names,
+        label=read_label(root),
+        files=identity.fingerprint(root, files),
+        notes=notes,
     )
 
 
 def warn(message: str) -> None:
-    """Once, of many processes that read the same folder."""
-    from runtime import distributed  # deferred, as torch is
+    """Warn only once if several processes read the same folder."""
+    from runtime import distributed  # deferred: it imports torch
 
     if distributed.IS_FIRST:
         utils.warn(message)
 
 
-def _say_what_is_odd(root: Path, files: ImageFiles, notes: dict) -> None:
+def _warn_about_layout(root: Path, files: ImageFiles, notes: dict) -> None:
     train_only = set(files.class_names) - {files.class_names[label] for _, label in files.test}
     if train_only:
-        warn(f"{root}: {names_of_classes(train_only)} only in train/: its accuracy cannot be measured")
+        classes = names_of_classes(train_only)
+        warn(f"{root}: {classes} only in train/, so their accuracy cannot be measured")
+
     if files.test_folder != "test":
         notes["test_folder"] = files.test_folder
-        warn(f"{root} has no test/: {files.test_folder}/ serves as the test images")
+        warn(f"{root} has no test/; {files.test_folder}/ is used for the test images")
+
     if files.ignored:
-        some = some_of(files.ignored, NAMES_OF_NO_IMAGES_SHOWN)
-        warn(f"{root}: passed over {len(files.ignored)} that are no images of a class: {some}")
+        count, examples = len(files.ignored), some_of(files.ignored, EXAMPLES_SHOWN)
+        warn(f"{root}: ignored what is not an image of a class ({count}): {examples}")
 
 
-def _say_what_is_not_used(root: Path, headers: dict[Path, Header]) -> None:
-    animated = [str(path.relative_to(root)) for path, header in headers.items() if header.is_animated]
+def _warn_about_unused_content(root: Path, headers: dict[Path, Header]) -> None:
+    animated = [path for path, header in headers.items() if header.is_animated]
     if animated:
-        warn(f"{root}: of images with several frames the first is used: {some_of(animated, NAMES_OF_NO_IMAGES_SHOWN)}")
-    extra = [str(path.relative_to(root)) for path, header in headers.items() if header.has_unused_channels]
+        examples = some_of(_relative(animated, root), EXAMPLES_SHOWN)
+        warn(f"{root}: only the first frame is used of images with several: {examples}")
+
+    extra = [path for path, header in headers.items() if header.has_unused_channels]
     if extra:
-        some = some_of(extra, NAMES_OF_NO_IMAGES_SHOWN)
-        warn(f"{root}: images have more channels than color and opacity, which are not used: {some}")
+        examples = some_of(_relative(extra, root), EXAMPLES_SHOWN)
+        warn(f"{root}: channels beyond color and opacity are ignored: {examples}")
 
 
-def _sizes(headers: dict[Path, Header], unreadable: dict[Path, UnreadableError]) -> set[tuple[int, int]]:
-    return {header.size for path, header in headers.items() if path not in unreadable}
+def _relative(paths: list[Path], root: Path) -> list[str]:
+    return [str(path.relative_to(root)) for path in paths]
 
 
-def _stored_size(sizes: set[tuple[int, int]], img_size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) at which images are kept: their own, if all have one that is no larger than wanted."""
+def _read_headers(files: ImageFiles, unreadable: dict[Path, UnreadableError]) -> dict[Path, Header]:
+    """The headers that can be read; the other files are added to `unreadable`."""
+    paths = [path for split in files.splits.values() for path, _ in split]
+    headers = _attempt(read_header, paths, "reading headers", unreadable, sys.stderr)
+
+    pairs = zip(paths, headers, strict=True)
+    return {path: header for path, header in pairs if header is not None}
+
+
+def _find_ranges(
+    headers: dict[Path, Header], unreadable: dict[Path, UnreadableError], stream: TextIO
+) -> tuple[dict[int, int], list[str]]:
+    """The range of values of gray images with more than 8 bits, and remarks for the user."""
+    depths = {path: header.depth for path, header in headers.items() if header.depth is not None}
+    paths = list(depths)
+    largest = _attempt(_largest_value, paths, "reading the range of values", unreadable, stream)
+    return bit_depth.find_ranges(dict(zip(paths, largest, strict=True)), depths)
+
+
+def _stored_size(
+    headers: dict[Path, Header],
+    unreadable: dict[Path, UnreadableError],
+    img_size: tuple[int, int],
+) -> tuple[int, int]:
+    """The (height, width) to keep images at: their own if all share one, no larger than needed."""
     height, width = img_size
-    if len(sizes) == 1:
-        common_width, common_height = next(iter(sizes))
-        if common_width * common_height <= width * height:
-            return common_height, common_width
-    return height, width
+    sizes = {header.size for path, header in headers.items() if path not in unreadable}
+    if len(sizes) != 1:
+        return height, width
+
+    common_width, common_height = next(iter(sizes))
+    if common_width * common_height > width * height:
+        return height, width
+    return common_height, common_width
+
+
+def _read_splits(
+    files: ImageFiles,
+    size: tuple[int, int],
+    ranges: bit_depth.Ranges,
+    unreadable: dict[Path, UnreadableError],
+    stream: TextIO,
+) -> dict[str, Labeled]:
+    return {
+        name: _read_split(split, *size, ranges, unreadable, stream)
+        for name, split in files.splits.items()
+    }
 
 
 def _read_split(
@@ -159,101 +225,148 @@ def _read_split(
     unreadable: dict[Path, UnreadableError],
     stream: TextIO,
 ) -> Labeled:
-    """The images that can be read, and their labels; the others are added to `unreadable`."""
+    """The images that can be read, and their labels; the other files are added to `unreadable`."""
     import torch  # deferred: a sweep only looks at names and sizes, and starts without it
 
-    images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
-
-    def fill(index: int) -> None:
-        path = files[index][0]
-        if path not in unreadable:
-            pixels = np.array(read_image(path, height, width, ranges))  # [H, W, 3]
-            images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
-
-    def path_of(index: int) -> Path:
-        return files[index][0]
-
-    _attempt(fill, range(len(files)), "reading images", unreadable, stream, path_of)
+    paths = [path for path, _ in files]
     labels = torch.tensor([label for _, label in files])
-    if any(path in unreadable for path, _ in files):
-        good = torch.tensor([path not in unreadable for path, _ in files])
-        return images[good], labels[good]
-    return images, labels
+    images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
+    index_of = {path: index for index, path in enumerate(paths)}
+
+    def fill(path: Path) -> None:
+        if path in unreadable:
+            return
+        pixels = np.array(read_image(path, height, width, ranges))  # [H, W, 3]
+        images[index_of[path]] = torch.from_numpy(pixels).permute(2, 0, 1)
+
+    _attempt(fill, paths, "reading images", unreadable, stream)
+
+    is_readable = torch.tensor([path not in unreadable for path in paths])
+    if is_readable.all():
+        return images, labels  # without the copy that indexing would make
+    return images[is_readable], labels[is_readable]
 
 
-def _judge_unreadable(
-    root: Path, files: ImageFiles, unreadable: dict[Path, UnreadableError], skip: bool, notes: dict
+# --------------------------------------------------------------------------------------------------
+# Unreadable files
+
+
+def _error_for(unreadable: dict[Path, UnreadableError]) -> UserError:
+    """One error that names all unreadable files."""
+    if len(unreadable) == 1:
+        error = next(iter(unreadable.values()))
+        return UserError(f"{error}, or leave it out with --skip_unreadable")
+
+    reasons = [f"{path} ({_short_reason(unreadable[path])})" for path in sorted(unreadable)]
+    return UserError(
+        f"{len(unreadable)} images cannot be read: {some_of(reasons, UNREADABLE_SHOWN)}; remove or "
+        "replace them, or leave them out with --skip_unreadable"
+    )
+
+
+def _check_classes_remain(
+    root: Path, files: ImageFiles, unreadable: dict[Path, UnreadableError]
 ) -> None:
-    """Raise UserError for files that cannot be read; or, if they are to be skipped, say and note how many."""
-    if not unreadable:
-        return
-    names = [str(path.relative_to(root)) for path in sorted(unreadable)]
-    if not skip:
-        if len(unreadable) == 1:
-            raise UserError(f"{next(iter(unreadable.values()))}, or leave it out with --skip_unreadable")
-        reasons = [f"{path} ({_short_reason(unreadable[path])})" for path in sorted(unreadable)]
-        raise UserError(
-            f"{len(unreadable)} images cannot be read: {some_of(reasons, NAMES_SHOWN)}; remove or replace them, or "
-            "leave them out with --skip_unreadable"
-        )
+    """Raise UserError if a class has no readable image left in a split."""
     for split, images in files.splits.items():
-        left = {label for path, label in images if path not in unreadable}
-        emptied = {files.class_names[label] for _, label in images} - {files.class_names[label] for label in left}
-        if emptied:
-            raise UserError(f"{root}: no image of {names_of_classes(emptied)} in the {split} images can be read")
-    notes["skipped"] = {"number": len(names), "names": names[:NAMES_SHOWN]}
-    warn(f"{root}: left out {len(names)} images that cannot be read: {some_of(names, NAMES_SHOWN)}")
+        labels = {label for _, label in images}
+        remaining = {label for path, label in images if path not in unreadable}
+        lost = {files.class_names[label] for label in labels - remaining}
+        if lost:
+            raise UserError(
+                f"{root}: none of the {split} images of {names_of_classes(lost)} can be read; "
+                "replace them"
+            )
+
+
+def _report_skipped(root: Path, unreadable: dict[Path, UnreadableError], notes: dict) -> None:
+    names = _relative(sorted(unreadable), root)
+    notes["skipped"] = {"number": len(names), "names": names[:UNREADABLE_SHOWN]}
+
+    noun = "image" if len(names) == 1 else "images"
+    examples = some_of(names, UNREADABLE_SHOWN)
+    warn(f"{root}: left out {len(names)} {noun} that cannot be read: {examples}")
 
 
 def _short_reason(error: UnreadableError) -> str:
-    return _reason(error.__cause__) if error.__cause__ else f"more than {MAX_PIXELS // 1_000_000} million pixels"
+    if error.__cause__ is None:
+        return f"more than {MAX_PIXELS // 1_000_000} million pixels"
+    return _reason(error.__cause__)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """On one line, without the name of the file."""
-    return "of no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else first_line(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "not in a format that Pillow can read"
+    return first_line(error)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One file
 
 
-def read_image(path: Path, height: int, width: int, ranges: bit_depth.Ranges | None = None) -> Image.Image:
-    """The file as RGB, resized and center-cropped to height x width unless it has that size.
+def read_image(
+    path: Path, height: int, width: int, ranges: bit_depth.Ranges | None = None
+) -> Image.Image:
+    """The file as RGB, resized and center-cropped to height x width if it has another size.
 
-    In place and resized before the transparency is resolved: a copy of a large image is hundreds of megabytes.
+    A copy of a large image takes hundreds of megabytes, so it is rotated in place, and resized
+    before the transparency is resolved.
     """
     with _opened(path) as image:
-        image.draft(None, (2 * max(height, width),) * 2)  # a JPEG is decoded at 1/2, 1/4, 1/8 if that is enough
-        image.load()  # of an animation, the first frame
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is enough.
+        enough = 2 * max(height, width)
+        image.draft(None, (enough, enough))
+        image.load()  # the first frame of an animation
         ImageOps.exif_transpose(image, in_place=True)
+
         if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of no known range")
-        if image.mode.startswith("I"):  # gray of 16 or 32 bits; convert() would cut it off at 255
-            values, transparent = np.asarray(image), image.info.get("transparency")
-            pixels = bit_depth.to_8_bits(values, bit_depth.depth_of(image), ranges or {})
-            if isinstance(transparent, int):  # the one value that a PNG shows nothing for
-                pixels[values == transparent] = 255
-            image = Image.fromarray(pixels)
+            raise ValueError("its pixels are floating-point numbers of unknown range")
+        if image.mode.startswith("I"):  # 16- or 32-bit gray, which convert() would clip at 255
+            image = _gray_to_8_bits(image, ranges or {})
+
         mode = "RGBA" if image.has_transparency_data else "RGB"
-        image = image if image.mode == mode else image.convert(mode)
+        if image.mode != mode:
+            image = image.convert(mode)
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.BILINEAR)
+
         if mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image).convert("RGB")
         return image
+
+
+def _gray_to_8_bits(image: Image.Image, ranges: bit_depth.Ranges) -> Image.Image:
+    values = np.asarray(image)
+    pixels = bit_depth.to_8_bits(values, bit_depth.depth_of(image), ranges)
+
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # a PNG may declare one value to be transparent
+        pixels[values == transparent] = 255
+    return Image.fromarray(pixels)
 
 
 def read_header(path: Path) -> Header:
     with _opened(path) as image:
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own getexif() decodes it all
-        on_its_side = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # PIL gives a TIFF's size turned already
-        size = image.size[::-1] if on_its_side else image.size
-        # A phone's JPEG may carry a preview as its second picture.
+        # Not image.getexif(), which for a PNG decodes the whole file.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+
+        # For a TIFF, Pillow gives the size after rotation.
+        is_on_its_side = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+        size = image.size[::-1] if is_on_its_side else image.size
+
+        # The second picture in a phone's JPEG (MPO) may be a preview.
         is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
-        channels = getattr(image, "tag_v2", {}).get(EXTRA_SAMPLES, ())
-        has_unused_channels = any(meaning not in OPACITY for meaning in channels)
-        return Header(size, bit_depth.depth_of(image), image.format == "TIFF", is_animated, has_unused_channels)
+
+        extra_channels = getattr(image, "tag_v2", {}).get(EXTRA_SAMPLES, ())
+        return Header(
+            size=size,
+            depth=bit_depth.depth_of(image),
+            is_tiff=image.format == "TIFF",
+            is_animated=is_animated,
+            has_unused_channels=any(meaning not in OPACITY for meaning in extra_channels),
+        )
 
 
 def _largest_value(path: Path) -> int:
@@ -263,64 +376,75 @@ def _largest_value(path: Path) -> int:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image of a file, not decoded yet; whatever fails meanwhile is an UnreadableError that names the file."""
+    """The image in a file, not yet decoded.
+
+    Whatever fails here or in the caller's block becomes an UnreadableError that names the file.
+    """
     try:
-        with Image.open(path, formats=readable_formats()) as image:  # an EPS would be run as a program, by Ghostscript
+        # Restricted to these formats, as Pillow would pass an EPS to Ghostscript, which runs it.
+        with Image.open(path, formats=readable_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
-                size, limit = f"{image.width}x{image.height}", MAX_PIXELS // 1_000_000
-                raise UnreadableError(f"{path} has {size} pixels, more than {limit} million; make it smaller")
+                raise UnreadableError(
+                    f"{path} has {image.width}x{image.height} pixels, more than "
+                    f"{MAX_PIXELS // 1_000_000} million; make it smaller"
+                )
             yield image
     except (UnreadableError, MemoryError):
         raise
-    except Exception as error:  # PIL raises anything
+    except Exception as error:  # Pillow may raise anything
         reason = _reason(error)
-        raise UnreadableError(f"cannot read {path} as an image: {reason}; remove or replace it") from error
+        raise UnreadableError(
+            f"cannot read {path} as an image: {reason}; remove or replace it"
+        ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Many files
 
 
 def _attempt(
     function: Callable,
-    items,
+    paths: list[Path],
     title: str,
     unreadable: dict[Path, UnreadableError],
     stream: TextIO,
-    path_of: Callable = lambda item: item,
 ) -> list:
-    """`function` of every item; None for one that fails, whose file is added to `unreadable`."""
+    """`function` of every path; None for those that fail, which are added to `unreadable`."""
 
-    def attempt(item):
+    def attempt(path):
         try:
-            return function(item)
+            return function(path)
         except UnreadableError as error:
-            unreadable[path_of(item)] = error
+            unreadable[path] = error
             return None
 
-    return map_with_bar(attempt, items, title, stream)
+    return map_with_bar(attempt, paths, title, stream)
 
 
 def map_with_bar(function: Callable, items, title: str, stream: TextIO) -> list:
-    """`function` of every item, in threads: decoding lets go of Python's lock.
+    """`function` of every item, in threads, as decoding releases the GIL.
 
-    In chunks: threads that hand over single small images spend more time on the lock than on the images.
+    Threads take items in chunks. Handing over small images one by one would cost more time waiting
+    for the GIL than the images take.
     """
     chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-    stopping, results = threading.Event(), []
+    num_threads = min(16, os.cpu_count() or 1)
+    is_hidden = not stream.isatty()
+    stopping = threading.Event()
+    results = []
 
     def work(chunk) -> list:
         return [function(item) for item in chunk if not stopping.is_set()]
 
     with (
-        ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
-        tqdm(desc=title, total=len(items), leave=False, disable=not stream.isatty(), file=stream) as bar,
+        ThreadPoolExecutor(num_threads) as pool,
+        tqdm(desc=title, total=len(items), leave=False, disable=is_hidden, file=stream) as bar,
     ):
         try:
             for done in pool.map(work, chunks):
                 results += done
                 bar.update(len(done))
-        except BaseException:  # a request to stop too: without this, the pool would first read all the other files
+        except BaseException:  # including Ctrl-C; the pool would read all other files first
             stopping.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -329,11 +453,12 @@ def map_with_bar(function: Callable, items, title: str, stream: TextIO) -> list:
 
 @contextlib.contextmanager
 def quiet_libraries(has_tiff: bool) -> Iterator[TextIO]:
-    """Within, nothing that C writes to stderr is seen, if there are TIFFs; yields a stream that still reaches it.
+    """If there are TIFFs, hide what C libraries write to stderr; yields a stream to the real one.
 
-    libtiff has remarks of its own on the pixels of odd files, beside the error that names the file.
+    About the pixels of odd files libtiff prints remarks of its own, next to the error that names
+    the file.
     """
-    with STDERR_IS_AWAY if has_tiff else contextlib.nullcontext():
+    with STDERR_LOCK if has_tiff else contextlib.nullcontext():
         try:
             descriptor = os.dup(2) if has_tiff else None
         except OSError:  # stderr is closed
@@ -341,7 +466,11 @@ def quiet_libraries(has_tiff: bool) -> Iterator[TextIO]:
         if descriptor is None:
             yield sys.stderr
             return
-        with open(descriptor, "w", errors="backslashreplace") as stream, open(os.devnull, "w") as nowhere:
+
+        with (
+            open(descriptor, "w", errors="backslashreplace") as stream,
+            open(os.devnull, "w") as nowhere,
+        ):
             sys.stderr.flush()
             try:
                 os.dup2(nowhere.fileno(), 2)

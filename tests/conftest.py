@@ -1,3 +1,5 @@
+"""Fixtures and hooks for all tests."""
+
 import signal
 
 import pytest
@@ -7,32 +9,43 @@ import utils
 
 
 def pytest_configure(config):
-    # A shell without job control has what it starts in the background ignore Ctrl-C, and so would all that tests start.
+    # A shell without job control starts background jobs with SIGINT ignored, and every process that
+    # the tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device here")
+        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """A run that was asked to stop leaves SIGTERM ignored: its process is about to end."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    """Restore the signal handlers after each test.
+
+    A run that was asked to stop leaves SIGTERM ignored, since its process is about to exit.
+    """
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+
     yield
+
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture
 def run_script(capsys):
-    """Call a script's main() as a command line: `run_script(main, *arguments)` -> (exit code, stdout, stderr)."""
+    """Call a script's main() as the command line would.
+
+    `run_script(main, *arguments)` -> (exit code, stdout, stderr).
+    """
 
     def run(main, *arguments):
-        capsys.readouterr()
+        capsys.readouterr()  # drop what was printed before
         with pytest.raises(SystemExit) as stop:
             utils.run_cli(lambda: main(list(arguments)))
+
         captured = capsys.readouterr()
         return stop.value.code, captured.out, captured.err
 

@@ -1,4 +1,4 @@
-"""The parser of a script, with its flags, defaults and choices."""
+"""Get at the parser of a script, to inspect its flags, defaults and choices."""
 
 import importlib
 
@@ -8,7 +8,7 @@ import utils
 
 
 def parser_of(module, arguments=()):
-    """The parser that parse_args builds, caught where it would parse."""
+    """The parser that `parse_args` of a module builds, caught just before it parses."""
     caught = []
 
     class Caught(Exception):
@@ -23,4 +23,5 @@ def parser_of(module, arguments=()):
         patch.setattr(utils.ArgumentParser, "parse_known_args", catch)
         with pytest.raises(Caught):
             importlib.import_module(module).parse_args([*arguments])
+
     return caught[0]

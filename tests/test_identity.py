@@ -1,4 +1,4 @@
-"""Runs of image folders: one of other data is never handed out, resumed or tabulated as this one's."""
+"""A run on another image folder is never reported, resumed or tabulated as a run on this one."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def make_tree(root, classes=("cat", "dog"), seed=0, number=3):
 
 
 def others(root, kind):
-    """A folder called as the first one, with other data."""
+    """A folder with the same name as the first one but other data."""
     if kind == "classes":
         return make_tree(root, ("cat", "eel"))
     if kind == "counts":
@@ -52,7 +52,8 @@ def others(root, kind):
 
 
 def arguments(data_dir, output, *more):
-    return ["--dataset", "imagefolder", "--data_dir", str(data_dir), "--output_dir", str(output), *SMALL, *more]
+    folders = ["--data_dir", str(data_dir), "--output_dir", str(output)]
+    return ["--dataset", "imagefolder", *folders, *SMALL, *more]
 
 
 def change_json(path, change):
@@ -62,8 +63,9 @@ def change_json(path, change):
 
 
 def forget_files(config):
-    """As an earlier version wrote it."""
-    del config["data"]["files"], config["settings"]["dataset_name"]
+    """Turn config.json into what earlier versions wrote."""
+    del config["data"]["files"]
+    del config["settings"]["dataset_name"]
 
 
 def contents(folder):
@@ -72,7 +74,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """An image folder `pets`, and the output folder of a finished run of it."""
+    """An image folder `pets`, and the output folder of a finished run on it."""
     root = tmp_path_factory.mktemp("trained")
     assert main.main(arguments(make_tree(root / "pets"), root / "output")) == 0
     return root
@@ -80,7 +82,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def pets(trained, tmp_path):
-    """The same, to be changed."""
+    """A copy that the test may change."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -91,7 +93,7 @@ def run_folder(root, dataset_name="pets"):
 
 @pytest.fixture
 def earlier(pets):
-    """A finished run as earlier versions left it: where all image folders were, knowing nothing of its files."""
+    """A finished run as earlier versions left it: in `imagefolder/`, and not knowing its files."""
     (pets / "output" / "pets").rename(pets / "output" / "imagefolder")
     change_json(run_folder(pets, "imagefolder") / "config.json", forget_files)
     return pets
@@ -101,18 +103,21 @@ def earlier(pets):
 # main.py
 
 
-def test_a_run_lies_in_a_folder_called_like_its_data(pets, tmp_path, monkeypatch):
+def test_a_run_goes_to_a_folder_named_after_its_data(pets, tmp_path, monkeypatch):
     config = utils.read_json(run_folder(pets) / "config.json")
     assert config["settings"]["dataset_name"] == "pets"
     assert config["data"]["files"].keys() == {"train", "test", "hash"}
     assert (config["data"]["files"]["train"], config["data"]["files"]["test"]) == (6, 6)
-    assert checkpoints.load_checkpoint(run_folder(pets) / "last.pt")["data"]["files"] == config["data"]["files"]
+    checkpoint = checkpoints.load_checkpoint(run_folder(pets) / "last.pt")
+    assert checkpoint["data"]["files"] == config["data"]["files"]
+
+    def dataset_name(*command):
+        return main.resolve_settings(main.parse_args(command)).run.dataset_name
+
     monkeypatch.chdir(pets / "pets")
-    settings = main.resolve_settings(main.parse_args(arguments(".", "output")))
-    assert settings.run.dataset_name == "pets"
-    settings = main.resolve_settings(main.parse_args(arguments(".", "output", "--dataset_name", "mine")))
-    assert settings.run.dataset_name == "mine"
-    assert main.resolve_settings(main.parse_args(["--device", "cpu"])).run.dataset_name == "cifar10"
+    assert dataset_name(*arguments(".", "output")) == "pets"
+    assert dataset_name(*arguments(".", "output", "--dataset_name", "mine")) == "mine"
+    assert dataset_name("--device", "cpu") == "cifar10"
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished", "no config.json"])
@@ -125,13 +130,14 @@ def test_a_run_lies_in_a_folder_called_like_its_data(pets, tmp_path, monkeypatch
         ("sizes", "other names or sizes"),
     ],
 )
-def test_a_run_of_other_data_is_refused(pets, run_script, monkeypatch, kind, words, state):
+def test_a_run_on_other_data_is_refused(pets, run_script, monkeypatch, kind, words, state):
     if state != "finished":
         (run_folder(pets) / "summary.json").unlink()
     if state == "no config.json":
         (run_folder(pets) / "config.json").unlink()
-    else:  # and before any image is read
+    else:  # then it is refused before any image is read
         monkeypatch.setattr(main, "load_dataset", None)
+
     other = others(pets / "elsewhere" / "pets", kind)
     before = contents(run_folder(pets))
     code, out, err = run_script(main.main, *arguments(other, pets / "output"))
@@ -150,14 +156,14 @@ def test_two_folders_of_different_names_share_nothing(pets):
     assert utils.read_json(run_folder(pets) / "config.json")["data"]["num_train"] == 6
 
 
-def test_data_that_is_not_there_is_an_error(pets, run_script):
+def test_missing_data_is_an_error(pets, run_script):
     shutil.rmtree(pets / "pets")
     code, out, err = run_script(main.main, *arguments(pets / "pets", pets / "output"))
     assert (code, out, len(err.splitlines())) == (1, "", 1), err
     assert str(pets / "pets") in err
 
 
-def test_the_same_data_moved_is_the_same(pets, capsys, monkeypatch):
+def test_data_that_was_moved_is_still_the_same(pets, capsys, monkeypatch):
     monkeypatch.setattr(main, "load_dataset", None)
     (pets / "pets").rename(pets / "moved")
     assert main.main(arguments(pets / "moved", pets / "output", "--dataset_name", "pets")) == 0
@@ -181,7 +187,7 @@ def test_digits_need_no_data_on_disk(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ""])
-def test_the_name_of_a_dataset_is_a_plain_folder_name(tmp_path, run_script, name):
+def test_dataset_name_must_be_a_plain_folder_name(tmp_path, run_script, name):
     code, _, err = run_script(main.main, *arguments(tmp_path, tmp_path, f"--dataset_name={name}"))
     assert (code, len(err.splitlines())) == (2, 1)
     assert "--dataset_name must be a plain folder name" in err
@@ -190,10 +196,10 @@ def test_the_name_of_a_dataset_is_a_plain_folder_name(tmp_path, run_script, name
 
 
 # --------------------------------------------------------------------------------------------------
-# What an earlier version has left
+# Runs of earlier versions
 
 
-def test_an_earlier_run_is_finished_where_it_lies(earlier, capsys):
+def test_an_earlier_run_that_is_finished_stays_where_it_is(earlier, capsys):
     before = contents(run_folder(earlier, "imagefolder"))
     assert main.main(arguments(earlier / "pets", earlier / "output")) == 0
     printed = capsys.readouterr().out
@@ -203,7 +209,7 @@ def test_an_earlier_run_is_finished_where_it_lies(earlier, capsys):
     assert not (earlier / "output" / "pets").exists()
 
 
-def test_an_earlier_run_is_resumed_where_it_lies(earlier, capsys):
+def test_an_earlier_run_is_resumed_where_it_is(earlier, capsys):
     folder = run_folder(earlier, "imagefolder")
     (folder / "summary.json").unlink()
     assert main.main(arguments(earlier / "pets", earlier / "output")) == 0
@@ -215,7 +221,7 @@ def test_an_earlier_run_is_resumed_where_it_lies(earlier, capsys):
 
 
 @pytest.mark.parametrize("kind", ["classes", "counts", "label"])
-def test_an_earlier_run_of_other_data_is_left_where_it_lies(earlier, kind):
+def test_an_earlier_run_on_other_data_is_left_alone(earlier, kind):
     if kind == "label":
         make_tree(earlier / "wild", seed=1)
     else:
@@ -226,8 +232,8 @@ def test_an_earlier_run_of_other_data_is_left_where_it_lies(earlier, kind):
     assert contents(run_folder(earlier, "imagefolder")) == before
 
 
-def test_an_earlier_run_is_not_handed_out_before_the_pixels_are_compared(earlier, run_script):
-    other = make_tree(earlier / "elsewhere" / "pets", seed=1)  # as many images of the same names
+def test_an_earlier_run_only_counts_after_the_pixels_are_compared(earlier, run_script):
+    other = make_tree(earlier / "elsewhere" / "pets", seed=1)  # as many images with the same names
     code, out, err = run_script(main.main, *arguments(other, earlier / "output"))
     assert (code, len(err.splitlines())) == (2, 1), err
     assert "nothing to do" not in out
@@ -236,13 +242,15 @@ def test_an_earlier_run_is_not_handed_out_before_the_pixels_are_compared(earlier
 
 
 # --------------------------------------------------------------------------------------------------
-# Settings that an earlier version did not have
+# Settings that earlier versions did not have
 
 
-def test_a_setting_that_was_not_there_yet_had_its_default(pets, run_script):
-    change_json(
-        run_folder(pets) / "config.json", lambda config: [config["settings"].pop(key) for key in ("ema", "mix")]
-    )
+def test_a_setting_missing_from_the_config_had_its_default(pets, run_script):
+    def forget_settings(config):
+        del config["settings"]["ema"]
+        del config["settings"]["mix"]
+
+    change_json(run_folder(pets) / "config.json", forget_settings)
     code, out, err = run_script(main.main, *arguments(pets / "pets", pets / "output"))
     assert code == 0, err
     assert "nothing to do" in out
@@ -251,12 +259,13 @@ def test_a_setting_that_was_not_there_yet_had_its_default(pets, run_script):
     assert "other settings: ema 0.0 there, 0.9 asked for. " in err
 
 
-def test_a_setting_that_a_checkpoint_does_not_have_had_its_default(pets, run_script):
+def test_a_setting_missing_from_the_checkpoint_had_its_default(pets, run_script):
     folder = run_folder(pets)
     for name in ("config.json", "summary.json"):
         (folder / name).unlink()
     state = checkpoints.load_checkpoint(folder / "last.pt")
-    del state["format"], state["settings"]["ema"]
+    del state["format"]
+    del state["settings"]["ema"]
     checkpoints.save_checkpoint(folder, state)
     code, _, err = run_script(main.main, *arguments(pets / "pets", pets / "output", "--ema", "0.9"))
     assert (code, len(err.splitlines())) == (2, 1)
@@ -271,11 +280,12 @@ def test_a_setting_that_a_checkpoint_does_not_have_had_its_default(pets, run_scr
 
 
 def sweep(root, data_dir, *more):
-    return [*SWEEP, "--output_dir", str(root / "output"), *more, "--", "--data_dir", str(data_dir), *SMALL]
+    own = [*SWEEP, "--output_dir", str(root / "output"), *more]
+    return [*own, "--", "--data_dir", str(data_dir), *SMALL]
 
 
-def say_it_was_swept(root, folder):
-    """Make a run that of the sweep's command."""
+def record_command_of_sweep(root, folder):
+    """Let config.json say that the sweep's command started this run."""
     plan = run_experiments.make_plan(run_experiments.parse_args(sweep(root, root / "pets")), "cpu")
     command = ["main.py", *plan[0].arguments]
     change_json(folder / "config.json", lambda config: config["provenance"].update(command=command))
@@ -283,20 +293,22 @@ def say_it_was_swept(root, folder):
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """What the sweep starts for main.py: a program that ends as it is told, and leaves a trace."""
-    path, trace = tmp_path / "main.py", tmp_path / "started"
+    """A stand-in for main.py that leaves a trace and exits with a given code."""
+    path = tmp_path / "main.py"
+    trace = tmp_path / "started"
+    touch = f"pathlib.Path({str(trace)!r}).touch()"
 
     def end_with(code):
-        path.write_text(f"import pathlib, sys\npathlib.Path({str(trace)!r}).touch()\nsys.exit({code})\n")
+        path.write_text(f"import pathlib, sys\n{touch}\nsys.exit({code})\n")
         monkeypatch.setattr(run_experiments, "MAIN_SCRIPT", path)
         return trace
 
     return end_with
 
 
-def test_a_sweep_of_the_same_data_is_finished_and_tabulated(pets, run_script, script):
+def test_a_sweep_on_the_same_data_is_finished_and_tabulated(pets, run_script, script):
     started = script(1)
-    say_it_was_swept(pets, run_folder(pets))
+    record_command_of_sweep(pets, run_folder(pets))
     code, out, err = run_script(run_experiments.main, *sweep(pets, pets / "pets"))
     assert code == 0, err
     assert "1 runs, 1 finished before" in out
@@ -306,45 +318,49 @@ def test_a_sweep_of_the_same_data_is_finished_and_tabulated(pets, run_script, sc
 
 @pytest.mark.parametrize("more", [(), ("--dry_run",)])
 @pytest.mark.parametrize("kind", ["classes", "counts", "names", "sizes", "missing"])
-def test_a_sweep_of_other_data_starts_and_tabulates_nothing(pets, run_script, script, kind, more):
+def test_a_sweep_on_other_data_starts_and_tabulates_nothing(pets, run_script, script, kind, more):
     started = script(0)
-    say_it_was_swept(pets, run_folder(pets))
+    record_command_of_sweep(pets, run_folder(pets))
     shutil.rmtree(pets / "pets")
     if kind != "missing":
         others(pets / "pets", kind)
     before = contents(pets / "output")
+    words = "cannot read the folder" if kind == "missing" else "holds a run with other data"
+
     code, out, err = run_script(run_experiments.main, *sweep(pets, pets / "pets", *more))
     assert (code, out, len(err.splitlines())) == (2, "", 1), err
-    assert ("cannot read the folder" if kind == "missing" else "holds a run with other data") in err
+    assert words in err
     assert not started.exists()
     assert contents(pets / "output") == before
 
 
-def test_a_sweep_of_another_folder_lies_beside(pets, run_script, script):
+def test_a_sweep_on_another_folder_goes_to_its_own_place(pets, run_script, script):
     script(1)
     others(pets / "wild", "counts")
     code, out, _ = run_script(run_experiments.main, *sweep(pets, pets / "wild", "--dry_run"))
     assert code == 0
     assert "finished" not in out
-    code, out, _ = run_script(run_experiments.main, *sweep(pets, pets / "wild", "--dataset_name", "mine"))
+
+    renamed = sweep(pets, pets / "wild", "--dataset_name", "mine")
+    code, out, _ = run_script(run_experiments.main, *renamed)
     assert code == 1
     assert "(n = 1)" not in out
     assert (run_folder(pets, "mine") / "log.txt").exists()
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_a_sweep_leaves_it_to_main_to_compare_an_earlier_run(earlier, run_script, script, code):
+def test_a_sweep_lets_main_compare_an_earlier_run(earlier, run_script, script, code):
     started = script(code)
     folder = run_folder(earlier, "imagefolder")
-    say_it_was_swept(earlier, folder)
+    record_command_of_sweep(earlier, folder)
     got, out, _ = run_script(run_experiments.main, *sweep(earlier, earlier / "pets"))
     assert f"1 of 1 runs were started in {folder.parents[1]} and stay there" in out
     assert started.exists()
     assert got == (1 if code else 0)
-    assert ("(n = 1)" in out) == (code == 0)  # what main.py has refused is in no table
+    assert ("(n = 1)" in out) == (code == 0)  # a refused run is in no table
 
 
-def test_a_finished_run_of_other_settings_is_not_tabulated(pets, run_script, script):
+def test_a_finished_run_with_other_settings_is_not_tabulated(pets, run_script, script):
     script(2)
     code, out, _ = run_script(run_experiments.main, *sweep(pets, pets / "pets"), "--lr", "0.5")
     assert code == 1
@@ -352,8 +368,10 @@ def test_a_finished_run_of_other_settings_is_not_tabulated(pets, run_script, scr
 
 
 def test_a_sweep_compares_data_without_torch(pets):
+    command = sweep(pets, pets / "pets", "--dry_run")
     program = (
-        f"import sys, run_experiments; code = run_experiments.main({sweep(pets, pets / 'pets', '--dry_run')!r})\n"
+        "import sys, run_experiments\n"
+        f"code = run_experiments.main({command!r})\n"
         "sys.exit(code or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=utils.REPOSITORY).returncode == 0
@@ -363,9 +381,13 @@ def test_a_sweep_compares_data_without_torch(pets):
 # Reports
 
 
-def fake_run(root, seed, **of_data):
+def fake_run(root, seed, **data):
     folder = write_run(root, seed=seed, dataset="imagefolder", label="pets")
-    change_json(folder / "config.json", lambda config: config["data"].update(of_data))
+    change_json(folder / "config.json", lambda config: config["data"].update(data))
+
+
+def pixels(checksum, *image_shape):
+    return {"checksum": checksum, "image_shape": list(image_shape)}
 
 
 FILES = {"train": 6, "test": 6, "hash": "0123"}
@@ -375,7 +397,7 @@ FILES = {"train": 6, "test": 6, "hash": "0123"}
     ("first", "second"),
     [
         ({"files": FILES}, {"files": FILES | {"hash": "4567"}}),
-        ({"checksum": "01", "image_shape": [3, 8, 8]}, {"checksum": "02", "image_shape": [3, 8, 8]}),
+        (pixels("01", 3, 8, 8), pixels("02", 3, 8, 8)),
         ({}, {"label": "wild"}),
     ],
 )
@@ -393,7 +415,7 @@ def test_two_image_folders_are_not_plotted_together(tmp_path, run_script, first,
     [
         ({"files": FILES}, {"files": FILES, "label": "moved"}),
         ({"files": FILES, "checksum": "01"}, {"checksum": "01"}),
-        ({"checksum": "01", "image_shape": [3, 8, 8]}, {"checksum": "02", "image_shape": [3, 4, 4]}),
+        (pixels("01", 3, 8, 8), pixels("02", 3, 4, 4)),
         ({}, {"checksum": "01"}),
     ],
 )
@@ -403,10 +425,11 @@ def test_the_same_data_is_plotted_together(tmp_path, first, second):
     assert len(plot_result.load_comparison(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(
-    "logs", sorted((utils.REPOSITORY / "experiments" / "logs").iterdir()), ids=lambda path: path.name
-)
-def test_the_logs_that_are_kept_can_be_plotted(logs):
+LOGS = utils.REPOSITORY / "experiments" / "logs"
+
+
+@pytest.mark.parametrize("logs", sorted(LOGS.iterdir()), ids=lambda path: path.name)
+def test_the_committed_logs_can_be_plotted(logs):
     assert plot_result.load_comparison(logs)
 
 
@@ -416,8 +439,8 @@ def test_the_logs_that_are_kept_can_be_plotted(logs):
 
 def evaluate(root, data_dir):
     output = root / "eval.json"
-    command = ["--checkpoint", str(run_folder(root) / "last.pt"), "--device", "cpu", "--output", str(output)]
-    assert evaluation.main([*command, "--data_dir", str(data_dir)]) == 0
+    command = ["--checkpoint", str(run_folder(root) / "last.pt"), "--data_dir", str(data_dir)]
+    assert evaluation.main([*command, "--device", "cpu", "--output", str(output)]) == 0
     return utils.read_json(output)
 
 

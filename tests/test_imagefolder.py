@@ -1,4 +1,4 @@
-"""Folders of images as people have them: every format, every defect."""
+"""Image folders as people have them: every format, every defect."""
 
 import contextlib
 import os
@@ -51,18 +51,24 @@ def is_plain(pixels, color, tolerance=0):
     return np.abs(pixels - np.asarray(color)).max() <= tolerance
 
 
+def as_pixels(image):
+    """uint8 tensor [3, H, W] -> int array [H, W, 3]."""
+    return image.permute(1, 2, 0).numpy().astype(int)
+
+
+def png_chunk(kind, content):
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
 def png_header(width, height):
-    """The start of a PNG that claims a size, without its pixels."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
+    """The start of a PNG that claims a size but has no pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders that are right
+# --------------------------------------------------------------------------------------------------
+# Good folders
 
 
 def test_a_good_tree(tmp_path):
@@ -90,7 +96,7 @@ def test_files_come_in_order_of_their_names_whatever_thread_reads_them(tmp_path)
     ("size", "img_size", "expected"),
     [
         ((8, 8), (8, 8), (8, 8)),
-        ((8, 8), (32, 32), (8, 8)),  # grows later, on the device
+        ((8, 8), (32, 32), (8, 8)),  # enlarged later, on the device
         ((12, 8), (32, 32), (8, 12)),
         ((12, 8), (8, 12), (8, 12)),
         ((40, 30), (8, 8), (8, 8)),
@@ -107,17 +113,20 @@ def test_one_size_is_kept_unless_it_is_larger_than_needed(tmp_path, size, img_si
 def test_mixed_sizes_are_resized_and_cropped_at_the_center(tmp_path):
     good_tree(tmp_path)
     wide = Image.new("RGB", (40, 10), RED)
-    wide.paste(GREEN, (12, 0, 28, 10))  # the middle square, and a little more for the filter
+    wide.paste(GREEN, (12, 0, 28, 10))  # the center square, with a margin for the filter
     wide.save(tmp_path / "train" / "cat" / "wide.png")
     for size in ((1, 1), (1, 3000), (3000, 1), (7, 9)):
         save(tmp_path / "train" / "dog" / f"{size}.png", BLUE, size)
     images, labels = imagefolder.read(tmp_path, (8, 8)).train
     assert images.shape == (9, 3, 8, 8)
-    assert is_plain(images[2].permute(1, 2, 0).numpy().astype(int), GREEN)
-    assert all(is_plain(image.permute(1, 2, 0).numpy().astype(int), BLUE) for image in images[labels == 1])
+    assert is_plain(as_pixels(images[2]), GREEN)
+    assert all(is_plain(as_pixels(image), BLUE) for image in images[labels == 1])
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.PNG", "a.ppm", "a.bmp", "a.tif", "a.TIFF", "a.webp"])
+SOME_NAMES = ["a.jpg", "a.JPEG", "a.PNG", "a.ppm", "a.bmp", "a.tif", "a.TIFF", "a.webp"]
+
+
+@pytest.mark.parametrize("name", SOME_NAMES)
 def test_formats_and_extensions(tmp_path, name):
     good_tree(tmp_path)
     save(tmp_path / "train" / "cat" / name, GREEN)
@@ -126,11 +135,13 @@ def test_formats_and_extensions(tmp_path, name):
     assert is_plain(read_one(tmp_path / "train" / "cat" / name), GREEN, tolerance=6)
 
 
-def test_hidden_and_foreign_files_are_passed_over(tmp_path):
+def test_hidden_and_foreign_files_are_ignored(tmp_path):
     good_tree(tmp_path)
     cats = tmp_path / "train" / "cat"
-    for name in (".DS_Store", "._0.png", ".hidden.jpg", "Thumbs.db", "notes.txt", "0.png.txt", "png"):
-        (cats / name).write_text("no image")
+    hidden = (".DS_Store", "._0.png", ".hidden.jpg")
+    foreign = ("Thumbs.db", "notes.txt", "0.png.txt", "png")
+    for name in hidden + foreign:
+        (cats / name).write_text("not an image")
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
     (tmp_path / "train" / "README.md").write_text("not a class")
     (tmp_path / "validation").mkdir()
@@ -147,18 +158,21 @@ def test_names_of_all_kinds(tmp_path):
     assert imagefolder.read(tmp_path, (8, 8)).class_names == ["-dash", "Käfer 甲虫 🐞"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every kind of image becomes RGB
 
 
-@pytest.mark.parametrize(("mode", "name"), [("L", "a.png"), ("L", "a.pgm"), ("L", "a.jpg"), ("LA", "a.png")])
+GRAY_FILES = [("L", "a.png"), ("L", "a.pgm"), ("L", "a.jpg"), ("LA", "a.png")]
+
+
+@pytest.mark.parametrize(("mode", "name"), GRAY_FILES)
 def test_gray(tmp_path, mode, name):
     save(tmp_path / name, GRAY, mode=mode)
     assert is_plain(read_one(tmp_path / name), GRAY)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "big_endian.tif", "a.pgm"])
-def test_gray_of_16_bits_keeps_its_upper_byte(tmp_path, name):
+def test_16_bit_gray_keeps_its_upper_byte(tmp_path, name):
     levels = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
     if name == "a.pgm":
         (tmp_path / name).write_bytes(b"P5 8 8 65535\n" + levels.astype(">u2").tobytes())
@@ -199,7 +213,7 @@ def test_transparency_is_laid_over_white(tmp_path):
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, name, orientation):
-    """All images stored on their side: one size, which is that of the images as they are to be seen."""
+    """If all images are stored on their side, their common size is the one after rotation."""
     seen = Image.new("RGB", (24, 16), BLUE)
     seen.paste(RED, (0, 0, 8, 8))
     undo = {
@@ -225,13 +239,13 @@ def test_exif_orientation(tmp_path, name, orientation):
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
-def test_the_first_frame_of_an_animation(tmp_path, name):
+def test_only_the_first_frame_of_an_animation_is_read(tmp_path, name):
     frames = [Image.new("RGB", (8, 8), color) for color in (GREEN, RED, BLUE)]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
     assert is_plain(read_one(tmp_path / name), GREEN, tolerance=6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # label.txt
 
 
@@ -252,7 +266,7 @@ def test_label(tmp_path, content, label):
     assert imagefolder.read(root, (8, 8)).label == label
 
 
-def test_a_label_that_is_no_text(tmp_path):
+def test_a_label_that_is_not_text_is_an_error(tmp_path):
     good_tree(tmp_path)
     (tmp_path / "label.txt").write_bytes(b"\xff\xfe\x00K\xe4fer")
     with pytest.raises(UserError, match=r"label\.txt.*UTF-8"):
@@ -262,13 +276,13 @@ def test_a_label_that_is_no_text(tmp_path):
     with pytest.raises(UserError, match=r"label\.txt"):
         imagefolder.read(tmp_path, (8, 8))
     (tmp_path / "label.txt").rmdir()
-    os.mkfifo(tmp_path / "label.txt")  # opening it would wait for ever
-    with pytest.raises(UserError, match=r"label\.txt is no file"):
+    os.mkfifo(tmp_path / "label.txt")  # opening it would wait forever
+    with pytest.raises(UserError, match=r"label\.txt is not a file"):
         imagefiles.read_label(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is wrong is named, on one line
+# --------------------------------------------------------------------------------------------------
+# Errors are one line that names the problem
 
 
 def remove(path):
@@ -280,6 +294,16 @@ def remove(path):
         path.unlink()
 
 
+def remove_both_classes(folder):
+    remove(folder / "cat")
+    remove(folder / "dog")
+
+
+def remove_all_images(folder):
+    for path in folder.glob("*.png"):
+        remove(path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -287,9 +311,9 @@ def remove(path):
         (lambda root: remove(root / "train"), "train"),
         (lambda root: remove(root / "test"), "test"),
         (lambda root: (remove(root / "train"), (root / "train").write_text("")), "train"),
-        (lambda root: [remove(root / "train" / name) for name in ("cat", "dog")], "no class folders in"),
-        (lambda root: [remove(root / "test" / name) for name in ("cat", "dog")], "no class folders in"),
-        (lambda root: [remove(root / "train" / "cat" / f"{index}.png") for index in (0, 1)], "train/cat"),
+        (lambda root: remove_both_classes(root / "train"), "no class folders in"),
+        (lambda root: remove_both_classes(root / "test"), "no class folders in"),
+        (lambda root: remove_all_images(root / "train" / "cat"), "train/cat"),
         (lambda root: remove(root / "test" / "dog" / "0.png"), "test/dog"),
         (lambda root: remove(root / "train" / "dog"), "class dog only in test/"),
         (
@@ -298,7 +322,7 @@ def remove(path):
         ),
     ],
 )
-def test_bad_layouts(tmp_path, spoil, words):
+def test_a_bad_layout_is_named_in_one_line(tmp_path, spoil, words):
     root = good_tree(tmp_path / "root")
     spoil(root)
     with pytest.raises(UserError) as caught:
@@ -343,64 +367,69 @@ def truncated(path, name):
         *((f"half.{kind}", None) for kind in ("jpg", "png", "gif", "tif", "webp", "bmp", "ppm")),
     ],
 )
-def test_bad_images_end_in_one_line(tmp_path, split, name, content, run_script):
+def test_a_bad_image_is_named_in_one_line(tmp_path, split, name, content, run_script):
     bad = good_tree(tmp_path / "root") / split / "dog" / name
     if content is None:
         truncated(bad.parent, name)
     else:
         bad.write_bytes(content)
-    arguments = ("--dataset", "imagefolder", "--data_dir", str(tmp_path / "root"), "--img_size", "16")
+
+    output = tmp_path / "output"
+    arguments = ["--dataset", "imagefolder", "--data_dir", str(tmp_path / "root")]
+    arguments += ["--img_size", "16", "--device", "cpu", "--output_dir", str(output)]
     started = time.perf_counter()
-    code, out, err = run_script(main.main, *arguments, "--device", "cpu", "--output_dir", str(tmp_path / "output"))
+    code, out, err = run_script(main.main, *arguments)
+
     assert time.perf_counter() - started < 5
     assert code == 1
     assert out == ""
     assert len(err.splitlines()) == 1, err
     assert str(bad) in err
-    assert not (tmp_path / "output").exists()
+    assert not output.exists()
     if name.startswith("huge"):
         assert "20000x20000 pixels, more than 64 million" in err
 
 
-def test_what_is_no_file_is_no_image_whatever_its_name(tmp_path, capsys):
+def test_only_files_are_images_whatever_their_names(tmp_path, capsys):
     good_tree(tmp_path)
     cats = tmp_path / "train" / "cat"
     (cats / "folder.png").mkdir()  # and empty
     (cats / "dead.png").symlink_to(tmp_path / "nowhere.png")
-    os.mkfifo(cats / "pipe.jpg")  # opening it would wait for ever
+    os.mkfifo(cats / "pipe.jpg")  # opening it would wait forever
     (cats / "text.txt").write_text("")
-    (tmp_path / "train" / "eel").symlink_to(tmp_path / "nowhere")  # a class on a disk that is not there
+    (tmp_path / "train" / "eel").symlink_to(tmp_path / "nowhere")  # on a disk that is gone
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(cats / "socket.jpg"))
         assert len(imagefolder.read(tmp_path, (8, 8)).train[1]) == 4
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
-    assert (
-        "passed over 6 that are no images of a class: train/eel, train/cat/dead.png, train/cat/pipe.jpg and 3 more"
-        in err
-    )
+    examples = "train/eel, train/cat/dead.png, train/cat/pipe.jpg and 3 more"
+    assert f"ignored what is not an image of a class (6): {examples}" in err
 
 
-def test_an_image_beside_the_classes_is_not_called_no_image(tmp_path, capsys):
+def test_an_image_next_to_the_class_folders_is_ignored(tmp_path, capsys):
     good_tree(tmp_path)
     save(tmp_path / "train" / "two\nlines.png")
     imagefolder.read(tmp_path, (8, 8))
     err = capsys.readouterr().err
-    assert "passed over 1 that are no images of a class: train/two lines.png" in err
+    assert "ignored what is not an image of a class (1): train/two lines.png" in err
     assert len(err.splitlines()) == 1
 
 
-def test_subfolders_and_links_are_followed_but_not_in_a_ring(tmp_path, capsys):
+def test_subfolders_and_links_are_followed_but_not_in_circles(tmp_path, capsys):
     good_tree(tmp_path / "pets")
-    save(tmp_path / "pets" / "train" / "cat" / "b" / "deep" / "0.png", GREEN)
-    save(tmp_path / "pets" / "train" / "cat" / "a" / "0.png", GRAY)
+    cats = tmp_path / "pets" / "train" / "cat"
+    save(cats / "b" / "deep" / "0.png", GREEN)
+    save(cats / "a" / "0.png", GRAY)
     save(tmp_path / "elsewhere" / "0.png", BLUE)
-    (tmp_path / "pets" / "train" / "cat" / "c").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "pets" / "train" / "cat" / "a" / "ring").symlink_to(tmp_path / "pets" / "train" / "cat")
+    (cats / "c").symlink_to(tmp_path / "elsewhere")
+    (cats / "a" / "ring").symlink_to(cats)
+
     images, labels = imagefolder.read(tmp_path / "pets", (8, 8)).train
     assert labels.tolist() == [0] * 5 + [1] * 2
     assert [tuple(image[:, 0, 0].tolist()) for image in images[:5]] == [RED, RED, GRAY, GREEN, BLUE]
-    assert "passed over 1 that are no images of a class: train/cat/a/ring/" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "ignored what is not an image of a class (1): train/cat/a/ring/" in err
 
 
 @pytest.mark.parametrize("name", ["a.jfif", "a.jp2", "a.jpe", "a.tga", "a.pcx", "a.dib", "a.mpo"])
@@ -411,25 +440,31 @@ def test_whatever_pillow_reads_is_an_image(tmp_path, name):
     assert not {".pdf", ".eps", ".mpg", ".h5"} & imagefiles.image_suffixes()
 
 
-def test_nothing_is_run_that_is_called_an_image(tmp_path, monkeypatch):
-    """An EPS is a program, for Ghostscript."""
+def test_no_file_is_run_as_a_program(tmp_path, monkeypatch):
+    """An EPS is a program for Ghostscript, whatever the name of the file."""
+
+    def fail(*args, **kwargs):
+        pytest.fail("it was run")
+
     good_tree(tmp_path)
     Image.new("RGB", (8, 8), RED).save(tmp_path / "train" / "cat" / "a.jpg", format="EPS")
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("it was run"))
-    with pytest.raises(UserError, match=r"a\.jpg as an image: of no format that Pillow knows"):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", fail)
+    message = r"a\.jpg as an image: not in a format that Pillow can read"
+    with pytest.raises(UserError, match=message):
         imagefolder.read(tmp_path, (8, 8))
 
 
 @pytest.mark.parametrize("name", ["val", "validation"])
-def test_validation_images_serve_where_there_are_no_test_images(tmp_path, capsys, name):
+def test_validation_images_stand_in_for_missing_test_images(tmp_path, capsys, name):
     good_tree(tmp_path)
     (tmp_path / "test").rename(tmp_path / name)
     folder = imagefolder.read(tmp_path, (8, 8))
     assert (len(folder.test[1]), folder.notes) == (2, {"test_folder": name})
-    assert f"{name}/ serves as the test images" in capsys.readouterr().err
-    good_tree(tmp_path)  # and now there are
+    assert f"{name}/ is used for the test images" in capsys.readouterr().err
+
+    good_tree(tmp_path)  # now with test images
     assert imagefolder.read(tmp_path, (8, 8)).notes == {}
-    assert f"passed over 1 that are no images of a class: {name}/" in capsys.readouterr().err
+    assert f"ignored what is not an image of a class (1): {name}/" in capsys.readouterr().err
 
 
 def spoil_some(root, number):
@@ -447,30 +482,34 @@ def test_all_unreadable_images_are_named_at_once(tmp_path):
     assert message.startswith("31 images cannot be read: ")
     assert message.count("bad") == 19
     assert "test/cat/half.jpg (image file is truncated" in message
-    assert "and 11 more; remove or replace them, or leave them out with --skip_unreadable" in message
+    advice = "remove or replace them, or leave them out with --skip_unreadable"
+    assert f"and 11 more; {advice}" in message
     assert "\n" not in message
 
 
-def test_unreadable_images_are_left_out_where_that_is_asked_for(tmp_path, run_script):
+def test_unreadable_images_are_left_out_on_request(tmp_path, run_script):
     spoil_some(tmp_path / "pets", 2)
-    arguments = ["--dataset", "imagefolder", "--data_dir", str(tmp_path / "pets"), "--skip_unreadable"]
-    arguments += ["--model", "vit_micro", "--depth", "1", "--img_size", "8", "--patch_size", "4", "--epochs", "1"]
-    code, _, err = run_script(main.main, *arguments, "--device", "cpu", "--output_dir", str(tmp_path))
+    arguments = ["--dataset", "imagefolder", "--data_dir", str(tmp_path / "pets")]
+    arguments += ["--model", "vit_micro", "--depth", "1", "--img_size", "8", "--patch_size", "4"]
+    arguments += ["--epochs", "1", "--device", "cpu", "--output_dir", str(tmp_path)]
+    code, _, err = run_script(main.main, *arguments, "--skip_unreadable")
     assert code == 0, err
-    assert "left out 3 images that cannot be read: test/cat/half.jpg, train/dog/bad00.png, train/dog/bad01.png" in err
+
+    names = "test/cat/half.jpg, train/dog/bad00.png, train/dog/bad01.png"
+    assert f"left out 3 images that cannot be read: {names}" in err
     found = utils.read_json(tmp_path / "pets" / "full" / "seed_0" / "config.json")["data"]
     assert (found["num_train"], found["num_test"], found["skipped"]["number"]) == (4, 2, 3)
 
 
-def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path):
+def test_a_class_without_readable_images_is_an_error(tmp_path):
     good_tree(tmp_path)
     for index in range(2):
         (tmp_path / "train" / "dog" / f"{index}.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="no image of class dog in the train images can be read"):
+    with pytest.raises(UserError, match="none of the train images of class dog can be read"):
         imagefolder.read(tmp_path, (8, 8), skip_unreadable=True)
 
 
-def test_what_is_left_out_has_no_say_in_the_size(tmp_path):
+def test_images_that_are_left_out_do_not_affect_the_size(tmp_path):
     good_tree(tmp_path)
     truncated(tmp_path / "train" / "dog", "half.png")  # of 64 x 64 pixels
     left = imagefolder.read(tmp_path, (16, 16), skip_unreadable=True).train[0]
@@ -478,15 +517,15 @@ def test_what_is_left_out_has_no_say_in_the_size(tmp_path):
     assert torch.equal(left, imagefolder.read(tmp_path, (16, 16)).train[0])
 
 
-def test_skipping_is_for_image_folders(run_script):
+def test_skip_unreadable_is_only_for_image_folders(run_script):
     code, _, err = run_script(main.main, "--dataset", "digits", "--skip_unreadable")
     assert code == 2
     assert "--skip_unreadable is for --dataset imagefolder" in err
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.png"])
-def test_nothing_of_libtiff_stands_beside_the_error(tmp_path, capfd, name):
-    """A TIFF is one whatever it is called."""
+def test_libtiff_prints_nothing_next_to_the_error(tmp_path, capfd, name):
+    """Also if the TIFF has another extension."""
     good_tree(tmp_path)
     truncated(tmp_path / "train" / "cat", "half.png")
     whole = tmp_path / "train" / "cat" / name
@@ -499,8 +538,8 @@ def test_nothing_of_libtiff_stands_beside_the_error(tmp_path, capfd, name):
     assert capfd.readouterr().err == ""
 
 
-def test_stderr_is_back_after_two_have_read_at_once(tmp_path, capfd):
-    """As two runs in threads of one process do: each puts it away, and back."""
+def test_stderr_is_restored_after_two_threads_have_read_at_once(tmp_path, capfd):
+    """As two runs in threads of one process do: each redirects stderr and restores it."""
     first_is_in, second_may_go = threading.Event(), threading.Event()
 
     def read(others_turn, mine):
@@ -519,7 +558,7 @@ def test_stderr_is_back_after_two_have_read_at_once(tmp_path, capfd):
     assert capfd.readouterr().err == "here again"
 
 
-def test_one_of_many_processes_warns(tmp_path, monkeypatch, capsys):
+def test_only_one_of_several_processes_warns(tmp_path, monkeypatch, capsys):
     good_tree(tmp_path)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("")
     monkeypatch.setattr(distributed, "IS_FIRST", False)
@@ -527,17 +566,18 @@ def test_one_of_many_processes_warns(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # More than 8 bits
 
 
 def gray_tree(root, low, high, kind="png", dtype=np.uint16, **options):
-    """Two classes of images whose values go evenly from `low` to `high`."""
+    """Two classes of images whose values rise evenly from `low` to `high`."""
+    pixels = np.linspace(low, high, 64).astype(dtype).reshape(8, 8)
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             path = root / split / name / f"0.{kind}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.linspace(low, high, 64).astype(dtype).reshape(8, 8)).save(path, **options)
+            Image.fromarray(pixels).save(path, **options)
     return root
 
 
@@ -546,56 +586,56 @@ def gray_tree(root, low, high, kind="png", dtype=np.uint16, **options):
     ("low", "high", "kind", "dtype", "darkest", "brightest", "bits"),
     [
         (0, 65535, "png", np.uint16, 0, 255, None),  # as declared
-        (0, 30000, "png", np.uint16, 0, 117, None),  # dark, and nothing unused
+        (0, 30000, "png", np.uint16, 0, 117, None),  # dark, but only one bit unused
         (0, 255, "png", np.uint16, 0, 255, 8),
         (0, 255, "tif", np.uint16, 0, 255, 8),
-        (0, 4095, "png", np.uint16, 0, 255, 12),  # of a camera
-        (291, 694, "tif", np.uint16, 72, 173, 10),  # of a microscope
+        (0, 4095, "png", np.uint16, 0, 255, 12),  # from a camera
+        (291, 694, "tif", np.uint16, 72, 173, 10),  # from a microscope
         (0, 255, "tif", np.int32, 0, 255, 8),
         (0, 100_000, "tif", np.int32, 0, 195, 17),
         (0, 7, "png", np.uint16, 0, 255, 3),
         (0, 1, "tif", np.uint16, 0, 255, 1),  # a mask
-        (0, 2**31 - 1, "tif", np.int32, 0, 255, None),  # signed: the upper bit is the sign
+        (0, 2**31 - 1, "tif", np.int32, 0, 255, None),  # signed: the top bit is the sign
         (0, 100_000, "im", np.int32, 0, 195, 17),
     ],
 )
-def test_gray_is_scaled_by_the_bits_that_are_used(tmp_path, capsys, low, high, kind, dtype, darkest, brightest, bits):
+def test_gray_is_scaled_by_the_bits_in_use(
+    tmp_path, capsys, low, high, kind, dtype, darkest, brightest, bits
+):
     images = imagefolder.read(gray_tree(tmp_path, low, high, kind, dtype), (8, 8)).train[0]
     assert (images.min(), images.max()) == (darkest, brightest)
     err = capsys.readouterr().err
     if bits is None:
         assert err == ""
-    else:
-        assert f"use {bits} of them, and are scaled by these: 0 is black, {2**bits - 1} white" in err
-        assert len(err.splitlines()) == 1
+        return
+    white = 2**bits - 1
+    assert f"use only {bits} bits and are scaled to match: 0 is black, {white} white" in err
+    assert len(err.splitlines()) == 1
 
 
-def test_signed_gray_of_16_bits_uses_15(tmp_path, capsys):
+def test_signed_16_bit_gray_uses_15_bits(tmp_path, capsys):
     gray_tree(tmp_path, 0, 32767, "tif", tiffinfo={339: 2})
     assert imagefolder.read(tmp_path, (8, 8)).train[0].max() == 255
     assert capsys.readouterr().err == ""
 
 
-def test_one_range_serves_all_images_of_a_folder(tmp_path):
+def test_all_images_of_a_folder_share_one_range(tmp_path):
     gray_tree(tmp_path, 0, 255)
-    Image.fromarray(np.full((8, 8), 4000, dtype=np.uint16)).save(tmp_path / "test" / "dog" / "bright.png")
+    bright = np.full((8, 8), 4000, dtype=np.uint16)
+    Image.fromarray(bright).save(tmp_path / "test" / "dog" / "bright.png")
     folder = imagefolder.read(tmp_path, (8, 8))
     assert folder.test[0].amax((1, 2, 3)).tolist() == [15, 15, 250]
     assert folder.train[0].max() == 15
 
 
-def png_chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def add_chunk(root, kind, content):
-    """To all PNG files below, behind their header."""
+    """Insert a chunk after the header of every PNG below `root`."""
     for path in root.glob("*/*/*.png"):
         whole = path.read_bytes()
         path.write_bytes(whole[:33] + png_chunk(kind, content) + whole[33:])
 
 
-def test_what_the_file_says_of_its_bits_is_believed(tmp_path, capsys):
+def test_the_bits_that_a_file_declares_are_used(tmp_path, capsys):
     gray_tree(tmp_path / "tiff", 0, 4000, "tif", tiffinfo={281: 4095})
     gray_tree(tmp_path / "png", 0, 4000)
     add_chunk(tmp_path / "png", b"sBIT", bytes([12]))
@@ -604,18 +644,20 @@ def test_what_the_file_says_of_its_bits_is_believed(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_was_scaled_up_from_fewer_bits_is_read_as_it_is(tmp_path, capsys):
-    """As the PNG specification wants it of who writes sBIT; and where a TIFF says less than is true."""
+def test_values_larger_than_declared_are_read_as_stored(tmp_path, capsys):
+    """The PNG specification tells writers of sBIT to scale up; a TIFF may just be wrong."""
     gray_tree(tmp_path / "png", 0, 65535)
     add_chunk(tmp_path / "png", b"sBIT", bytes([12]))
     gray_tree(tmp_path / "tiff", 0, 65535, "tif", tiffinfo={281: 511})
+
+    upper_bytes = np.linspace(0, 65535, 64).astype(np.uint16) >> 8
     for kind in ("png", "tiff"):
         images = imagefolder.read(tmp_path / kind, (8, 8)).train[0]
-        assert images[0, 0].flatten().tolist() == (np.linspace(0, 65535, 64).astype(np.uint16) >> 8).tolist()
+        assert images[0, 0].flatten().tolist() == upper_bytes.tolist()
     assert capsys.readouterr().err == ""
 
 
-def test_files_that_each_say_their_own_largest_value_share_one_range(tmp_path):
+def test_files_that_each_declare_their_own_largest_value_share_one_range(tmp_path):
     gray_tree(tmp_path, 0, 694, "tif", tiffinfo={281: 694})
     dim = np.full((8, 8), 400, dtype=np.uint16)
     Image.fromarray(dim).save(tmp_path / "test" / "dog" / "dim.tif", tiffinfo={281: 400})
@@ -623,7 +665,7 @@ def test_files_that_each_say_their_own_largest_value_share_one_range(tmp_path):
     assert folder.test[0].amax((1, 2, 3)).tolist() == [173, 173, 100]
 
 
-def test_training_and_test_images_of_other_types_share_one_range(tmp_path, capsys):
+def test_training_and_test_images_of_different_types_share_one_range(tmp_path, capsys):
     gray_tree(tmp_path, 0, 4095, "tif")
     for path in tmp_path.glob("test/*/*.tif"):
         Image.fromarray(np.full((8, 8), 2000, dtype=np.int32)).save(path)
@@ -632,19 +674,20 @@ def test_training_and_test_images_of_other_types_share_one_range(tmp_path, capsy
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_transparent_gray_of_16_bits_is_white(tmp_path):
+def test_transparent_16_bit_gray_is_white(tmp_path):
     gray_tree(tmp_path, 1000, 60000)
     add_chunk(tmp_path, b"tRNS", struct.pack(">H", 1000))
-    assert imagefolder.read(tmp_path, (8, 8)).train[0][0, 0].flatten()[:2].tolist() == [255, 1936 >> 8]
+    images = imagefolder.read(tmp_path, (8, 8)).train[0]
+    assert images[0, 0].flatten()[:2].tolist() == [255, 1936 >> 8]
 
 
-def test_signed_values_of_8_bits_are_refused(tmp_path):
+def test_signed_8_bit_values_are_refused(tmp_path):
     gray_tree(tmp_path, 0, 100, "tif", np.uint8, tiffinfo={339: 2})
-    with pytest.raises(UserError, match=r"4 images cannot be read: .*signed numbers of 8 bits"):
+    with pytest.raises(UserError, match=r"4 images cannot be read: .*signed 8-bit numbers"):
         imagefolder.read(tmp_path, (8, 8))
 
 
-def test_gray_of_which_0_is_white(tmp_path):
+def test_gray_where_0_is_white_is_inverted(tmp_path):
     gray_tree(tmp_path, 0, 65535, "tif", tiffinfo={262: 0})
     for path in tmp_path.glob("*/*/*.tif"):
         with Image.open(path) as image:
@@ -656,12 +699,13 @@ def test_gray_of_which_0_is_white(tmp_path):
 
 def test_negative_values_are_refused(tmp_path):
     gray_tree(tmp_path, -5, 100, "tif", np.int32)
-    with pytest.raises(UserError, match=r"4 images cannot be read: .*its pixels go down to -5 .*below 2\^31"):
+    message = r"4 images cannot be read: .*its pixels go down to -5 .*below 2\^31"
+    with pytest.raises(UserError, match=message):
         imagefolder.read(tmp_path, (8, 8))
 
 
-def png_of_16_bits_in_color(path, high, opaque=False):
-    """8 x 8 pixels of red, green and blue from 0 to `high`, and of full opacity."""
+def write_16_bit_color_png(path, high, opaque=False):
+    """8 x 8 pixels of red, green and blue from 0 to `high`; with `opaque`, also full opacity."""
     pixels = np.linspace(0, high, 8 * 8 * 3).astype(np.uint16).reshape(8, 8, 3)
     if opaque:
         pixels = np.concatenate([pixels, np.full((8, 8, 1), 65535, dtype=np.uint16)], axis=2)
@@ -672,56 +716,66 @@ def png_of_16_bits_in_color(path, high, opaque=False):
 
 
 @pytest.mark.parametrize("opaque", [False, True])
-def test_color_of_16_bits_keeps_its_upper_byte_or_is_refused_where_that_is_empty(tmp_path, opaque):
+def test_16_bit_color_keeps_its_upper_byte_or_is_refused_if_that_is_empty(tmp_path, opaque):
     good_tree(tmp_path)
     odd = tmp_path / "train" / "cat" / "deep.png"
-    png_of_16_bits_in_color(odd, 65535, opaque)
+    write_16_bit_color_png(odd, 65535, opaque)
     assert imagefolder.read(tmp_path, (8, 8)).train[0][2].max() == 255
-    png_of_16_bits_in_color(odd, 255, opaque)
-    with pytest.raises(UserError, match=r"deep\.png and all others of 16 bits in color.*convert them to 8 bits"):
+    write_16_bit_color_png(odd, 255, opaque)
+    message = r"deep\.png and all other 16-bit images with color.*convert them to 8 bits"
+    with pytest.raises(UserError, match=message):
         imagefolder.read(tmp_path, (8, 8))
 
 
-def sgi_of_16_bits(path, high):
+def write_16_bit_sgi(path, high):
     pixels = np.linspace(0, high, 64).astype(">u2")
     header = struct.pack(">HBBHHHHII", 474, 0, 2, 2, 8, 8, 1, 0, high)
     path.write_bytes(header.ljust(512, b"\0") + pixels.tobytes())
 
 
-def ppm_of_16_bits(path, high):
+def write_16_bit_ppm(path, high):
     path.write_bytes(b"P6 8 8 65535\n" + np.linspace(0, high, 192).astype(">u2").tobytes())
 
 
-@pytest.mark.parametrize(("name", "write"), [("deep.sgi", sgi_of_16_bits), ("deep.ppm", ppm_of_16_bits)])
-def test_other_formats_of_which_the_upper_byte_alone_is_read(tmp_path, name, write):
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("deep.sgi", write_16_bit_sgi),
+        ("deep.ppm", write_16_bit_ppm),
+    ],
+)
+def test_other_formats_of_which_only_the_upper_byte_is_read(tmp_path, name, write):
     good_tree(tmp_path)
     write(tmp_path / "train" / "cat" / name, 65535)
     assert imagefolder.read(tmp_path, (8, 8)).train[0][2].max() == 255
     write(tmp_path / "train" / "cat" / name, 4095)
-    with pytest.raises(UserError, match=r"all others of 16 bits in color.*convert them to 8 bits"):
+    message = r"all other 16-bit images with color.*convert them to 8 bits"
+    with pytest.raises(UserError, match=message):
         imagefolder.read(tmp_path, (8, 8))
 
 
-def test_a_dark_bitmap_of_16_bits_a_pixel_is_read(tmp_path):
-    """5 or 6 bits a channel, not 16."""
+def test_a_dark_bitmap_with_16_bits_per_pixel_is_read(tmp_path):
+    """It has 5 or 6 bits per channel, not 16."""
     good_tree(tmp_path)
     pixels = np.full(64, 0x0841, dtype="<u2").tobytes()
-    header = struct.pack("<IiiHHIIiiII3I", 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0xF800, 0x07E0, 0x001F)
+    channel_masks = (0xF800, 0x07E0, 0x001F)
+    header = struct.pack("<IiiHHIIiiII3I", 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, *channel_masks)
     start = 14 + len(header)
     content = b"BM" + struct.pack("<IHHI", start + 128, 0, 0, start) + header + pixels
     (tmp_path / "train" / "cat" / "dark.bmp").write_bytes(content)
     assert imagefolder.read(tmp_path, (8, 8)).train[0][2].max() == 8
 
 
-def test_a_fits_is_passed_over(tmp_path, capsys):
-    """Pillow knows nothing of its zero point, BZERO: the darker half of 16 bits would be the brighter one."""
+def test_fits_files_are_ignored(tmp_path, capsys):
+    """Pillow ignores the zero point BZERO, which would swap dark and bright halves of 16 bits."""
     good_tree(tmp_path)
     (tmp_path / "train" / "cat" / "sky.fits").write_bytes(b"SIMPLE  =                    T")
     assert len(imagefolder.read(tmp_path, (8, 8)).train[0]) == 4
-    assert "passed over 1 that are no images of a class: train/cat/sky.fits" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "ignored what is not an image of a class (1): train/cat/sky.fits" in err
 
 
-def test_channels_that_are_not_used_are_said(tmp_path, capsys):
+def test_unused_channels_are_a_warning(tmp_path, capsys):
     good_tree(tmp_path)
     save(tmp_path / "train" / "cat" / "opaque.tif", GREEN, mode="RGBA")
     assert capsys.readouterr().err == ""
@@ -729,18 +783,24 @@ def test_channels_that_are_not_used_are_said(tmp_path, capsys):
     save(infrared, GREEN, mode="RGBX")
     with Image.open(infrared) as image:
         assert (image.mode, image.tag_v2[277]) == ("RGB", 4)
-    assert is_plain(imagefolder.read(tmp_path, (8, 8)).train[0][2].permute(1, 2, 0).numpy().astype(int), GREEN)
+
+    images = imagefolder.read(tmp_path, (8, 8)).train[0]
+    assert is_plain(as_pixels(images[2]), GREEN)
     err = capsys.readouterr().err
-    assert "more channels than color and opacity, which are not used: train/cat/infrared.tif" in err
+    assert "channels beyond color and opacity are ignored: train/cat/infrared.tif" in err
     assert len(err.splitlines()) == 1
 
 
-def test_several_frames_are_said(tmp_path, capsys):
+def test_several_frames_are_a_warning(tmp_path, capsys):
     good_tree(tmp_path)
     frames = [Image.new("RGB", (8, 8), color) for color in (RED, GREEN)]
-    frames[0].save(tmp_path / "train" / "cat" / "pages.tif", save_all=True, append_images=frames[1:])
-    assert is_plain(imagefolder.read(tmp_path, (8, 8)).train[0][2].permute(1, 2, 0).numpy().astype(int), RED)
-    assert "of images with several frames the first is used: train/cat/pages.tif" in capsys.readouterr().err
+    pages = tmp_path / "train" / "cat" / "pages.tif"
+    frames[0].save(pages, save_all=True, append_images=frames[1:])
+
+    images = imagefolder.read(tmp_path, (8, 8)).train[0]
+    assert is_plain(as_pixels(images[2]), RED)
+    err = capsys.readouterr().err
+    assert "only the first frame is used of images with several: train/cat/pages.tif" in err
 
 
 def test_floats_are_refused(tmp_path):
@@ -766,7 +826,7 @@ def test_damaged_bytes_give_an_image_or_a_user_error(tmp_path, name):
             assert read_one(tmp_path / name).shape == (8, 8, 3)
 
 
-def test_a_path_beyond_what_the_system_takes():
+def test_a_path_too_long_for_the_system_is_an_error():
     with pytest.raises(UserError, match="name too long"):
         imagefiles.find_classes(Path("x" * 5000), "train")
 

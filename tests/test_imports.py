@@ -20,7 +20,7 @@ LAYERS = [
     {"data"},
     {"training"},
     {"report", "sweep", "benchmarks"},
-    {"main", "run_experiments", "plot_result", "eval", "benchmark", "experiments"},
+    {"main", "run_experiments", "plot_result", "eval", "benchmark", "experiments", "docs"},
 ]
 SCRIPTS = LAYERS[-1]
 # masks.py is also a script: its command line can draw, and only then imports the plotting code.

@@ -1,4 +1,4 @@
-"""Which weights decay, the schedule, Muon's share, and the moving average against its formula."""
+"""Weight decay, which weights Muon takes, the schedule, and the moving average of the weights."""
 
 import math
 from dataclasses import replace
@@ -16,38 +16,50 @@ MUON = replace(SETTINGS, optimizer="muon")
 
 
 def named_groups(model, optimizer):
+    """One pair per parameter group: the names of its parameters, and its weight decay."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return [({names[p] for p in group["params"]}, group["weight_decay"]) for group in optimizer.param_groups]
+    return [
+        ({names[parameter] for parameter in group["params"]}, group["weight_decay"])
+        for group in optimizer.param_groups
+    ]
 
 
-def test_weight_decay_is_on_the_matrices_alone():
+def test_only_matrices_have_weight_decay():
     model = VisionTransformer(**SMALL)
     (optimizer,) = optimizers.build_optimizers(model, SETTINGS)
-    (decayed, decay), (others, none) = named_groups(model, optimizer)
-    assert (decay, none) == (0.1, 0.0)
-    assert {"cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias", "head.bias"} <= others
+    (decayed, decay), (others, other_decay) = named_groups(model, optimizer)
+    assert decay == 0.1
+    assert other_decay == 0.0
+
     assert {"patch_embed.proj.weight", "blocks.1.mlp.fc2.weight", "head.weight"} <= decayed
+    assert {"cls_token", "pos_embed", "norm.weight", "head.bias"} <= others
+    assert "blocks.0.attn.qkv.bias" in others
     assert decayed | others == {name for name, _ in model.named_parameters()}
     assert not any(name.endswith("bias") or "norm" in name for name in decayed)
 
 
-def test_muon_has_the_matrices_of_the_blocks():
+def test_muon_takes_the_matrices_of_the_blocks():
     model = VisionTransformer(**SMALL)
     adamw, muon = optimizers.build_optimizers(model, MUON)
     ((by_muon, decay),) = named_groups(model, muon)
+    assert decay == 0.1
+
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert by_muon == {f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers}
-    in_order = [p for name, p in model.named_parameters() if name in by_muon]  # the same in every process
+
+    # Muon must see them in the model's order, so that it is the same in every process.
+    in_order = [parameter for name, parameter in model.named_parameters() if name in by_muon]
     assert all(a is b for a, b in zip(muon.param_groups[0]["params"], in_order, strict=True))
-    assert decay == 0.1
-    rest = [names for names, _ in named_groups(model, adamw)]
-    assert set.union(*rest) | by_muon == {name for name, _ in model.named_parameters()}
-    assert not set.union(*rest) & by_muon
+
+    by_adamw = set.union(*(names for names, _ in named_groups(model, adamw)))
+    assert by_adamw | by_muon == {name for name, _ in model.named_parameters()}
+    assert not by_adamw & by_muon
 
 
-def test_the_schedule_warms_up_then_falls_to_zero():
+def test_the_learning_rate_warms_up_then_falls_to_zero():
     both = optimizers.build_optimizers(VisionTransformer(**SMALL), MUON)
     schedulers = optimizers.build_schedulers(both, warmup_fraction=0.2, total_steps=10)
+
     rates = []
     for _ in range(10):
         (rate,) = {scheduler.get_last_lr()[0] for scheduler in schedulers}
@@ -55,19 +67,24 @@ def test_the_schedule_warms_up_then_falls_to_zero():
         for optimizer, scheduler in zip(both, schedulers, strict=True):
             optimizer.step()
             scheduler.step()
+
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
     assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[2:] == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
+    assert rates[2:] == pytest.approx(cosine)
     assert schedulers[0].get_last_lr()[0] == pytest.approx(0)
 
 
-def test_the_average_follows_its_formula():
+def test_the_average_of_the_weights_follows_its_formula():
     model = torch.nn.Linear(2, 1, bias=False)
-    average, expected = optimizers.WeightAverage(model, 0.5), model.weight.detach().clone()
+    average = optimizers.WeightAverage(model, 0.5)
+    expected = model.weight.detach().clone()
+
     for step in range(1, 9):
         with torch.no_grad():
             model.weight.add_(step)
         average.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
+
     torch.testing.assert_close(average.model.weight, expected)
     assert not average.model.weight.requires_grad

@@ -1,5 +1,6 @@
 """Every file that the documentation names is in the repository, not just on the author's disk."""
 
+import posixpath
 import re
 import subprocess
 from pathlib import PurePosixPath
@@ -19,11 +20,13 @@ NAMED = re.compile(rf"(?<![\w./~$<>*-])((?:[\w.-]+/)*[\w-]+\.(?:{SUFFIXES}))(?![
 WRITTEN = {
     *("config.json", "metrics.jsonl", "attention_mask.png", "last.pt", "previous.pt"),
     *("summary.json", "log.txt", "results.md", "FILE.json", "label.txt", "rows.jsonl"),
+    "eval_test.json",
 }
 # The user's own folders, and those that a run or an installation makes.
 OF_THE_USER = {
-    *("test", "val", "validation", "photos/pets", "imagefolder", ".venv/bin/python"),
+    *("test", "val", "validation", "photos/pets", "imagefolder", ".venv/bin/python", "figures"),
     *("experiments/pets", "experiments/imagefolder", "experiments/cifar10-jpeg"),
+    "experiments/gpu",
 }
 FOLDERS = ("", "experiments/", "docs/")  # names may be relative to any of these
 
@@ -41,9 +44,16 @@ def tracked():
 
 def names_in(document):
     text = (utils.REPOSITORY / document).read_text(encoding="utf-8")
-    files = {name for name in NAMED.findall(text) if name.rpartition("/")[2] not in WRITTEN}
-    paths = {name.rstrip("/") for name in paths_in(text)} - OF_THE_USER
-    return sorted(files | paths)
+    # The text of a link may be a short name for its target.
+    text = re.sub(r"\[[^\]\n]+\]\(", "](", text)
+    names = {name for name in NAMED.findall(text) if name.rpartition("/")[2] not in WRITTEN}
+    names |= {name.rstrip("/") for name in paths_in(text)} - OF_THE_USER
+    return sorted({in_repository(name, document) for name in names})
+
+
+def in_repository(name, document):
+    """A name that begins with ../ is relative to the document."""
+    return posixpath.normpath(f"{document}/../{name}") if name.startswith("../") else name
 
 
 def paths_in(text):
