@@ -142,7 +142,7 @@ def _check_not_negative(values: np.ndarray) -> None:
 def find_ranges(
     largest: Mapping[Path, int | None], depths: Mapping[Path, Depth]
 ) -> tuple[dict[int, int], list[str]]:
-    """The range of each kind of gray file in a folder, and a remark on each that is not as declared
+    """The range of each kind of gray file in a folder, and a remark on each not as declared.
 
     `largest` is the largest value in each file, or None if it cannot be read. Raises UserError for
     color images whose upper bits are unused, as Pillow does not read the lower ones.
