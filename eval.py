@@ -50,7 +50,7 @@ def parse_args(argv=None):
     )
     add(
         "--backend",
-        choices=attention.BACKENDS[1:],
+        choices=attention.BACKENDS[2:],
         default="dense",
         help="how masked attention is computed",
     )

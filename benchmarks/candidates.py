@@ -16,13 +16,16 @@ from torch import Tensor
 
 import attention
 import models
-from attention import diagonal
+from attention import build, diagonal
 from masks import MaskSpec
 from runtime import hardware
 
 FULL = "full SDPA"
 WITHOUT = "no attention"
-BACKENDS = ("auto", "dense", "diagonal", "uncompiled", "flex", "local-attention", "natten")
+BACKENDS = (
+    *("auto", "dense", "native", "diagonal", "uncompiled"),
+    *("flex", "local-attention", "natten"),
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Grid side -> (batch size, heads): about as much as two CPU cores can handle.
@@ -75,6 +78,10 @@ def usable_backends(
         if not _is_installed("timm"):
             reasons["timm"] = "not installed: pip install timm"
 
+    if device.type != "cpu":
+        reasons["native"] = "runs on the CPU only"
+    elif (reason := build.error()) is not None:
+        reasons["native"] = reason
     if device.type != "cuda":
         reasons["flex"] = "FlexAttention has no backward off CUDA"
         reasons["natten"] = "runs on CUDA only"
