@@ -24,7 +24,7 @@ SPLITS = ("test", "train")
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(
-        description="Evaluate a checkpoint; the model is rebuilt from what it says."
+        description="Evaluate a checkpoint; it holds all that is needed to rebuild the model."
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a run folder")
@@ -127,10 +127,10 @@ def load_dataset(
     if is_as_trained is False:
         utils.warn(
             f"{dataset.label} holds other images than the checkpoint was trained and tested with; "
-            'they are normalized as those were, and the JSON notes it ("data_as_trained")'
+            'they are normalized as in training, and the JSON notes it ("data_as_trained")'
         )
 
-    # Normalize as in training, whatever images are in the folder now.
+    # Normalize as in training, whatever the folder contains now.
     dataset.mean, dataset.std = trained_on["mean"], trained_on["std"]
     return dataset, is_as_trained
 

@@ -58,7 +58,7 @@ def train(settings: Settings, dataset_name: str | None, argv: list[str]) -> int:
             with distributed.process_group(torch.device(settings.machine.device)) as device:
                 return find_and_run(settings, dataset_name, device, stop, argv)
         except StoppedAtOnce:
-            # Say it outside of the group: others may be waiting there, until this process leaves.
+            # Leave the group first: the others may wait in it until this process exits.
             say_stopped_early()
             return 130 if stop.by_keyboard else utils.EXIT_AGAIN
 
@@ -72,7 +72,7 @@ def find_and_run(
 ) -> int:
     """Find the run's folder and its data, and do what is left of the run."""
     with stop.at_once():
-        # Only the first process looks; the others hear what it found, an error included.
+        # Only the first process looks. If it fails, the others notice that it left the group.
         found = find_run(settings, dataset_name) if distributed.IS_FIRST else None
         folder, known = distributed.from_first(found)
         settings = settings.changed(dataset_name=folder.parents[1].name)
@@ -90,7 +90,7 @@ def find_and_run(
 
 
 def find_run(settings: Settings, dataset_name: str | None) -> tuple[Path, dict | None]:
-    """The run's folder, and what is known of the data unread, see `identity.describe`."""
+    """The run's folder, and what file names and sizes tell: see `identity.describe`."""
     dataset, data_dir = settings.data.dataset, settings.data.data_dir
     known = identity.describe(dataset, data_dir)
     folder = identity.find_run_folder(
@@ -104,7 +104,7 @@ def find_run(settings: Settings, dataset_name: str | None) -> tuple[Path, dict |
     )
     if folder.parents[1].name != settings.run.dataset_name and not settings.run.dry_run:
         print(
-            f"the run was begun in {folder}, where all image folders once were, and stays there",
+            f"the run began in {folder}, which all image folders used to share, and stays there",
             flush=True,
         )
     return folder, known
@@ -153,7 +153,7 @@ def prepare(
     stop: StopRequest,
     argv: list[str],
 ) -> Trainer:
-    """The trainer, where the run was left; writes config.json and the picture of the mask."""
+    """Build the trainer, at the point where the run left off; write config.json and the mask."""
     found = None
     if distributed.IS_FIRST:
         found = run_folder.read_to_resume(folder), load_latest(folder)
@@ -175,7 +175,7 @@ def prepare(
     provenance = hardware.provenance(argv, device)
     about_model, about_data = describe_model(model, settings), dataset.describe()
     config = run_folder.make_config(record, settings, about_model, about_data, provenance)
-    if state is not None:  # compare it as well: config.json may have been removed
+    if state is not None:  # config.json may have been removed, so check the checkpoint too
         run_folder.refuse_other_settings(folder, state["settings"], settings)
         run_folder.refuse_other_data(folder, state["data"], config["data"])
 
@@ -203,7 +203,8 @@ def build_model(settings: Settings, in_channels: int, num_classes: int) -> model
     model = settings.model
     torch.manual_seed(settings.optimization.seed)
     with utils.usage_errors():
-        side = max(model.img_size // model.patch_size, 1)  # patches
+        # In patches; at least 1, so that the model reports an image that is too small.
+        side = max(model.img_size // model.patch_size, 1)
         return models.VisionTransformer(
             img_size=model.img_size,
             patch_size=model.patch_size,

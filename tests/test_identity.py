@@ -203,7 +203,9 @@ def test_an_earlier_run_that_is_finished_stays_where_it_is(earlier, capsys):
     before = contents(run_folder(earlier, "imagefolder"))
     assert main.main(arguments(earlier / "pets", earlier / "output")) == 0
     printed = capsys.readouterr().out
-    assert "imagefolder/full/seed_0, where all image folders once were, and stays there" in printed
+    assert (
+        "imagefolder/full/seed_0, which all image folders used to share, and stays there" in printed
+    )
     assert "nothing to do" in printed
     assert contents(run_folder(earlier, "imagefolder")) == before
     assert not (earlier / "output" / "pets").exists()

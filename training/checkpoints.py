@@ -1,4 +1,4 @@
-"""Checkpoints: one file, without code, from which a run resumes and a model is rebuilt."""
+"""Checkpoints: one file without pickled code, to resume a run and rebuild its model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = {"model", "model_config", "settings", "data", "epoch", "history"}
 
 
 class DamagedError(UserError):
-    """A file that should be a checkpoint and cannot be read."""
+    """A file that cannot be read as a checkpoint."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def _verify_checksums(path: Path) -> None:
-    """torch.load does not look at the checksums that torch.save writes."""
+    """Raise BadZipFile if one is wrong: torch.load ignores those that torch.save writes."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
@@ -121,7 +121,7 @@ def _verify_checksums(path: Path) -> None:
 
 
 def is_no_fault_of_the_file(error: Exception) -> bool:
-    """Whether memory ran out, or a disk or network failed that may answer the next time."""
+    """Whether memory ran out, or a disk or network failed, perhaps only this time."""
     # A damaged file may point outside of itself, which gives EINVAL or no number at all.
     is_of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
     return is_of_the_system or utils.says_no_memory(error)

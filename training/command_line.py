@@ -22,7 +22,7 @@ from utils import UsageError
 COMPILE = ("off", "auto", "default", "reduce-overhead")
 EPOCHS_WORTH_COMPILING = 10
 
-# Each list belongs to the module that knows what to do with its items.
+# The choices of a flag come from the module that implements them.
 CHOICES = {
     "mask_type": masks.MASK_TYPES,
     "backend": attention.BACKENDS,
@@ -45,13 +45,13 @@ def build_parser() -> utils.ArgumentParser:
     for section in SECTIONS.values():
         group = parser.add_argument_group(section.title)
         for setting in fields(section):
-            if setting.name != "debug":  # which every script has
+            if setting.name != "debug":  # added to every script by ArgumentParser
                 group.add_argument(f"--{setting.name}", **_options(setting))
     return parser
 
 
 def _options(setting: Field) -> dict:
-    """What argparse is to know of a flag."""
+    """Keyword arguments of `add_argument` for a setting."""
     about = setting.metadata
     options = {"default": about["default"], "help": about["help"]}
     if about["default"] is False:
@@ -77,7 +77,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def resolve_settings(args: argparse.Namespace) -> Settings:
-    """Every setting, with nothing left to be decided: what a resumed run is compared by.
+    """Every setting, with nothing left to decide; a resumed run is compared with these.
 
     Raises UsageError for flags that do not go together.
     """
@@ -124,7 +124,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def complete(found: dict, asked: Settings) -> dict:
-    """The settings of a run, those of an older checkout with the default of each newer flag."""
+    """A run's settings; flags that its older version lacked have their defaults."""
     arguments = ["--model", asked.model.model, "--device", asked.machine.device]
     return resolve_settings(parse_args(arguments)).to_dict() | found
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from runtime import distributed, hardware
 
 
-@torch.no_grad()  # inference_mode would compile the kernels once more
+@torch.no_grad()  # inference_mode would recompile the kernels
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -22,8 +22,8 @@ def evaluate(
 ) -> dict:
     """Run the model over batches of (images [B, C, height, width], labels int64 [B]).
 
-    In a parallel run each process has its own batches, and all get the result for all of them.
-    Nothing is read from the device before the end.
+    In a parallel run each process evaluates its own batches, and all return the combined result.
+    Nothing waits for the device until the end.
 
     Returns `loss` (mean cross-entropy, nats), `top1_accuracy`, `top5_accuracy` (percent; None with
     5 classes or fewer), `per_class_accuracy` (percent; None for a class without images),

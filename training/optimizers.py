@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from training.settings import OptimizationSettings
 
 OPTIMIZERS = ("adamw", "muon")
-NOT_DECAYED = ("cls_token", "pos_embed")  # nor any vector: norms and biases
+NOT_DECAYED = ("cls_token", "pos_embed")  # vectors (norms and biases) do not decay either
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -23,7 +23,7 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
 def build_optimizers(
     model: nn.Module, settings: OptimizationSettings
 ) -> list[torch.optim.Optimizer]:
-    """AdamW with weight decay on the weight matrices only; with "muon", Muon for the blocks' ones.
+    """AdamW with weight decay on matrices only; with "muon", Muon for the matrices of the blocks.
 
     Muon (Jordan et al. 2024) orthogonalizes the update of a matrix. Its update is scaled here to
     the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so that
@@ -93,6 +93,6 @@ class WeightAverage:
         self.pairs = [list(self.model.parameters()), list(model.parameters())]
 
     def update(self, step: int) -> None:
-        """After optimizer step number `step`, counted from 1."""
+        """Call after optimizer step number `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(*self.pairs, None)

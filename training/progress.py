@@ -14,16 +14,15 @@ from tqdm import tqdm
 
 from runtime import distributed, hardware
 
-SECONDS_BETWEEN_LOOKS = 1.0  # of the progress bar at the device, which it has to wait for
+SECONDS_BETWEEN_LOOKS = 1.0  # between updates of the bar, each of which waits for the device
 
 
 @dataclass
 class Progress:
     """How far a run is, in plain numbers: a checkpoint holds each field under its name."""
 
-    history: list[dict] = field(
-        default_factory=list
-    )  # rows of metrics.jsonl, one per finished epoch
+    # Rows of metrics.jsonl, one per finished epoch.
+    history: list[dict] = field(default_factory=list)
 
     # Of the epoch in progress.
     epoch: int = 1
@@ -33,7 +32,7 @@ class Progress:
     timed_images: int = 0  # in these others
 
     def next_epoch(self, finished: dict) -> Progress:
-        """At the start of the next epoch; `finished` is the row of the one that is over."""
+        """The progress at the start of the next epoch; `finished` is the row of this one."""
         return Progress([*self.history, finished], self.epoch + 1)
 
     def images_per_second(self, num_images: int) -> float:
@@ -60,21 +59,25 @@ class Stopwatch:
         self.last_reading = time.perf_counter()
 
     def pause(self) -> None:
-        """Count the time since the last reading as that of ordinary steps; `start` goes on."""
-        self.progress.timed_seconds += self._read()
+        """Stop until the next `start`."""
+        self._count_ordinary_steps()
 
     @contextmanager
     def step(self, num_images: int) -> Iterator[None]:
-        """Around a step with so many images, over all processes."""
+        """Time a step on `num_images` images, over all processes."""
         if num_images in self.sizes_seen:
             yield
             self.progress.timed_images += num_images
             return
 
-        self.pause()
+        self._count_ordinary_steps()
         yield
         self.sizes_seen.add(num_images)
         self.progress.compile_seconds += self._read()
+
+    def _count_ordinary_steps(self) -> None:
+        """Those since the last reading."""
+        self.progress.timed_seconds += self._read()
 
     def _read(self) -> float:
         """Seconds since the last reading, once the device has done all that it was given."""
@@ -126,7 +129,7 @@ class ProgressBar:
 
 
 def mean_loss(losses: Tensor) -> float:
-    """Estimated for all processes from this one's part of each step's loss."""
+    """Mean loss over all processes, estimated from this one's part of each step's."""
     return distributed.WORLD_SIZE * losses.mean().item()
 
 

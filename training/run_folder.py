@@ -54,9 +54,9 @@ def read_to_resume(folder: Path) -> RunRecord | None:
 def is_finished(folder: Path, settings: Settings, data: dict | None) -> bool:
     """Whether the folder holds this run, complete; if so, says it.
 
-    Raises UsageError if it holds another run. `data` is what is known of the data: None for its
-    name alone; the names and sizes of its files; or, once it is read, everything. A run that is
-    older than these notes can be compared only with data that has been read.
+    Raises UsageError if it holds another run. `data` is what is known so far: None (only the name
+    of the dataset), the names and sizes of files, or everything once it is read. Runs from before
+    file names were noted can only be compared once the data is read.
     """
     if not distributed.IS_FIRST:  # may see the files later than the first process, or not at all
         return distributed.from_first(None)

@@ -12,8 +12,8 @@ from training.settings import Settings
 from utils import UserError
 
 FORMAT = 2  # of config.json and summary.json, as they are written
-FORMATS = (1, 2)  # that can be read: what is read here is the same in both
-LARGEST = 1e100  # a larger number is taken for damage: sums and axes would overflow
+FORMATS = (1, 2)  # formats that can be read; what this file uses is the same in both
+LARGEST = 1e100  # larger numbers are treated as damage: sums and axes would overflow
 
 # Checked once, when a config.json is read, so that its readers need not check.
 REQUIRED = {
@@ -112,7 +112,7 @@ class RunRecord:
 
 
 def peek(folder: Path, section: str) -> dict:
-    """A section of config.json, unchecked, or {} if it cannot be read; to decide what to start."""
+    """A section of config.json, or {} if unreadable; used to decide what to start."""
     try:
         value = utils.read_json(folder / utils.CONFIG).get(section)
     except UserError:

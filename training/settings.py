@@ -72,9 +72,9 @@ def flag(
 ) -> Any:
     """A field that is a flag.
 
-    `may_change` marks what decides where and how a run computes, but not what: a resumed run may
-    differ in it. There is no default for the field itself: settings are complete, and what a recipe
-    or a preset decides is decided before they are made.
+    `may_change` marks flags that decide where and how a run computes, but not its result: a resumed
+    run may change them. The field itself has no default: recipes and presets are resolved before
+    settings are made.
     """
     about = {"default": default, "help": help, "type": type, "metavar": metavar}
     return field(metadata={**about, "may_change": may_change})
@@ -116,7 +116,7 @@ class DataSettings:
     )
     device_data_limit: float | None = flag(  # GiB; None is half of the GPU's free memory
         None,
-        "keep larger sets of images on the CPU and stream them (default: half of the GPU's free "
+        "keep larger datasets in CPU memory and stream them (default: half of the GPU's free "
         "memory)",
         at_least_0,
         "GIB",
@@ -164,7 +164,7 @@ class AugmentationSettings:
     mix: float = flag(PLAIN["mix"], "* share of the batches with MixUp or CutMix", share, "P")
     mixup_alpha: float = flag(0.8, "of the beta distribution; 0 = no MixUp", at_least_0, "A")
     cutmix_alpha: float = flag(1.0, "of the beta distribution; 0 = no CutMix", at_least_0, "A")
-    mix_off: float = flag(0.1, "share of the epochs, at the end, without mixing", share, "F")
+    mix_off: float = flag(0.1, "fraction of the epochs, at the end, without mixing", share, "F")
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class OptimizationSettings:
     )
     grad_clip: float = flag(1.0, "gradient norm; 0 = off", at_least_0)
     ema: float = flag(
-        0.0, "decay of a moving average of the weights, which is evaluated; 0 = off", fraction, "D"
+        0.0, "decay of the weights' moving average, which is then evaluated; 0 = off", fraction, "D"
     )
     seed: int = flag(0, "of weights, data order, dropout", number_type(int, minimum=0, below=2**63))
 
@@ -206,7 +206,7 @@ class MachineSettings:
         1, "micro-batches per step, to save memory", positive, "N", may_change=True
     )
     checkpoint_activations: bool = flag(
-        False, "compute blocks twice, to save memory", may_change=True
+        False, "recompute blocks in the backward pass, to save memory", may_change=True
     )
 
 
@@ -246,7 +246,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run, with nothing left to be decided."""
+    """All settings of a run, with nothing left to decide."""
 
     mask: MaskSettings
     data: DataSettings
@@ -261,7 +261,7 @@ class Settings:
     def from_dict(cls, values: dict) -> Settings:
         """From the flat dict of `to_dict`.
 
-        A key that is missing, as in runs that are older than its flag, has the flag's default.
+        A missing key, as in a run older than its flag, has the flag's default.
         """
         values = DEFAULTS | values
         sections = {

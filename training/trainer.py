@@ -58,7 +58,7 @@ def augmentation_of_epoch(
 
 
 class Trainer:
-    """One run. `load` a saved state or not; `train` finishes it and keeps the run folder complete.
+    """One run: optionally `load` a saved state, then `train` to the end.
 
     `config` is what config.json holds: its section on the data goes into checkpoints.
     """
@@ -146,7 +146,7 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def load(self, state: dict) -> None:
-        """Go on from a saved state, on as many processes as it was saved by or on others."""
+        """Continue from a saved state, on the same number of processes or another."""
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.model.load_state_dict(state["average"])
@@ -160,7 +160,7 @@ class Trainer:
             mine = ranks[distributed.RANK]
             set_rng_state(mine["rng"], self.device)
             losses, num_correct = mine["losses"], mine["num_correct"]
-        else:  # another number of processes: the first one takes over what all have added up
+        else:  # another number of processes: the first takes over all sums
             share = 1 if distributed.IS_FIRST else 0
             losses = share * sum(rank["losses"] for rank in ranks)
             num_correct = share * sum(rank["num_correct"] for rank in ranks)
@@ -175,7 +175,7 @@ class Trainer:
         Raises Stopped if asked to stop; everything is saved then.
         """
         self.write_metrics()  # the checkpoint is the truth, the log follows it
-        hardware.reset_peak_memory(self.device)  # of choosing a backend
+        hardware.reset_peak_memory(self.device)  # forget the peak of choosing a backend
 
         while self.progress.epoch <= self.num_epochs:
             self.train_epoch()
@@ -200,7 +200,7 @@ class Trainer:
             utils.write_json_lines(self.folder / utils.METRICS, self.progress.history)
 
     def train_epoch(self) -> None:
-        """The rest of the epoch in progress; saves now and then, and when asked to stop."""
+        """Train the rest of the epoch; save now and then, and when asked to stop."""
         progress, optimization = self.progress, self.settings.optimization
         batches = data.train_batches(
             dataset=self.dataset,
@@ -243,7 +243,7 @@ class Trainer:
         return ProgressBar(
             title=f"epoch {progress.epoch}/{self.num_epochs}",
             num_images=self.num_images,
-            num_done=progress.epoch_step * batch_size,
+            num_done=min(self.num_images, progress.epoch_step * batch_size),
             num_steps=self.steps_per_epoch,
             log_every=self.settings.run.log_every,
         )
@@ -261,7 +261,7 @@ class Trainer:
         epoch_step = self.progress.epoch_step
         size = self.size_of_batch(epoch_step)
         first, stop = data.rank_part(size, distributed.RANK, distributed.WORLD_SIZE)
-        weight = 1 / size if stop > first else 0.0  # 0 if the image belongs to another process
+        weight = 1 / size if stop > first else 0.0  # 0 for an image that another process counts
 
         num_parts = min(self.settings.machine.grad_accumulation, len(images))
         parts = list(
@@ -298,7 +298,7 @@ class Trainer:
             smoothing = self.settings.optimization.label_smoothing
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
 
-        # The class of a mixed image is the one that it has more of.
+        # A mixed image counts as the class with the larger share.
         true = labels if labels.ndim == 1 else labels.argmax(1)
         return loss, (logits.argmax(1) == true).sum()
 
@@ -346,7 +346,7 @@ class Trainer:
         )
 
     def evaluate(self) -> dict:
-        """On the test images, with the averaged weights if there are any."""
+        """Evaluate on the test images, with the averaged weights if there are any."""
         result = evaluate(
             self.average.model if self.average else self.model,
             self.test_batches(micro_batch_size(self.settings)),
@@ -364,7 +364,7 @@ class Trainer:
     def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the test images.
 
-        If asked to stop before a batch, saves and raises Stopped: the run then goes on with the
+        If asked to stop before a batch, saves and raises Stopped: the resumed run repeats the
         whole evaluation.
         """
         test, rank, world_size = self.dataset.test, distributed.RANK, distributed.WORLD_SIZE
