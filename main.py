@@ -276,6 +276,7 @@ def dry_run(settings: Settings, folder: Path) -> None:
         settings.data.dataset, settings.data.data_dir
     )
     model = build_model(settings, in_channels, num_classes)
+    model.compiled_mask.settle(torch.device(settings.machine.device))
     settings = settings.changed(dataset_name=folder.parents[1].name)
     resolved = {
         "run_folder": str(folder),

@@ -158,8 +158,7 @@ class CompiledMask(nn.Module):
 
         A model calls this once for all of its layers. The first call settles `auto` on the CPU.
         """
-        if self.requested == "auto" and self.mask is not None:
-            self._follow_rule(device)
+        self.settle(device)
         self.check_device(device)
         if self.num_tokens is not None and num_tokens != self.num_global_tokens + self.num_tokens:
             raise ValueError(
@@ -168,10 +167,15 @@ class CompiledMask(nn.Module):
             )
         self.follow(device)
 
-    def _follow_rule(self, device: torch.device) -> None:
-        """Choose by rule where that is possible; a choice for another device is dropped."""
-        if torch.compiler.is_compiling():  # has to be settled before, see compile_mask
+    def settle(self, device: torch.device) -> None:
+        """Decide `auto` by rule if the device is the CPU; drop such a decision on another device.
+
+        Not while a model is being compiled: settle before, or call the model once.
+        """
+        is_auto = self.requested == "auto" and self.mask is not None
+        if not is_auto or torch.compiler.is_compiling():
             return
+
         is_undecided = self.choice.reason == NOT_CHOSEN
         if device.type in NATIVE_DEVICES and is_undecided:
             self.apply_choice(choose_by_rule(self))

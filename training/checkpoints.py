@@ -40,7 +40,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
             if utils.says_no_memory(error):
                 raise
             raise UserError(
-                f"cannot write {last}: the disk is full, or a quota is reached "
+                f"cannot write {last}: no space left on the disk, or a quota is reached "
                 f"({first_line(error)}). What was saved before stays good; make room, then the "
                 "same command goes on"
             ) from error
