@@ -113,6 +113,7 @@ def _openmp_runtime() -> Path | None:
     """The OpenMP runtime that torch has loaded, under whatever name its wheel gives it.
 
     The kernel is linked to it: a second runtime in the process would start as many threads again.
+    Other packages may have brought runtimes of their own, which are not meant.
     """
     names = re.compile(r"lib(gomp|iomp5|omp)\b.*\.(so|dylib)")
     try:
@@ -120,7 +121,16 @@ def _openmp_runtime() -> Path | None:
         loaded = {Path(line.split(maxsplit=5)[5]) for line in lines if line.count("/")}
     except OSError:  # macOS
         loaded = set((Path(torch.__file__).parent / "lib").iterdir())
-    return min((path for path in loaded if names.match(path.name)), default=None)
+    runtimes = [path for path in loaded if names.match(path.name)]
+
+    packages = Path(torch.__file__).parents[1]
+    of_torch, of_system = [], []
+    for path in runtimes:
+        if path.is_relative_to(packages / "torch") or path.is_relative_to(packages / "torch.libs"):
+            of_torch.append(path)
+        elif not path.is_relative_to(packages):
+            of_system.append(path)
+    return min(of_torch or of_system, default=None)
 
 
 def _key(compiler: str, variants: list[Variant]) -> str:
