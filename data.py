@@ -21,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import augment, mixing, sources
+from pipeline import augment, mixing, pixels, sources
 from runtime import hardware
 
 BYTES_AT_ONCE = 2**23  # Small batches are augmented together, up to this many bytes of images.
@@ -247,7 +246,10 @@ def eval_batches(
     starts = range(rank * batch_size, len(split), world_size * batch_size)
     indices = (torch.arange(start, min(start + batch_size, len(split))) for start in starts)
     for images, labels in fetch(split, indices, dataset):
-        yield resize(normalize(images, dataset.mean, dataset.std), dataset.img_size), labels
+        yield (
+            pixels.resize(pixels.normalize(images, dataset.mean, dataset.std), dataset.img_size),
+            labels,
+        )
 
 
 def rank_part(num_images: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -311,7 +313,7 @@ class EpochDraws:
         image_size = tuple(dataset.train.images.shape[-2:])
         self.order = torch.randperm(n, generator=generator)
 
-        self.padding = crop_padding(dataset.train.images)
+        self.padding = pixels.crop_padding(dataset.train.images)
         self.offsets = torch.randint(2 * self.padding + 1, (n, 2), generator=generator)
         if not augmentation.crop:
             self.offsets = torch.full_like(self.offsets, self.padding)
@@ -347,7 +349,7 @@ class EpochDraws:
         """Crop, mirror and apply the policy to stored images uint8 [b, C, H, W] of any batches."""
         offsets = hardware.to_device(self.offsets[positions], images.device)
         mirrored = hardware.to_device(self.mirrored[positions], images.device)
-        images = crop_and_flip(images, offsets, mirrored, self.padding)
+        images = pixels.crop_and_flip(images, offsets, mirrored, self.padding)
         return augment.apply_policy(images, self.policy.at(positions))
 
     def finish(
@@ -357,7 +359,7 @@ class EpochDraws:
 
         `positions` come from `positions_of(step)`. The labels are returned, mixed in the same way.
         """
-        images = normalize(images, self.dataset.mean, self.dataset.std)
+        images = pixels.normalize(images, self.dataset.mean, self.dataset.std)
         if self.erases:
             images = augment.erase(images, self.boxes[positions])
 
@@ -366,79 +368,4 @@ class EpochDraws:
             alpha, seed = self.alphas[kind], self.seed + step
             num_classes = self.dataset.num_classes
             images, labels = mixing.mix(kind, alpha, images, labels, num_classes, seed)
-        return resize(images, self.dataset.img_size), labels
-
-
-# --------------------------------------------------------------------------------------------------
-# Pixels
-
-
-def crop_padding(images: Tensor) -> int:
-    """Pixels to pad around an image before cropping: an eighth of its shorter side (4 for 32)."""
-    return round(min(images.shape[-2:]) / 8)
-
-
-def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: int) -> Tensor:
-    """Pad images [b, C, H, W] with black, crop each at its offset, and mirror the `mirrored` ones.
-
-    `offsets` [b, 2] are (row, column) in [0, 2 * padding]. A single gather does all the work.
-    """
-    b, channels, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4)
-
-    rows = offsets[:, :1] + torch.arange(height, device=images.device)  # [b, H]
-    columns = torch.arange(width, device=images.device)  # [W]
-    columns = torch.where(mirrored[:, None], width - 1 - columns, columns)  # [b, W]
-    columns = offsets[:, 1:] + columns  # [b, W]
-
-    pixels = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]  # [b, H, W]
-    pixels = pixels.view(b, 1, -1).expand(-1, channels, -1)  # [b, C, H * W]
-    return padded.flatten(2).gather(2, pixels).view_as(images)
-
-
-def normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """uint8 [b, C, H, W] -> float32 with zero mean and unit variance."""
-    mean = hardware.to_device(torch.tensor(mean).view(-1, 1, 1), images.device)
-    std = hardware.to_device(torch.tensor(std).view(-1, 1, 1), images.device)
-    return images.float().sub_(255 * mean).div_(255 * std)
-
-
-def resize(images: Tensor, img_size: tuple[int, int]) -> Tensor:
-    """Float [b, C, H, W] -> [b, C, h, w], bilinear, antialiased if a side shrinks.
-
-    This comes last, since most images grow and everything before it is cheaper on small ones.
-    """
-    height, width = images.shape[-2:]
-    new_height, new_width = img_size
-    if (height, width) == (new_height, new_width):
-        return images
-
-    if new_height % height == 0 and new_width % width == 0:
-        images = enlarge(images, new_width // width, dim=3)
-        return enlarge(images, new_height // height, dim=2)
-
-    shrinks = height > new_height or width > new_width
-    return F.interpolate(images, img_size, mode="bilinear", antialias=shrinks)
-
-
-def enlarge(x: Tensor, factor: int, dim: int) -> Tensor:
-    """Linear interpolation by a whole factor along one dimension, 3x as fast as F.interpolate.
-
-    The new pixels between the same two neighbors are computed in one broadcast operation. The
-    border is extended by repeating it.
-    """
-    size = x.shape[dim]
-    first = x.narrow(dim, 0, 1)
-    last = x.narrow(dim, size - 1, 1)
-    x = torch.cat([first, x, last], dim).unsqueeze(dim + 1)  # [..., size + 2, 1, ...]
-
-    # Where the new pixels lie between two old ones, as a fraction of their distance.
-    phases = torch.arange(factor, device=x.device, dtype=x.dtype) / factor
-    if factor % 2 == 0:
-        phases = phases + 0.5 / factor
-    phases = phases.view(-1, *[1] * (x.ndim - dim - 2))
-
-    lower = x.narrow(dim, 0, size + 1)
-    upper = x.narrow(dim, 1, size + 1)
-    between = torch.lerp(lower, upper, phases)  # [..., size + 1, factor, ...]
-    return between.flatten(dim, dim + 1).narrow(dim, (factor + 1) // 2, size * factor)
+        return pixels.resize(images, self.dataset.img_size), labels

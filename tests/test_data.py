@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 import data
 import main
-from pipeline import imagefolder, sources
+from pipeline import imagefolder, pixels, sources
 from utils import REPOSITORY, UserError
 
 CPU = torch.device("cpu")
@@ -359,7 +359,7 @@ def test_constant_images_stay_finite(value):
     mean, std = data.channel_statistics(images)
     assert mean == pytest.approx([value / 255] * 3)
     assert std == [1 / 255] * 3
-    assert data.normalize(images, mean, std).abs().max() < 1e-4
+    assert pixels.normalize(images, mean, std).abs().max() < 1e-4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def test_crop_and_flip(shape, padding):
     offsets[-1] = torch.tensor([0, 2 * padding])
     mirrored = torch.arange(len(images)) % 2 == 0
 
-    found = data.crop_and_flip(images, offsets, mirrored, padding)
+    found = pixels.crop_and_flip(images, offsets, mirrored, padding)
     for i, image in enumerate(images):
         top, left = offsets[i].tolist()
         expected = transforms.crop(transforms.pad(image, [padding]), top, left, *shape[-2:])
@@ -386,14 +386,14 @@ def test_crop_and_flip(shape, padding):
         assert torch.equal(found[i], expected)
 
     centered = torch.full_like(offsets, padding)
-    untouched = data.crop_and_flip(images, centered, torch.zeros_like(mirrored), padding)
+    untouched = pixels.crop_and_flip(images, centered, torch.zeros_like(mirrored), padding)
     assert torch.equal(untouched, images)
 
 
 @pytest.mark.parametrize(("shorter", "padding"), [(32, 4), (8, 1), (28, 4), (1, 0), (224, 28)])
 def test_padding_is_an_eighth_of_the_shorter_side(shorter, padding):
     for size in ((shorter, shorter), (shorter, 300), (300, shorter)):
-        assert data.crop_padding(torch.empty(1, 3, *size)) == padding
+        assert pixels.crop_padding(torch.empty(1, 3, *size)) == padding
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -402,12 +402,12 @@ def test_normalize_and_resize(shape, img_size):
     images = random_images(*shape)
     mean = [0.4, 0.5, 0.6][: shape[1]]
     std = [0.2, 0.3, 0.25][: shape[1]]
-    results = data.resize(data.normalize(images, mean, std), img_size)
+    results = pixels.resize(pixels.normalize(images, mean, std), img_size)
     assert results.dtype == torch.float32
     assert results.shape == (*shape[:2], *img_size)
     for image, result in zip(images.numpy().astype(np.float64) / 255, results, strict=True):
-        pixels = np.stack([(image[c] - mean[c]) / std[c] for c in range(shape[1])])
-        expected = torch.from_numpy(pixels)[None]
+        normalized = np.stack([(image[c] - mean[c]) / std[c] for c in range(shape[1])])
+        expected = torch.from_numpy(normalized)[None]
         if shape[-2:] != img_size:  # if an image grows, antialiasing has no effect
             expected = F.interpolate(expected, img_size, mode="bilinear", antialias=True)
         torch.testing.assert_close(result, expected[0].float(), rtol=1e-4, atol=1e-4)
@@ -416,7 +416,7 @@ def test_normalize_and_resize(shape, img_size):
 def test_an_image_that_shrinks_is_antialiased():
     """A checkerboard of single pixels becomes gray, not one of its two colors."""
     board = (255 * (torch.arange(64)[:, None] + torch.arange(64)).remainder(2)).byte()[None, None]
-    result = data.resize(data.normalize(board, [0.5], [0.5]), (8, 8))
+    result = pixels.resize(pixels.normalize(board, [0.5], [0.5]), (8, 8))
     assert result.abs().max() < 0.05
 
 
@@ -591,7 +591,7 @@ def test_the_jpeg_copy_of_cifar10(monkeypatch):
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (9, 2)])
 def test_enlarging_by_whole_factors(factors, size):
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    found = data.enlarge(data.enlarge(x, factors[1], dim=3), factors[0], dim=2)
+    found = pixels.enlarge(pixels.enlarge(x, factors[1], dim=3), factors[0], dim=2)
     new_size = [side * factor for side, factor in zip(size, factors, strict=True)]
     expected = F.interpolate(x, new_size, mode="bilinear")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
