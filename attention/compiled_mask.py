@@ -83,8 +83,8 @@ class CompiledMask(nn.Module):
         self.register_buffer("valid", valid, persistent=False)
         # dense and flex: the mask over all tokens, bool [T, T]
         self.register_buffer("token_mask", None, persistent=False)
-        # native: the tensors of NeighborLists over all tokens, which stay on the CPU
-        self.neighbors: list[Tensor] | None = None
+        # native: NeighborLists.flat over all tokens, which stays on the CPU
+        self.neighbors: Tensor | None = None
         # flex
         self.block_mask: BlockMask | None = None
 
@@ -127,7 +127,7 @@ class CompiledMask(nn.Module):
         needs_mask = self.mask is not None and choice.backend in ("dense", "flex")
         self.token_mask = self.with_global_tokens().to(device) if needs_mask else None
         if choice.backend == "native" and self.neighbors is None:
-            self.neighbors = find_neighbors(self.with_global_tokens()).tensors()
+            self.neighbors = find_neighbors(self.with_global_tokens()).flat
         self._prepare()
 
     def _prepare(self) -> None:

@@ -13,6 +13,7 @@
 //
 // Notation: B images, T tokens, H heads, D head dim. An edge is a pair (query, key).
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -33,12 +34,8 @@ struct Job {
   Array grad, dq, dk, dv;       // backward: gradients of out and of the inputs
   float* p;                     // probabilities [B, H, edges] and L more, or null if not to be kept
   float* scratch;               // as many floats as `scratch_size` says
-  const int32_t *start, *query, *key;                // edges by query: [T + 1], [edges], [edges]
-  const int32_t *key_start, *key_query, *key_edge;   // the same edges by key, and their numbers
-  const int32_t *by_last_query, *last_query;         // keys in the order of their last query [T]
-  const int32_t* needed;        // how many tokens the queries up to this one need [T]
-  int64_t B, T, H, D, edges, longest;  // longest: most edges of a query
-  int64_t threads;
+  const int32_t* lists;         // see Lists
+  int64_t B, T, H, D, edges, threads;
 };
 
 namespace {
@@ -162,6 +159,22 @@ inline void write_row(bf16* __restrict to, const float* __restrict from, int64_t
     to[c].bits = is_nan ? 0x7fc0 : to_even;
   }
 }
+
+// The neighbor lists, one behind the other: NeighborLists.flat of neighbors.py, which explains them.
+struct Lists {
+  const int32_t *start, *query, *key;               // edges by query: [T + 1], [edges], [edges]
+  const int32_t *key_start, *key_query, *key_edge;  // the same edges by key, and their numbers
+  const int32_t *by_last_query, *last_query;        // keys in the order of their last query [T]
+  const int32_t* needed;                            // tokens that the queries up to this one need [T]
+
+  explicit Lists(const Job& job) {
+    const int32_t* next = job.lists;
+    auto take = [&next](int64_t n) { return next += n, next - n; };
+    start = take(job.T + 1), query = take(job.edges), key = take(job.edges);
+    key_start = take(job.T + 1), key_query = take(job.edges), key_edge = take(job.edges);
+    by_last_query = take(job.T), last_query = take(job.T), needed = take(job.T);
+  }
+};
 
 struct Rows {  // fp32, of a multiple of L floats
   const float* data;
@@ -317,6 +330,7 @@ template <class E, int V>
 struct Attention {
   const Job& job;
   const bool is_backward;
+  const Lists lists{job};
 
   const int64_t T = job.T, D = job.D, Dp = round_up(job.D, V * L), blocks = Dp / (V * L);
   // Rows of the tensors themselves can be read and written like packed ones.
@@ -340,7 +354,9 @@ struct Attention {
   // ---- Scratch: of each thread, then of each unit that is computed at the same time
 
   int64_t chunk_size() const {
-    const int64_t most = job.longest > EDGES_AT_ONCE ? job.longest : EDGES_AT_ONCE;
+    int64_t most = EDGES_AT_ONCE;
+    for (int64_t i = 0; i < T; ++i)
+      most = std::max<int64_t>(most, lists.start[i + 1] - lists.start[i]);
     return round_up(most + L, 16);
   }
   int64_t thread_size() const { return 2 * Dp + 2 * chunk_size(); }
@@ -414,38 +430,38 @@ struct Attention {
   // ---- Queries and keys of one head
 
   void forward(const Head& head, int64_t begin, int64_t end, const Scratch& s) const {
-    const int64_t first = job.start[begin], n = job.start[end] - first;
+    const int64_t first = lists.start[begin], n = lists.start[end] - first;
     const float scale = 1.4426950408889634f / std::sqrt((float)D);  // log2(e)
-    dots_of_edges<V>(head.q, head.k, job.query + first, job.key + first, n, blocks, scale, s.scores);
+    dots_of_edges<V>(head.q, head.k, lists.query + first, lists.key + first, n, blocks, scale, s.scores);
 
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t edge = job.start[i] - first, num = job.start[i + 1] - job.start[i];
+      const int64_t edge = lists.start[i] - first, num = lists.start[i + 1] - lists.start[i];
       float *p = s.weights + edge, *out = target(job.out, head, i, s.row);
       softmax(s.scores + edge, num, p);
-      weighted_sum<V>(p, head.v, job.key + job.start[i], num, blocks, out);
+      weighted_sum<V>(p, head.v, lists.key + lists.start[i], num, blocks, out);
       finish(job.out, head, i, out);
     }
     if (head.p) std::memcpy(head.p + first, s.weights, n * sizeof(float));
   }
 
   void backward_queries(const Head& head, int64_t begin, int64_t end, const Scratch& s) const {
-    const int64_t first = job.start[begin], n = job.start[end] - first;
+    const int64_t first = lists.start[begin], n = lists.start[end] - first;
     const float scale = 1 / std::sqrt((float)D);
-    dots_of_edges<V>(head.grad, head.v, job.query + first, job.key + first, n, blocks, 1, s.scores);
+    dots_of_edges<V>(head.grad, head.v, lists.query + first, lists.key + first, n, blocks, 1, s.scores);
 
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t edge = job.start[i] - first, num = job.start[i + 1] - job.start[i];
+      const int64_t edge = lists.start[i] - first, num = lists.start[i + 1] - lists.start[i];
       float *ds = s.weights + edge, *dq = target(job.dq, head, i, s.row);
-      softmax_backward(head.p + job.start[i], s.scores + edge, num, scale, ds);
-      weighted_sum<V>(ds, head.k, job.key + job.start[i], num, blocks, dq);
+      softmax_backward(head.p + lists.start[i], s.scores + edge, num, scale, ds);
+      weighted_sum<V>(ds, head.k, lists.key + lists.start[i], num, blocks, dq);
       finish(job.dq, head, i, dq);
     }
     std::memcpy(head.ds + first, s.weights, n * sizeof(float));
   }
 
   void backward_key(const Head& head, int64_t j, const Scratch& s) const {
-    const int64_t first = job.key_start[j], n = job.key_start[j + 1] - first;
-    const int32_t *query = job.key_query + first, *edge = job.key_edge + first;
+    const int64_t first = lists.key_start[j], n = lists.key_start[j + 1] - first;
+    const int32_t *query = lists.key_query + first, *edge = lists.key_edge + first;
     float *dk = target(job.dk, head, j, s.row), *dv = target(job.dv, head, j, s.other_row);
     two_weighted_sums<V>(head.ds, head.p, edge, head.q, head.grad, query, n, blocks, dk, dv);
     finish(job.dk, head, j, dk);
@@ -457,7 +473,7 @@ struct Attention {
   // The end of a chunk of queries with at most EDGES_AT_ONCE edges, or of one query with more.
   int64_t end_of_chunk(int64_t begin, int64_t end) const {
     int64_t i = begin + 1;
-    while (i < end && job.start[i + 1] - job.start[begin] <= EDGES_AT_ONCE) ++i;
+    while (i < end && lists.start[i + 1] - lists.start[begin] <= EDGES_AT_ONCE) ++i;
     return i;
   }
 
@@ -469,15 +485,15 @@ struct Attention {
     int64_t packed = 0, keys_done = 0;
     for (int64_t begin = 0, end; begin < T; begin = end) {
       end = end_of_chunk(begin, T);
-      pack_all(unit, packed, job.needed[end - 1], scratch);
-      packed = job.needed[end - 1];
+      pack_all(unit, packed, lists.needed[end - 1], scratch);
+      packed = lists.needed[end - 1];
 
       int64_t keys_ready = keys_done;
-      while (is_backward && keys_ready < T && job.last_query[keys_ready] < end) ++keys_ready;
+      while (is_backward && keys_ready < T && lists.last_query[keys_ready] < end) ++keys_ready;
       for (int64_t g = 0; g < heads_of(unit); ++g) {
         const Head head = head_of(unit, g, scratch);
         queries(head, begin, end, s);
-        for (int64_t r = keys_done; r < keys_ready; ++r) backward_key(head, job.by_last_query[r], s);
+        for (int64_t r = keys_done; r < keys_ready; ++r) backward_key(head, lists.by_last_query[r], s);
       }
       keys_done = keys_ready;
     }
@@ -496,15 +512,15 @@ struct Attention {
   }
 
   void part_of_queries(int64_t unit, int64_t part, const Scratch& s) const {
-    const int64_t last = part_begin(job.start, part + 1);
-    for (int64_t begin = part_begin(job.start, part), end; begin < last; begin = end) {
+    const int64_t last = part_begin(lists.start, part + 1);
+    for (int64_t begin = part_begin(lists.start, part), end; begin < last; begin = end) {
       end = end_of_chunk(begin, last);
       for (int64_t g = 0; g < heads_of(unit); ++g)
         queries(head_of(unit, g, unit_scratch(unit)), begin, end, s);
     }
   }
   void part_of_keys(int64_t unit, int64_t part, const Scratch& s) const {
-    const int64_t begin = part_begin(job.key_start, part), end = part_begin(job.key_start, part + 1);
+    const int64_t begin = part_begin(lists.key_start, part), end = part_begin(lists.key_start, part + 1);
     for (int64_t g = 0; g < heads_of(unit); ++g) {
       const Head head = head_of(unit, g, unit_scratch(unit));
       for (int64_t j = begin; j < end; ++j) backward_key(head, j, s);

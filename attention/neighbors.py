@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,8 +31,13 @@ class NeighborLists:
     last_query: Tensor  # [T] the last query of each of these
     needed: Tensor  # [T] how many tokens, from the first on, the queries up to this one involve
 
-    def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
+    @cached_property
+    def flat(self) -> Tensor:
+        """All lists as one tensor [2 (T + 1) + 4 E + 3 T], in the order above, for operators.
+
+        An operator takes a single tensor in a fifth of the time that nine of them need.
+        """
+        return torch.cat([getattr(self, field.name) for field in fields(self)])
 
 
 def find_neighbors(mask: Tensor) -> NeighborLists:
@@ -57,7 +63,7 @@ def find_neighbors(mask: Tensor) -> NeighborLists:
         last_query=by_last_query.values,
         needed=furthest.cummax(0).values + 1,
     )
-    return NeighborLists(*(tensor.to(torch.int32) for tensor in lists.tensors()))
+    return NeighborLists(*(getattr(lists, field.name).int() for field in fields(lists)))
 
 
 def _starts(tokens: Tensor, num_tokens: int) -> Tensor:

@@ -227,7 +227,7 @@ def test_results_are_the_same_bit_for_bit():
 
 def test_the_operators_keep_their_contracts():
     mask = masks.build_attention_mask("2d_cardinal", 1, 3, 4)
-    lists = find_neighbors(mask).tensors()
+    lists = find_neighbors(mask).flat
     qkv = random_qkv(12, dtype=torch.float32)
     torch.library.opcheck(native._attend_packed, (qkv, lists, True))
     q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(2))
@@ -249,7 +249,7 @@ def test_torch_compile_gives_the_same():
 
 def test_nothing_is_kept_without_gradients():
     mask = masks.build_attention_mask("2d_cardinal", 1, 3, 4)
-    lists = find_neighbors(mask).tensors()
+    lists = find_neighbors(mask).flat
     assert native._attend_packed(random_qkv(12, dtype=torch.float32), lists, False)[1].numel() == 0
 
 
