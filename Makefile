@@ -1,7 +1,7 @@
 # make demo          run the whole comparison on a small dataset that needs no download, and plot it
 # make test          lint, then run all tests
 # make test-lowest   run all tests with the lowest allowed versions (Python 3.10 to 3.12)
-# make faults        kill runs, fill disks, damage files, try random command lines: ~12 minutes
+# make faults        kill runs, fill disks, damage files, try random command lines: ~16 minutes
 # make lint          check code and formatting with ruff
 # make format        let ruff fix and format
 # make clean         remove the environments, the demo's results and caches
