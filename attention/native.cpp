@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 #ifdef _OPENMP
@@ -23,7 +24,7 @@
 #endif
 
 // What to compute. Strides are in elements; the last dimension, D, is contiguous.
-// native.py declares the same structs.
+// native.py passes it as an array of 8-byte integers, in this order.
 struct Array {  // [B, T, H, D]
   void* data;
   int64_t batch, token, head;
@@ -32,11 +33,12 @@ struct Array {  // [B, T, H, D]
 struct Job {
   Array q, k, v, out;           // forward
   Array grad, dq, dk, dv;       // backward: gradients of out and of the inputs
-  float* p;                     // probabilities [B, H, edges] and L more, or null if not to be kept
-  float* scratch;               // as many floats as `scratch_size` says
+  float* p;                     // probabilities [B, H, edges] and PADDING more, or null: not kept
   const int32_t* lists;         // see Lists
   int64_t B, T, H, D, edges, threads;
+  int64_t is_bf16, is_backward;
 };
+static_assert(sizeof(Job) == 8 * 42, "native.py has NUM_FIELDS = 42");
 
 namespace {
 
@@ -319,6 +321,7 @@ inline void softmax_backward(const float* p, const float* dp, int64_t n, float s
 // -------------------------------------------------------------------------------------------------
 // Attention. E: type of the elements.
 
+constexpr int64_t PADDING = 16;          // of the probabilities, for whole vectors; as in native.py
 constexpr int64_t EDGES_AT_ONCE = 4096;  // of a head: their scores stay in the first caches
 constexpr int64_t ROWS_AHEAD = 12;       // prefetched while packing
 
@@ -329,7 +332,9 @@ inline int vectors_per_block(int64_t D) { return D <= L ? 1 : D <= 2 * L ? 2 : 4
 template <class E, int V>
 struct Attention {
   const Job& job;
-  const bool is_backward;
+  float* pool = nullptr;  // `scratch_size` floats
+
+  const bool is_backward = job.is_backward;
   const Lists lists{job};
 
   const int64_t T = job.T, D = job.D, Dp = round_up(job.D, V * L), blocks = Dp / (V * L);
@@ -367,11 +372,11 @@ struct Attention {
     return job.threads * thread_size() + at_once * group * head_size();
   }
   Scratch scratch_of(int thread) const {
-    float* mine = job.scratch + thread * thread_size();
+    float* mine = pool + thread * thread_size();
     return {mine, mine + Dp, mine + 2 * Dp, mine + 2 * Dp + chunk_size()};
   }
   float* unit_scratch(int64_t slot) const {
-    return job.scratch + job.threads * thread_size() + slot * group * head_size();
+    return pool + job.threads * thread_size() + slot * group * head_size();
   }
 
   // ---- Rows
@@ -556,25 +561,31 @@ struct Attention {
   }
 };
 
-template <class F>
-auto with_width(const Job& job, bool is_bf16, bool is_backward, F f) {
-  switch (vectors_per_block(job.D) + 8 * is_bf16) {
-    case 1: return f(Attention<float, 1>{job, is_backward});
-    case 2: return f(Attention<float, 2>{job, is_backward});
-    case 4: return f(Attention<float, 4>{job, is_backward});
-    case 9: return f(Attention<bf16, 1>{job, is_backward});
-    case 10: return f(Attention<bf16, 2>{job, is_backward});
-    default: return f(Attention<bf16, 4>{job, is_backward});
+template <class E, int V>
+bool allocate_and_run(const Job& job) {
+  Attention<E, V> attention{job};
+  const int64_t bytes = round_up(attention.scratch_size() * sizeof(float), 64);
+  attention.pool = (float*)std::aligned_alloc(64, bytes);
+  if (!attention.pool) return false;
+
+  attention.run();
+  std::free(attention.pool);
+  if (job.p && !job.is_backward) std::fill_n(job.p + job.B * job.H * job.edges, PADDING, 0.f);
+  return true;
+}
+
+template <class E>
+bool run_with(const Job& job) {
+  switch (vectors_per_block(job.D)) {
+    case 1: return allocate_and_run<E, 1>(job);
+    case 2: return allocate_and_run<E, 2>(job);
+    default: return allocate_and_run<E, 4>(job);
   }
 }
 
 }  // namespace
 
-extern "C" {
-int64_t scratch_size(const Job* job, int is_bf16, int is_backward) {
-  return with_width(*job, is_bf16, is_backward, [](const auto& x) { return x.scratch_size(); });
-}
-void run(const Job* job, int is_bf16, int is_backward) {
-  with_width(*job, is_bf16, is_backward, [](const auto& x) { x.run(); });
-}
+// Returns 0 if there is not enough memory for the scratch.
+extern "C" int run(const Job* job) {
+  return job->is_bf16 ? run_with<bf16>(*job) : run_with<float>(*job);
 }

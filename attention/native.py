@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,75 +31,56 @@ os.register_at_fork(after_in_child=_note_fork)
 
 
 # --------------------------------------------------------------------------------------------------
-# The C interface: the structs of native.cpp
+# The C interface: struct Job of native.cpp, an array of integers
+
+NUM_FIELDS = 42
+NO_ARRAY = (0, 0, 0, 0)
+
+# Python takes several times as long between two large kernels as in a loop of small ones, as they
+# push it out of the caches. So a call makes few objects.
 
 
-class Array(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("token", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-    ]
-
-    @classmethod
-    def of(cls, x: Tensor) -> Array:
-        """A tensor [B, T, H, D] whose last dimension is contiguous."""
-        return cls(x.data_ptr(), *x.stride()[:3])
+def _array(x: Tensor) -> tuple[int, ...]:
+    """Where a tensor [B, T, H, D] lies: its address and the strides of B, T and H."""
+    batch, token, head, _ = x.stride()
+    return x.data_ptr(), batch, token, head
 
 
-ARRAYS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
-SIZES = ("B", "T", "H", "D", "edges", "threads")
+def _arrays_of_packed(qkv: Tensor) -> tuple[int, ...]:
+    """The same for q, k and v of qkv [B, T, 3, H, D], one after the other."""
+    batch, token, which, head, _ = qkv.stride()
+    q, step = qkv.data_ptr(), which * qkv.element_size()
+    return q, batch, token, head, q + step, batch, token, head, q + 2 * step, batch, token, head
 
 
-class Job(ctypes.Structure):
-    _fields_ = [
-        *((name, Array) for name in ARRAYS),
-        *((name, ctypes.c_void_p) for name in ("p", "scratch", "lists")),
-        *((name, ctypes.c_int64) for name in SIZES),
-    ]
+def _run(
+    arrays: tuple[int, ...],
+    sizes: tuple[int, int, int, int],
+    lists: Tensor,
+    p: Tensor | None,
+    dtype: torch.dtype,
+    is_backward: bool,
+) -> None:
+    """Fill `out`, or `dq`, `dk` and `dv`, of the arrays of q, k, v, out, grad, dq, dk, dv.
 
-
-def _run(arrays: dict[str, Tensor], lists: Tensor, p: Tensor | None) -> None:
-    """Fill `out`, or `dq`, `dk` and `dv`, of the arrays [B, T, H, D]."""
-    q = arrays["q"]
-    num_images, num_tokens, num_heads, head_dim = q.shape
-    job = Job(
-        **{name: Array.of(x) for name, x in arrays.items()},
-        p=0 if p is None else p.data_ptr(),
-        lists=lists.data_ptr(),
-        B=num_images,
-        T=num_tokens,
-        H=num_heads,
-        D=head_dim,
-        edges=_num_edges(lists, num_tokens),
-        threads=1 if _is_forked else torch.get_num_threads(),
+    `sizes` are B, T, H, D.
+    """
+    values = (
+        *arrays,
+        0 if p is None else p.data_ptr(),
+        lists.data_ptr(),
+        *sizes,
+        _num_edges(lists, sizes[1]),
+        1 if _is_forked else torch.get_num_threads(),
+        dtype == torch.bfloat16,
+        is_backward,
     )
-    library = build.load()
-    kind = (int(q.dtype == torch.bfloat16), int("grad" in arrays))
-    library.scratch_size.restype = ctypes.c_int64
-    scratch = torch.empty(library.scratch_size(ctypes.byref(job), *kind), dtype=torch.float32)
-    job.scratch = scratch.data_ptr()
-    library.run(ctypes.byref(job), *kind)
+    if not build.load().run((ctypes.c_int64 * NUM_FIELDS)(*values)):
+        raise MemoryError("not enough memory for the attention kernel")
 
 
 # --------------------------------------------------------------------------------------------------
-# The operators: on packed qkv [B, T, 3, H, D], and on q, k, v, each [B, T, H, D]
-
-
-def attend_packed(qkv: Tensor, lists: Tensor) -> Tensor:
-    """Attention of packed qkv [B, T, 3, H, D] -> [B, T, H, D].
-
-    `lists` is NeighborLists.flat.
-    """
-    keep = torch.is_grad_enabled() and qkv.requires_grad
-    return _attend_packed(_with_dense_rows(qkv), lists, keep)[0]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, lists: Tensor) -> Tensor:
-    """Attention of q, k, v, each [B, T, H, D] with any strides -> [B, T, H, D]."""
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return _attend(*map(_with_dense_rows, (q, k, v)), lists, keep)[0]
+# The work: on packed qkv [B, T, 3, H, D], or on q, k, v, each [B, T, H, D]
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
@@ -109,96 +91,148 @@ def _num_edges(lists: Tensor, num_tokens: int) -> int:
     return (len(lists) - 5 * num_tokens - 2) // 4
 
 
-def _probabilities(q: Tensor, lists: Tensor, keep: bool) -> Tensor:
-    """What the backward needs, [B * H * E] and some padding; empty if it is not to be kept."""
-    if not keep:
-        return q.new_empty(0, dtype=torch.float32)
-    num_pairs = q.shape[0] * q.shape[2] * _num_edges(lists, q.shape[1])
-    p = q.new_empty(num_pairs + PADDING, dtype=torch.float32)
-    p[num_pairs:] = 0
-    return p
+def _empty_results(
+    like: Tensor, sizes: tuple[int, int, int, int], lists: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """`out` [B, T, H, D], and what the backward needs: p [B * H * E] and padding, if kept."""
+    num_images, num_tokens, num_heads, _ = sizes
+    num_pairs = num_images * num_heads * _num_edges(lists, num_tokens)
+    num_kept = num_pairs + PADDING if keep else 0
+    return like.new_empty(sizes), like.new_empty(num_kept, dtype=torch.float32)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype)
-    p = _probabilities(q, lists, keep)
-    _run({"q": q, "k": k, "v": v, "out": out}, lists, p if keep else None)
+def _packed_forward(qkv: Tensor, lists: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    num_images, num_tokens, _, num_heads, head_dim = qkv.shape
+    sizes = (num_images, num_tokens, num_heads, head_dim)
+    out, p = _empty_results(qkv, sizes, lists, keep)
+    arrays = (*_arrays_of_packed(qkv), *_array(out), *4 * NO_ARRAY)
+    _run(arrays, sizes, lists, p if keep else None, qkv.dtype, is_backward=False)
     return out, p
 
 
-def _backward(inputs: tuple, grad: Tensor, gradients: tuple, lists: Tensor, p: Tensor) -> None:
-    q, k, v = inputs
-    dq, dk, dv = gradients
-    arrays = {"q": q, "k": k, "v": v, "grad": _with_dense_rows(grad), "dq": dq, "dk": dk, "dv": dv}
-    _run(arrays, lists, p)
-
-
-@torch.library.custom_op("local_attention::native_packed", mutates_args=())
-def _attend_packed(qkv: Tensor, lists: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    return _forward(*qkv.detach().unbind(2), lists, keep)
-
-
-@_attend_packed.register_fake
-def _(qkv, lists, keep):
-    q = qkv.select(2, 0)
-    return q.new_empty(q.shape), _probabilities(q, lists, keep)
-
-
-@torch.library.custom_op("local_attention::native_packed_backward", mutates_args=())
-def _attend_packed_backward(grad: Tensor, qkv: Tensor, p: Tensor, lists: Tensor) -> Tensor:
-    gradient = torch.empty(qkv.shape, dtype=qkv.dtype)
-    _backward(qkv.detach().unbind(2), grad, gradient.unbind(2), lists, p)
+def _packed_backward(grad: Tensor, qkv: Tensor, p: Tensor, lists: Tensor) -> Tensor:
+    grad, gradient = _with_dense_rows(grad), qkv.new_empty(qkv.shape)
+    arrays = (*_arrays_of_packed(qkv), *NO_ARRAY, *_array(grad), *_arrays_of_packed(gradient))
+    _run(arrays, tuple(grad.shape), lists, p, qkv.dtype, is_backward=True)
     return gradient
 
 
-@_attend_packed_backward.register_fake
+def _forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    sizes = tuple(q.shape)
+    out, p = _empty_results(q, sizes, lists, keep)
+    arrays = (*_array(q), *_array(k), *_array(v), *_array(out), *4 * NO_ARRAY)
+    _run(arrays, sizes, lists, p if keep else None, q.dtype, is_backward=False)
+    return out, p
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, lists: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, gradients = _with_dense_rows(grad), tuple(q.new_empty(q.shape) for _ in range(3))
+    given = (*_array(q), *_array(k), *_array(v), *NO_ARRAY, *_array(grad))
+    dq, dk, dv = map(_array, gradients)
+    _run((*given, *dq, *dk, *dv), tuple(q.shape), lists, p, q.dtype, is_backward=True)
+    return gradients
+
+
+# --------------------------------------------------------------------------------------------------
+# The same as operators, which torch.compile and fake tensors know
+
+
+_packed_operator = torch.library.custom_op(
+    "local_attention::native_packed", _packed_forward, mutates_args=()
+)
+_packed_backward_operator = torch.library.custom_op(
+    "local_attention::native_packed_backward", _packed_backward, mutates_args=()
+)
+_operator = torch.library.custom_op("local_attention::native", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op(
+    "local_attention::native_backward", _backward, mutates_args=()
+)
+
+
+@_packed_operator.register_fake
+def _(qkv, lists, keep):
+    return _empty_results(qkv, qkv.select(2, 0).shape, lists, keep)
+
+
+@_packed_backward_operator.register_fake
 def _(grad, qkv, p, lists):
     return qkv.new_empty(qkv.shape)
 
 
-def _save_packed(ctx, inputs, output) -> None:
-    qkv, lists, _ = inputs
-    ctx.save_for_backward(qkv, output[1], lists)
-
-
-def _differentiate_packed(ctx, grad, _):
-    return _attend_packed_backward(grad, *ctx.saved_tensors), None, None
-
-
-_attend_packed.register_autograd(_differentiate_packed, setup_context=_save_packed)
-
-
-@torch.library.custom_op("local_attention::native", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    return _forward(q.detach(), k.detach(), v.detach(), lists, keep)
-
-
-@_attend.register_fake
+@_operator.register_fake
 def _(q, k, v, lists, keep):
-    return q.new_empty(q.shape), _probabilities(q, lists, keep)
+    return _empty_results(q, q.shape, lists, keep)
 
 
-@torch.library.custom_op("local_attention::native_backward", mutates_args=())
-def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, lists: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = tuple(torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
-    _backward((q.detach(), k.detach(), v.detach()), grad, gradients, lists, p)
-    return gradients
-
-
-@_attend_backward.register_fake
+@_backward_operator.register_fake
 def _(grad, q, k, v, p, lists):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    return tuple(q.new_empty(q.shape) for _ in range(3))
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, lists, _ = inputs
-    ctx.save_for_backward(q, k, v, output[1], lists)
+    *tensors, lists, _ = inputs
+    ctx.save_for_backward(*tensors, output[1], lists)
+    ctx.set_materialize_grads(False)  # p has none
+
+
+def _differentiate_packed(ctx, grad, _):
+    return _packed_backward_operator(grad, *ctx.saved_tensors), None, None
 
 
 def _differentiate(ctx, grad, _):
-    return *_attend_backward(grad, *ctx.saved_tensors), None, None
+    return *_backward_operator(grad, *ctx.saved_tensors), None, None
 
 
-_attend.register_autograd(_differentiate, setup_context=_save)
+_packed_operator.register_autograd(_differentiate_packed, setup_context=_save)
+_operator.register_autograd(_differentiate, setup_context=_save)
+
+
+# --------------------------------------------------------------------------------------------------
+# And as functions for eager mode, where an operator's machinery would take 5 to 10 % of the time
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _packed_forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return _packed_backward(grad, *ctx.saved_tensors), None, None
+
+
+class _Separate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return *_backward(grad, *ctx.saved_tensors), None, None
+
+
+def attend_packed(qkv: Tensor, lists: Tensor) -> Tensor:
+    """Attention of packed qkv [B, T, 3, H, D] -> [B, T, H, D]. `lists` is NeighborLists.flat."""
+    return _call(_packed_operator, _Packed.apply, _packed_forward, (qkv,), lists)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lists: Tensor) -> Tensor:
+    """Attention of q, k, v, each [B, T, H, D] with any strides -> [B, T, H, D]."""
+    return _call(_operator, _Separate.apply, _forward, (q, k, v), lists)
+
+
+def _call(
+    operator: Callable, differentiable: Callable, forward: Callable, inputs: tuple, lists: Tensor
+) -> Tensor:
+    """The operator, or in eager mode what is faster: `differentiable`, or else `forward` alone."""
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    inputs = tuple(map(_with_dense_rows, inputs))
+    if torch.compiler.is_compiling() or type(inputs[0]) is not Tensor:  # e.g. a fake tensor
+        return operator(*inputs, lists, keep)[0]
+    return (differentiable if keep else forward)(*inputs, lists, keep)[0]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import oracle, random_qkv
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import masks
 import utils
@@ -229,9 +230,9 @@ def test_the_operators_keep_their_contracts():
     mask = masks.build_attention_mask("2d_cardinal", 1, 3, 4)
     lists = find_neighbors(mask).flat
     qkv = random_qkv(12, dtype=torch.float32)
-    torch.library.opcheck(native._attend_packed, (qkv, lists, True))
+    torch.library.opcheck(native._packed_operator, (qkv, lists, True))
     q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(2))
-    torch.library.opcheck(native._attend, (q, k, v, lists, True))
+    torch.library.opcheck(native._operator, (q, k, v, lists, True))
 
 
 def test_torch_compile_gives_the_same():
@@ -247,10 +248,20 @@ def test_torch_compile_gives_the_same():
     torch.testing.assert_close(found, expected)
 
 
+def test_fake_tensors_take_the_operator():
+    mask = masks.build_attention_mask("2d_cardinal", 1, 3, 4)
+    compiled = compile_mask(mask, backend="native")
+    qkv = random_qkv(12, dtype=torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = attend_packed(mode.from_tensor(qkv), compiled)
+    assert out.shape == (qkv.shape[0], 12, *qkv.shape[3:])
+
+
 def test_nothing_is_kept_without_gradients():
     mask = masks.build_attention_mask("2d_cardinal", 1, 3, 4)
     lists = find_neighbors(mask).flat
-    assert native._attend_packed(random_qkv(12, dtype=torch.float32), lists, False)[1].numel() == 0
+    _, p = native._packed_operator(random_qkv(12, dtype=torch.float32), lists, False)
+    assert p.numel() == 0
 
 
 RUNTIMES = """
