@@ -10,6 +10,7 @@
 //   - The scores of many queries are computed together, L edges at a time, whatever query they
 //     belong to: short neighbor lists fill whole vectors.
 //   - The backward pass handles a key as soon as its last query is done, while both are in cache.
+//   - Large results are written past the caches, which saves reading what they replace.
 //
 // Notation: B images, T tokens, H heads, D head dim. An edge is a pair (query, key).
 
@@ -19,6 +20,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <utility>
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -59,6 +63,26 @@ typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias
 
 inline vec load(const float* from) { return *(const unaligned*)from; }
 inline void store(float* to, vec x) { *(unaligned*)to = x; }
+
+// Past the caches, so that a line need not be read before it is overwritten; `to` is aligned.
+inline void stream(float* to, vec x) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(x, (vec*)to);
+#elif defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)x);
+#elif defined(__AVX__)
+  _mm256_stream_ps(to, (__m256)x);
+#else
+  store(to, x);
+#endif
+}
+// What a thread has streamed becomes visible to the others.
+inline void finish_streams() {
+#ifdef __SSE__
+  _mm_sfence();
+#endif
+}
+
 inline vec splat(float x) { return x - vec{}; }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 
@@ -89,7 +113,7 @@ template <int W> struct Rotated {
 
 // Lane i of the result is the sum over the lanes of x[i]; overwrites x.
 template <int W = L / 2>
-inline vec add_lanes(vec* x) {
+__attribute__((always_inline)) inline vec add_lanes(vec* x) {
   for (int i = 0; i < W; ++i) {
     const vec a = x[i], b = x[i + W];
     x[i] = shuffle<EvenBlocks<W>>(a, b) + shuffle<OddBlocks<W>>(a, b);
@@ -162,12 +186,12 @@ inline void write_row(bf16* __restrict to, const float* __restrict from, int64_t
   }
 }
 
-// The neighbor lists, one behind the other: NeighborLists.flat of neighbors.py, which explains them.
+// The neighbor lists one behind the other: NeighborLists.flat of neighbors.py, which explains them.
 struct Lists {
   const int32_t *start, *query, *key;               // edges by query: [T + 1], [edges], [edges]
   const int32_t *key_start, *key_query, *key_edge;  // the same edges by key, and their numbers
   const int32_t *by_last_query, *last_query;        // keys in the order of their last query [T]
-  const int32_t* needed;                            // tokens that the queries up to this one need [T]
+  const int32_t* needed;                            // tokens that queries up to this one need [T]
 
   explicit Lists(const Job& job) {
     const int32_t* next = job.lists;
@@ -321,12 +345,14 @@ inline void softmax_backward(const float* p, const float* dp, int64_t n, float s
 // -------------------------------------------------------------------------------------------------
 // Attention. E: type of the elements.
 
-constexpr int64_t PADDING = 16;          // of the probabilities, for whole vectors; as in native.py
-constexpr int64_t EDGES_AT_ONCE = 4096;  // of a head: their scores stay in the first caches
-constexpr int64_t ROWS_AHEAD = 12;       // prefetched while packing
+constexpr int64_t PADDING = 16;           // of the probabilities, as in native.py
+constexpr int64_t EDGES_AT_ONCE = 4096;   // of a head: their scores stay in the first caches
+constexpr int64_t STREAM_FROM = 1 << 20;  // numbers of a result; smaller ones may stay in caches
+constexpr int64_t FEW_NEIGHBORS = 6;      // too few per query to gain from packing keys and values
+constexpr int64_t ROWS_AHEAD = 12;        // prefetched while packing
 
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+inline int64_t round_up(int64_t x, int64_t multiple) { return divide_up(x, multiple) * multiple; }
 inline int vectors_per_block(int64_t D) { return D <= L ? 1 : D <= 2 * L ? 2 : 4; }
 
 template <class E, int V>
@@ -340,6 +366,8 @@ struct Attention {
   const int64_t T = job.T, D = job.D, Dp = round_up(job.D, V * L), blocks = Dp / (V * L);
   // Rows of the tensors themselves can be read and written like packed ones.
   const bool has_fp32_rows = sizeof(E) == 4 && Dp == D;
+
+  const bool streams = has_fp32_rows && job.B * T * job.H * D >= STREAM_FROM;
 
   // Few units leave threads idle: then tokens are split as well, in phases.
   const int64_t group = job.B * divide_up(job.H, 2) >= 2 * job.threads ? 2 : 1;  // heads of a unit
@@ -393,15 +421,21 @@ struct Attention {
     float* mine = scratch + g * head_size();
     Rows rows[4];
     for (int r = 0; r < 4; ++r) rows[r] = {mine + r * T * Dp, Dp};
-    if (reads_queries()) rows[0] = {(const float*)element(job.q, image, head), job.q.token};
+    if (reads_queries()) rows[0] = rows_of(job.q, image, head);
+    if (reads_keys()) rows[1] = rows_of(job.k, image, head), rows[2] = rows_of(job.v, image, head);
     float* p = job.p ? job.p + (image * job.H + head) * job.edges : nullptr;
     return {image, head, rows[0], rows[1], rows[2], rows[3], p, mine + packed_size()};
   }
-  // The forward pass uses each query once, so it does not pay to copy it.
+  static Rows rows_of(const Array& x, int64_t image, int64_t head) {
+    return {(const float*)element(x, image, head), x.token};
+  }
+  // The forward pass uses each query once, so it does not pay to copy it; nor keys for a few uses.
   bool reads_queries() const { return !is_backward && has_fp32_rows; }
+  bool reads_keys() const { return reads_queries() && job.edges <= FEW_NEIGHBORS * T; }
 
   // Copy rows of all heads of a unit, which are neighbors in memory, into its scratch.
-  void pack(const Array& x, int which, int64_t unit, int64_t begin, int64_t end, float* scratch) const {
+  void pack(const Array& x, int which, int64_t unit, int64_t begin, int64_t end,
+            float* scratch) const {
     const int64_t heads = heads_of(unit), bytes = heads * D * sizeof(E);
     const E* from = element(x, unit / groups, unit % groups * group);
     for (int64_t i = begin; i < end; ++i) {
@@ -418,18 +452,22 @@ struct Attention {
   }
   void pack_all(int64_t unit, int64_t begin, int64_t end, float* scratch) const {
     if (!reads_queries()) pack(job.q, 0, unit, begin, end, scratch);
-    pack(job.k, 1, unit, begin, end, scratch);
-    pack(job.v, 2, unit, begin, end, scratch);
+    if (!reads_keys()) pack(job.k, 1, unit, begin, end, scratch);
+    if (!reads_keys()) pack(job.v, 2, unit, begin, end, scratch);
     if (is_backward) pack(job.grad, 3, unit, begin, end, scratch);
   }
 
   // Where a row of a result is computed: in the tensor itself if possible, else in `row`.
   float* target(const Array& x, const Head& head, int64_t i, float* row) const {
-    if (!has_fp32_rows) return row;
+    if (!has_fp32_rows || streams) return row;
     return (float*)(element(x, head.image, head.head) + i * x.token);
   }
   void finish(const Array& x, const Head& head, int64_t i, const float* row) const {
-    if (!has_fp32_rows) write_row(element(x, head.image, head.head) + i * x.token, row, D);
+    E* to = element(x, head.image, head.head) + i * x.token;
+    if (streams && (uintptr_t)to % sizeof(vec) == 0)
+      for (int64_t c = 0; c < D; c += L) stream((float*)to + c, load(row + c));
+    else if (!has_fp32_rows || streams)
+      write_row(to, row, D);
   }
 
   // ---- Queries and keys of one head
@@ -437,7 +475,8 @@ struct Attention {
   void forward(const Head& head, int64_t begin, int64_t end, const Scratch& s) const {
     const int64_t first = lists.start[begin], n = lists.start[end] - first;
     const float scale = 1.4426950408889634f / std::sqrt((float)D);  // log2(e)
-    dots_of_edges<V>(head.q, head.k, lists.query + first, lists.key + first, n, blocks, scale, s.scores);
+    dots_of_edges<V>(head.q, head.k, lists.query + first, lists.key + first, n, blocks,
+                     scale, s.scores);
 
     for (int64_t i = begin; i < end; ++i) {
       const int64_t edge = lists.start[i] - first, num = lists.start[i + 1] - lists.start[i];
@@ -452,7 +491,8 @@ struct Attention {
   void backward_queries(const Head& head, int64_t begin, int64_t end, const Scratch& s) const {
     const int64_t first = lists.start[begin], n = lists.start[end] - first;
     const float scale = 1 / std::sqrt((float)D);
-    dots_of_edges<V>(head.grad, head.v, lists.query + first, lists.key + first, n, blocks, 1, s.scores);
+    dots_of_edges<V>(head.grad, head.v, lists.query + first, lists.key + first, n, blocks,
+                     1, s.scores);
 
     for (int64_t i = begin; i < end; ++i) {
       const int64_t edge = lists.start[i] - first, num = lists.start[i + 1] - lists.start[i];
@@ -498,7 +538,8 @@ struct Attention {
       for (int64_t g = 0; g < heads_of(unit); ++g) {
         const Head head = head_of(unit, g, scratch);
         queries(head, begin, end, s);
-        for (int64_t r = keys_done; r < keys_ready; ++r) backward_key(head, lists.by_last_query[r], s);
+        for (int64_t r = keys_done; r < keys_ready; ++r)
+          backward_key(head, lists.by_last_query[r], s);
       }
       keys_done = keys_ready;
     }
@@ -525,7 +566,8 @@ struct Attention {
     }
   }
   void part_of_keys(int64_t unit, int64_t part, const Scratch& s) const {
-    const int64_t begin = part_begin(lists.key_start, part), end = part_begin(lists.key_start, part + 1);
+    const int64_t begin = part_begin(lists.key_start, part);
+    const int64_t end = part_begin(lists.key_start, part + 1);
     for (int64_t g = 0; g < heads_of(unit); ++g) {
       const Head head = head_of(unit, g, unit_scratch(unit));
       for (int64_t j = begin; j < end; ++j) backward_key(head, j, s);
@@ -557,6 +599,7 @@ struct Attention {
           for (int64_t w = 0; w < units * parts; ++w) part_of_keys(w / parts, w % parts, s);
         }
       }
+      finish_streams();
     }
   }
 };

@@ -116,6 +116,14 @@ def test_any_batch_on_any_number_of_threads(num_threads, batch, heads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("expansion_step", [1, 2])
+def test_results_that_are_written_past_the_caches(expansion_step):
+    """2**20 numbers and more; with few and with many neighbors."""
+    mask = masks.build_attention_mask("2d_cardinal", expansion_step, 16, 17)
+    for dtype in TOLERANCE:
+        assert_matches_oracle(mask, 1, dtype, batch=8, heads=8, head_dim=64)
+
+
 def test_lists_longer_than_what_is_computed_at_once():
     assert_matches_oracle(masks.build_attention_mask("1d_all_neighbors", 3, 65, 65), 1, batch=1)
 
@@ -385,6 +393,7 @@ for head_dim in (1, 5, 16, 17, 32, 40, 64, 96, 256):
         for batch in (1, 9):
             t.assert_matches_oracle(mask, 1, dtype, batch=batch, head_dim=head_dim)
 t.test_lists_longer_than_what_is_computed_at_once()
+t.test_results_that_are_written_past_the_caches(1)
 print("clean")
 """
 
