@@ -150,12 +150,17 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's name and the number of torch threads."""
+    """The GPU's name, or the processor's with its vector instructions and torch's threads.
+
+    For example "AMD EPYC (AVX512), 2 threads": other processors have the same name, but not AVX512.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"{platform.processor() or platform.machine()} (MPS)"
-    return f"{_processor_name()}, {torch.get_num_threads()} threads"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    name = _processor_name() if vectors == "DEFAULT" else f"{_processor_name()} ({vectors})"
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _processor_name() -> str:
