@@ -347,7 +347,7 @@ inline void softmax_backward(const float* p, const float* dp, int64_t n, float s
 
 constexpr int64_t PADDING = 16;           // of the probabilities, as in native.py
 constexpr int64_t EDGES_AT_ONCE = 4096;   // of a head: their scores stay in the first caches
-constexpr int64_t STREAM_FROM = 1 << 20;  // numbers of a result; smaller ones may stay in caches
+constexpr int64_t STREAM_FROM = 2 << 20;  // bytes of a result; smaller ones may stay in caches
 constexpr int64_t FEW_NEIGHBORS = 6;      // too few per query to gain from packing keys and values
 constexpr int64_t ROWS_AHEAD = 12;        // prefetched while packing
 
@@ -367,7 +367,8 @@ struct Attention {
   // Rows of the tensors themselves can be read and written like packed ones.
   const bool has_fp32_rows = sizeof(E) == 4 && Dp == D;
 
-  const bool streams = has_fp32_rows && job.B * T * job.H * D >= STREAM_FROM;
+  const bool streams = D * sizeof(E) % sizeof(vec) == 0 &&
+                       job.B * T * job.H * D * (int64_t)sizeof(E) >= STREAM_FROM;
 
   // Few units leave threads idle: then tokens are split as well, in phases.
   const int64_t group = job.B * divide_up(job.H, 2) >= 2 * job.threads ? 2 : 1;  // heads of a unit
@@ -381,7 +382,9 @@ struct Attention {
     float *p, *ds;  // by the numbers of the edges
   };
   struct Scratch {  // of a thread
-    float *row, *other_row, *scores, *weights;
+    float *row, *other_row;
+    E* elements;  // of a row
+    float *scores, *weights;
   };
 
   // ---- Scratch: of each thread, then of each unit that is computed at the same time
@@ -392,7 +395,7 @@ struct Attention {
       most = std::max<int64_t>(most, lists.start[i + 1] - lists.start[i]);
     return round_up(most + L, 16);
   }
-  int64_t thread_size() const { return 2 * Dp + 2 * chunk_size(); }
+  int64_t thread_size() const { return 3 * Dp + 2 * chunk_size(); }
   int64_t packed_size() const { return (is_backward ? 4 : 3) * T * Dp; }
   int64_t head_size() const { return packed_size() + (is_backward ? round_up(job.edges, 16) : 0); }
   int64_t scratch_size() const {
@@ -401,7 +404,8 @@ struct Attention {
   }
   Scratch scratch_of(int thread) const {
     float* mine = pool + thread * thread_size();
-    return {mine, mine + Dp, mine + 2 * Dp, mine + 2 * Dp + chunk_size()};
+    float* scores = mine + 3 * Dp;
+    return {mine, mine + Dp, (E*)(mine + 2 * Dp), scores, scores + chunk_size()};
   }
   float* unit_scratch(int64_t slot) const {
     return pool + job.threads * thread_size() + slot * group * head_size();
@@ -462,12 +466,17 @@ struct Attention {
     if (!has_fp32_rows || streams) return row;
     return (float*)(element(x, head.image, head.head) + i * x.token);
   }
-  void finish(const Array& x, const Head& head, int64_t i, const float* row) const {
+  void finish(const Array& x, const Head& head, int64_t i, const float* row, E* elements) const {
+    if (has_fp32_rows && !streams) return;
     E* to = element(x, head.image, head.head) + i * x.token;
-    if (streams && (uintptr_t)to % sizeof(vec) == 0)
-      for (int64_t c = 0; c < D; c += L) stream((float*)to + c, load(row + c));
-    else if (!has_fp32_rows || streams)
-      write_row(to, row, D);
+    if (!streams || (uintptr_t)to % sizeof(vec)) return write_row(to, row, D);
+
+    if (sizeof(E) < 4) {
+      write_row(elements, row, D);
+      row = (const float*)elements;
+    }
+    const int64_t num_floats = D * sizeof(E) / 4;
+    for (int64_t c = 0; c < num_floats; c += L) stream((float*)to + c, load(row + c));
   }
 
   // ---- Queries and keys of one head
@@ -483,7 +492,7 @@ struct Attention {
       float *p = s.weights + edge, *out = target(job.out, head, i, s.row);
       softmax(s.scores + edge, num, p);
       weighted_sum<V>(p, head.v, lists.key + lists.start[i], num, blocks, out);
-      finish(job.out, head, i, out);
+      finish(job.out, head, i, out, s.elements);
     }
     if (head.p) std::memcpy(head.p + first, s.weights, n * sizeof(float));
   }
@@ -499,7 +508,7 @@ struct Attention {
       float *ds = s.weights + edge, *dq = target(job.dq, head, i, s.row);
       softmax_backward(head.p + lists.start[i], s.scores + edge, num, scale, ds);
       weighted_sum<V>(ds, head.k, lists.key + lists.start[i], num, blocks, dq);
-      finish(job.dq, head, i, dq);
+      finish(job.dq, head, i, dq, s.elements);
     }
     std::memcpy(head.ds + first, s.weights, n * sizeof(float));
   }
@@ -509,8 +518,8 @@ struct Attention {
     const int32_t *query = lists.key_query + first, *edge = lists.key_edge + first;
     float *dk = target(job.dk, head, j, s.row), *dv = target(job.dv, head, j, s.other_row);
     two_weighted_sums<V>(head.ds, head.p, edge, head.q, head.grad, query, n, blocks, dk, dv);
-    finish(job.dk, head, j, dk);
-    finish(job.dv, head, j, dv);
+    finish(job.dk, head, j, dk, s.elements);
+    finish(job.dv, head, j, dv, s.elements);
   }
 
   // ---- Units
