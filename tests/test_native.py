@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -375,7 +376,7 @@ def test_a_damaged_library_is_built_again(cache):
     assert library.stat().st_size > 5000
 
 
-SANITIZED = """
+ORACLES = """
 import ctypes, sys
 sys.path.insert(0, "tests")
 from attention import build
@@ -398,6 +399,23 @@ print("clean")
 """
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64's vectors")
+@pytest.mark.parametrize("machine", ["x86-64", "x86-64-v3"])
+def test_kernels_for_narrower_vectors(machine, tmp_path):
+    """SSE and AVX2, which every machine with AVX-512 has."""
+    library = tmp_path / "narrow.so"
+    flags = [*build.FLAGS, f"-march={machine}", "-fopenmp", "-shared"]
+    compiler = build.find_compiler()
+    subprocess.run([compiler, *flags, str(build.SOURCE), "-o", str(library)], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ORACLES, str(library)],
+        cwd=utils.REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "clean\n", done.stderr[-3000:]
+
+
 def test_sanitizers_find_nothing(tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer, with the oracle."""
     library, compiler = tmp_path / "sanitized.so", build.find_compiler()
@@ -413,7 +431,7 @@ def test_sanitizers_find_nothing(tmp_path):
     command = [compiler, *flags, *sanitizers, str(build.SOURCE), "-o", str(library)]
     subprocess.run(command, check=True)
     done = subprocess.run(
-        [sys.executable, "-c", SANITIZED, str(library)],
+        [sys.executable, "-c", ORACLES, str(library)],
         cwd=utils.REPOSITORY,
         env={**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"},
         capture_output=True,
