@@ -123,7 +123,7 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
     patterns.add_argument(
         "--backends",
         type=json_list(str, BACKENDS),
-        default=["dense", "diagonal", "flex", "local-attention", "natten"],
+        default=["dense", "native", "diagonal", "flex", "local-attention", "natten"],
         metavar="JSON",
         help="what to compare with full attention; those that cannot run here are left out",
     )

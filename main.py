@@ -165,9 +165,8 @@ def prepare(
         if distributed.IS_FIRST:
             choice = choose_backend(model, settings, len(dataset.train), device)
         choice = distributed.from_first(choice)
-    else:  # the backend that the run began with, so that a resume is exact
-        about = record.config["attention"]
-        choice = Choice(about["backend"], about["backend_reason"])
+    else:
+        choice = recorded_choice(record.config["attention"], model, settings, device)
     with utils.usage_errors():
         model.compiled_mask.apply_choice(choice)
         model.compiled_mask.check_device(device)
@@ -239,6 +238,27 @@ def choose_backend(
             device,
             num_calls=config["depth"] * num_steps * settings.machine.grad_accumulation,
         )
+
+
+def recorded_choice(
+    about: dict, model: models.VisionTransformer, settings: Settings, device: torch.device
+) -> Choice:
+    """The backend that the run began with, so that a resume is exact.
+
+    Except for the diagonals that `auto` once chose on the CPU: they are no longer compiled there,
+    and would be many times as slow as the native kernel.
+    """
+    choice = Choice(about["backend"], about["backend_reason"])
+    was_asked_for = settings.mask.backend == choice.backend
+    if choice.backend != "diagonal" or was_asked_for or device.type != "cpu":
+        return choice
+
+    by_rule = attention.choose_by_rule(model.compiled_mask)
+    if by_rule.backend == "diagonal":  # there is no compiler
+        return choice
+    if distributed.IS_FIRST:
+        print(f"attention goes on with backend {by_rule.backend}, as diagonal is slow on a CPU now")
+    return by_rule
 
 
 def describe_model(model: models.VisionTransformer, settings: Settings) -> dict:

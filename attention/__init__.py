@@ -12,6 +12,7 @@ from attention.compiled_mask import (
     attend,
     attend_checked,
     attend_packed,
+    choose_by_rule,
     compile_mask,
     count_pairs,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "attend_checked",
     "attend_packed",
     "choose_backend",
+    "choose_by_rule",
     "compile_mask",
     "count_pairs",
 ]

@@ -56,7 +56,7 @@ def choose_backend(
     others = []
     if device.type in compiled_mask.NATIVE_DEVICES and build.is_available():
         others.append("native")
-    if compiled.offsets:
+    elif compiled.offsets:
         others.append("diagonal")
     if device.type in compiled_mask.FLEX_DEVICES:
         others.append("flex")

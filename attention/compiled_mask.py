@@ -312,7 +312,9 @@ def _fits_native(*tensors: Tensor) -> bool:
 
 
 def _attend_native(qkv: Tensor, compiled: CompiledMask) -> Tensor:
-    """The native kernel, which computes in fp32; float64 is left to SDPA."""
+    """The native kernel, which computes in fp32; float64 is left to the formulas, or to SDPA."""
+    if qkv.dtype == torch.float64 and compiled.offsets:
+        return diagonal.attend(qkv, compiled.valid, compiled.offsets, compiled.num_global_tokens)
     if qkv.dtype == torch.float64:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return _attend_dense(q, k, v, compiled.with_global_tokens()).transpose(1, 2)

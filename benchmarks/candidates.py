@@ -90,7 +90,7 @@ def usable_backends(
 
     if level == "attention" and not _is_installed("local_attention"):
         reasons["local-attention"] = "not installed: pip install local-attention"
-    if diagonal.compile_error(device.type) is not None:
+    if device.type != "cpu" and diagonal.compile_error(device.type) is not None:
         reasons["diagonal"] = (
             "torch.compile does not work here; the backend `uncompiled` is the same formula"
         )

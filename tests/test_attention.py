@@ -72,19 +72,20 @@ def no_native_kernel(monkeypatch):
 
 
 @pytest.fixture
-def uncompiled(monkeypatch):
-    monkeypatch.setattr(diagonal, "can_compile", lambda device_type: False)
+def compiled_here(monkeypatch):
+    """As on a GPU, where the formulas of diagonal.py are compiled."""
+    monkeypatch.setattr(diagonal, "EAGER_DEVICES", ())
 
 
 # --------------------------------------------------------------------------------------------------
-# The formulas, uncompiled
+# The formulas, as they run on the CPU
 
 
 @pytest.mark.parametrize("num_global", [0, 1, 3])
 @pytest.mark.parametrize("grid", [(1, 1), (1, 6), (4, 3), (3, 5)])
 @pytest.mark.parametrize("mask_type", LOCAL_TYPES)
 @pytest.mark.parametrize("backend", ["dense", "diagonal"])
-def test_backends_match_the_oracle(uncompiled, backend, mask_type, grid, num_global):
+def test_backends_match_the_oracle(backend, mask_type, grid, num_global):
     for step in (0, 1, 2, 7):
         mask = masks.build_attention_mask(mask_type, step, *grid)
         compiled = compile_mask(mask, num_global, backend)
@@ -103,15 +104,13 @@ def test_any_boolean_mask_matches_the_oracle(data):
     mask = torch.tensor(pairs).view(num_tokens, num_tokens) | shifted_diagonal
     num_global = data.draw(st.integers(0, 2))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagonal, "can_compile", lambda device_type: False)
-        compiled = compile_mask(mask, num_global, "diagonal")
-        qkv = random_qkv(num_tokens + num_global, batch=1, heads=3, head_dim=5)
-        assert_matches_oracle(compiled, mask, qkv)
+    compiled = compile_mask(mask, num_global, "diagonal")
+    qkv = random_qkv(num_tokens + num_global, batch=1, heads=3, head_dim=5)
+    assert_matches_oracle(compiled, mask, qkv)
 
 
 @pytest.mark.parametrize("num_global", [0, 2])
-def test_gradients_pass_gradcheck(uncompiled, num_global):
+def test_gradients_pass_gradcheck(num_global):
     mask = masks.generate_2d_attention_mask_cardinal(1, 2, 3)
     compiled = compile_mask(mask, num_global, "diagonal")
     qkv = random_qkv(6 + num_global, batch=1, heads=2, head_dim=3)
@@ -134,7 +133,7 @@ def test_only_the_non_zero_diagonals_are_found():
             assert valid[n, i] == (0 <= i + offset < 12 and mask[i, i + offset])
 
 
-def test_separate_and_non_contiguous_inputs_give_the_same_result(uncompiled):
+def test_separate_and_non_contiguous_inputs_give_the_same_result():
     mask = masks.build_attention_mask("2d_all_neighbors", 1, 3, 4)
     compiled = compile_mask(mask, 1, "diagonal")
     packed = random_qkv(13)
@@ -152,7 +151,7 @@ def test_separate_and_non_contiguous_inputs_give_the_same_result(uncompiled):
     torch.testing.assert_close(separate, direct)
 
 
-def test_the_backward_is_deterministic(uncompiled):
+def test_the_backward_is_deterministic():
     mask = masks.build_attention_mask("2d_all_neighbors", 2, 6, 5)
     compiled = compile_mask(mask, 1, "diagonal")
     qkv = random_qkv(31, dtype=torch.float32)
@@ -164,7 +163,7 @@ def test_the_backward_is_deterministic(uncompiled):
 
 
 # --------------------------------------------------------------------------------------------------
-# Compiled
+# Compiled, as on a GPU
 
 needs_compiler = pytest.mark.skipif(
     not diagonal.can_compile("cpu"), reason="torch.compile does not work here"
@@ -176,11 +175,13 @@ needs_compiler = pytest.mark.skipif(
     ("mask_type", "step", "grid", "num_global", "head_dim"),
     [
         ("2d_cardinal", 1, (4, 6), 0, 64),
-        ("2d_all_neighbors", 1, (5, 3), 1, 7),
+        ("2d_cardinal", 1, (5, 3), 1, 7),
         ("1d_cardinal", 1, (2, 9), 2, 16),
     ],
 )
-def test_compiled_kernels_match_the_oracle(mask_type, step, grid, num_global, head_dim):
+def test_compiled_kernels_match_the_oracle(
+    compiled_here, mask_type, step, grid, num_global, head_dim
+):
     mask = masks.build_attention_mask(mask_type, step, *grid)
     compiled = compile_mask(mask, num_global, "diagonal")
     qkv = random_qkv(len(mask) + num_global, heads=3, head_dim=head_dim, dtype=torch.float32)
@@ -188,7 +189,7 @@ def test_compiled_kernels_match_the_oracle(mask_type, step, grid, num_global, he
 
 
 @needs_compiler
-def test_each_configuration_is_compiled_however_many_there_are(monkeypatch):
+def test_each_configuration_is_compiled_however_many_there_are(compiled_here, monkeypatch):
     """If they shared a code object, Dynamo would fall back or fail at the recompile limit."""
     monkeypatch.setattr(diagonal, "_KERNELS", {})
     compiled_before = diagonal.compile_for.cache_info().currsize
@@ -205,7 +206,7 @@ def test_each_configuration_is_compiled_however_many_there_are(monkeypatch):
 
 
 @needs_compiler
-def test_bf16_is_as_exact_as_sdpa_in_bf16():
+def test_bf16_is_as_exact_as_sdpa_in_bf16(compiled_here):
     mask = masks.build_attention_mask("2d_all_neighbors", 1, 5, 6)
     qkv = random_qkv(31, head_dim=32, dtype=torch.bfloat16)
     exact = oracle(qkv, mask, 1)
@@ -218,7 +219,7 @@ def test_bf16_is_as_exact_as_sdpa_in_bf16():
 
 
 @pytest.mark.parametrize("backend", ["dense", "diagonal"])
-def test_autocast_determines_the_dtype(uncompiled, backend):
+def test_autocast_determines_the_dtype(backend):
     mask = masks.build_attention_mask("2d_cardinal", 1, 3, 3)
     compiled = compile_mask(mask, 0, backend)
     qkv = random_qkv(9, dtype=torch.float32)
@@ -249,7 +250,7 @@ def test_a_whole_model_compiles_without_a_graph_break():
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_the_operator_passes_torchs_checks(uncompiled):
+def test_the_operator_passes_torchs_checks():
     qkv = random_qkv(7, dtype=torch.float32)
     offsets, valid = diagonal.find_diagonals(masks.build_attention_mask("2d_cardinal", 1, 2, 3))
     torch.library.opcheck(diagonal._attend, (qkv, valid, list(offsets), 1))
@@ -258,6 +259,8 @@ def test_the_operator_passes_torchs_checks(uncompiled):
 def test_without_a_compiler_the_numbers_are_the_same_and_one_warning_is_printed(tmp_path):
     program = (
         "import torch, attention, masks\n"
+        "from attention import diagonal as formulas\n"
+        "formulas.EAGER_DEVICES = ()\n"  # as on a GPU
         "mask = masks.build_attention_mask('2d_cardinal', 1, 4, 5)\n"
         "dense = attention.compile_mask(mask, 1, 'dense')\n"
         "diagonal = attention.compile_mask(mask, 1, 'diagonal')\n"
@@ -576,9 +579,7 @@ def test_a_real_measurement_leaves_out_what_does_not_work(monkeypatch, tmp_path,
     assert capsys.readouterr().err == ""
 
 
-def test_running_out_of_memory_while_measuring_is_not_remembered(
-    uncompiled, monkeypatch, tmp_path, capsys
-):
+def test_running_out_of_memory_while_measuring_is_not_remembered(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     attend = diagonal.attend
 
@@ -596,9 +597,7 @@ def test_running_out_of_memory_while_measuring_is_not_remembered(
     assert again.choice.timings.keys() == {"dense", "diagonal"}
 
 
-def test_another_backend_is_chosen_if_dense_attention_does_not_fit(
-    uncompiled, monkeypatch, tmp_path
-):
+def test_another_backend_is_chosen_if_dense_attention_does_not_fit(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def out_of_memory(*args, **kwargs):
@@ -615,9 +614,7 @@ def test_another_backend_is_chosen_if_dense_attention_does_not_fit(
     assert utils.says_no_memory(caught.value)
 
 
-def test_a_backend_that_runs_out_of_memory_in_a_later_round_is_left_out(
-    uncompiled, monkeypatch, tmp_path
-):
+def test_a_backend_that_runs_out_of_memory_in_a_later_round_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     attend = diagonal.attend
     calls = []
@@ -671,7 +668,7 @@ def test_timings_of_other_kernels_are_not_reused(measured, monkeypatch):
     assert len(measured[0]) == 4
 
 
-def test_a_kernel_that_the_compiler_rejects_runs_uncompiled(monkeypatch, capsys):
+def test_a_kernel_that_the_compiler_rejects_runs_uncompiled(compiled_here, monkeypatch, capsys):
     """Metal, for example, allows 31 buffers per kernel."""
     calls = []
 
@@ -728,7 +725,7 @@ def train_digits(output, *arguments):
     return output / "digits" / "2d_cardinal_expansion_1" / "seed_0"
 
 
-def test_training_with_each_backend_gives_the_same_losses(uncompiled, tmp_path):
+def test_training_with_each_backend_gives_the_same_losses(tmp_path):
     losses = []
     for backend in ("dense", "diagonal"):
         folder = train_digits(tmp_path / backend, "--backend", backend)
@@ -738,7 +735,7 @@ def test_training_with_each_backend_gives_the_same_losses(uncompiled, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_checkpoint_evaluates_the_same_with_another_backend(uncompiled, tmp_path):
+def test_a_checkpoint_evaluates_the_same_with_another_backend(tmp_path):
     import eval as evaluation
 
     checkpoint = train_digits(tmp_path, "--backend", "diagonal") / "last.pt"

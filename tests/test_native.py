@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import oracle, random_qkv
+from test_attention import oracle, random_qkv, train_digits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import masks
@@ -478,6 +478,19 @@ def test_auto_is_settled_by_the_first_call():
 def test_a_mask_that_allows_much_stays_dense():
     assert rule.choose(100, 9000, 0)[0] == "dense"
     assert rule.choose(100, 500, 0)[0] == "native"
+
+
+def test_a_run_that_began_with_compiled_diagonals_goes_on_with_the_kernel(tmp_path, capsys):
+    folder = train_digits(tmp_path)
+    (folder / "summary.json").unlink()
+    config = utils.read_json(folder / "config.json")
+    config["attention"] |= {"backend": "diagonal", "backend_reason": "the fastest measured: ..."}
+    utils.write_json(folder / "config.json", config)
+
+    train_digits(tmp_path)
+    found = utils.read_json(folder / "config.json")["attention"]
+    assert (found["backend"], found["backend_reason"][:7]) == ("native", "by rule")
+    assert "attention goes on with backend native" in capsys.readouterr().out
 
 
 def test_many_diagonals_are_no_limit():
