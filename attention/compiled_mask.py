@@ -6,7 +6,7 @@ Four backends give the same numbers as `scaled_dot_product_attention` (SDPA) wit
     dense     SDPA with the mask, or without any for full attention. The reference.
     native    Only the listed neighbors of each token, see native.py. On the CPU, for any mask.
     diagonal  Only the non-zero diagonals of the mask, see diagonal.py. Runs on any device, but
-              needs a mask with few diagonals.
+              is slow on a CPU, and needs a mask with few diagonals.
     flex      FlexAttention with a block mask, on CUDA. It skips blocks of 128x128, so it needs
               many tokens to gain anything.
 

@@ -12,10 +12,10 @@ With g the gradient of out, and the scale 1 / sqrt(D) left out:
     dp_n = g . v[i + o_n]     ds = p (dp - g . out)   dq = sum_n ds_n k[i + o_n]
     dk = sum_n (ds_n q)[i - o_n]                      dv = sum_n (p_n g)[i - o_n]
 
-Forward and backward are two plain functions. torch.compile compiles each once per configuration
-(offsets, shape, dtype, device), inside one operator that is opaque to an outer torch.compile. So a
-model compiles without a graph break, and the kernel is compiled once rather than once per layer.
-Without a compiler, the same functions run as they are.
+Forward and backward are two plain functions. On a GPU, torch.compile compiles each once per
+configuration (offsets, shape, dtype, device), inside one operator that is opaque to an outer
+torch.compile. So a model compiles without a graph break, and the kernel is compiled once rather
+than once per layer. On the CPU, and without a compiler, the same functions run as they are.
 
 Legend for shapes:
     B batch, N patches, G global tokens, T = G + N tokens, H heads, D head dim
