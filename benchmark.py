@@ -141,6 +141,12 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
         action="store_true",
         help="add one global token to attention alone; models always have one",
     )
+    sizes.add_argument(
+        "--separate",
+        action="store_true",
+        help="give attention alone q, k and v as three tensors, each [B, H, T, D], instead of the "
+        "packed [B, T, 3, H, D] of a model",
+    )
     sizes.add_argument("--batch_size", type=positive, help="images per batch (default: by grid)")
     sizes.add_argument(
         "--num_heads",

@@ -123,7 +123,10 @@ def shape_of(args, grid: int) -> tuple[int, int]:
 def attention_candidates(
     args, grid: int, backends: list[str], device: torch.device
 ) -> list[Candidate]:
-    """Full attention, and each pattern with each backend, on one packed qkv [B, T, 3, H, D]."""
+    """Full attention, and each pattern with each backend.
+
+    All on one packed qkv [B, T, 3, H, D], or with `--separate` on q, k and v, each [B, H, T, D].
+    """
     batch_size, num_heads = shape_of(args, grid)
     num_global = int(args.class_token)
     num_patches = grid * grid
@@ -133,36 +136,65 @@ def attention_candidates(
     shape = (batch_size, num_global + num_patches, 3, num_heads, args.head_dim)
     qkv = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
     grad = torch.randn(*shape[:2], *shape[3:], generator=generator).to(device, dtype)
+    inputs = (qkv,)
+    if args.separate:
+        inputs = tuple(x.detach().contiguous().requires_grad_() for x in unpack(qkv))
+        grad = grad.transpose(1, 2).contiguous()
+
+    def on_packed(attend: Callable) -> Callable:
+        if not args.separate:
+            return attend
+        return lambda qkv: attend(*unpack(qkv)).transpose(1, 2)
 
     def candidate(backend: str, spec: MaskSpec, mask: Tensor | None, attend: Callable) -> Candidate:
         full_pairs = attention.count_pairs(None, num_patches, num_global)
         pairs = attention.count_pairs(mask, num_patches, num_global)
         exact = backend not in INEXACT
+
+        def check() -> float:
+            return largest_error(on_packed(attend), qkv, mask, num_global)
+
         return Candidate(
             backend=backend,
             mask=spec,
             num_neighbors_mean=num_patches if mask is None else int(mask.sum()) / num_patches,
             num_sequences=batch_size * num_heads,
             ceiling=full_pairs / pairs,
-            run=lambda: torch.autograd.grad(attend(qkv), qkv, grad),
-            check=(lambda: largest_error(attend, qkv, mask, num_global)) if exact else None,
+            run=lambda: torch.autograd.grad(attend(*inputs), inputs, grad),
+            check=check if exact else None,
         )
 
     full = attention.compile_mask(None, num_global)
-    candidates = [candidate(FULL, MaskSpec(), None, lambda x: attention.attend_packed(x, full))]
+    candidates = [candidate(FULL, MaskSpec(), None, attend_with(full, args.separate))]
     for spec in masks_of(args):
         mask = spec.build(grid, grid)
         for backend in backends:
-            attend = make_attend(backend, spec, mask, num_global, qkv)
+            attend = make_attend(backend, spec, mask, num_global, qkv, args.separate)
             if attend is not None:
                 candidates.append(candidate(backend, spec, mask, attend))
     return candidates
 
 
+def unpack(qkv: Tensor) -> Tensor:
+    """[B, T, 3, H, D] -> q, k and v, each [B, H, T, D]."""
+    return qkv.permute(2, 0, 3, 1, 4)
+
+
+def attend_with(compiled: attention.CompiledMask, separate: bool) -> Callable:
+    """Attention of packed qkv, or of separate q, k and v."""
+    attend = attention.attend if separate else attention.attend_packed
+    return lambda *inputs: attend(*inputs, compiled)
+
+
 def make_attend(
-    backend: str, spec: MaskSpec, mask: Tensor, num_global: int, qkv: Tensor
+    backend: str, spec: MaskSpec, mask: Tensor, num_global: int, qkv: Tensor, separate: bool = False
 ) -> Callable | None:
-    """qkv [B, T, 3, H, D] -> [B, T, H, D] by one backend; None if it doesn't support the mask."""
+    """Attention by one backend; None if it does not support the mask or separate q, k and v.
+
+    qkv [B, T, 3, H, D] -> [B, T, H, D], or q, k, v, each [B, H, T, D] -> [B, H, T, D].
+    """
+    if separate and backend not in attention.BACKENDS:
+        return None
     if backend == "local-attention":
         attends_to_others = mask.sum() > len(mask)  # the package has no window of one
         supported = spec.mask_type.startswith("1d") and not num_global and attends_to_others
@@ -182,7 +214,7 @@ def make_attend(
     if backend == "uncompiled":
         valid, offsets = compiled.valid, compiled.offsets
         return lambda qkv: UncompiledDiagonal.apply(qkv, valid, offsets, num_global)
-    return lambda qkv: attention.attend_packed(qkv, compiled)
+    return attend_with(compiled, separate)
 
 
 def choose(
@@ -228,7 +260,7 @@ def local_attention_peer(mask: Tensor) -> Callable:
 
     def attend(qkv: Tensor) -> Tensor:
         batch_size, num_tokens = qkv.shape[:2]
-        q, k, v = (x.flatten(0, 1) for x in qkv.permute(2, 0, 3, 1, 4))  # each [B * H, T, D]
+        q, k, v = (x.flatten(0, 1) for x in unpack(qkv))  # each [B * H, T, D]
         # This mask hides the tokens that autopad appends.
         real = torch.ones(1, num_tokens, dtype=torch.bool, device=qkv.device)
         out = layer(q, k, v, mask=real)  # [B * H, T, D]

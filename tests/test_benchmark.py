@@ -78,6 +78,17 @@ def test_class_token_and_peers(tmp_path):
     assert made[1].ceiling == pytest.approx(100 / num_pairs)
 
 
+def test_separate_q_k_and_v_are_checked_and_timed():
+    args = benchmark.parse_args([*LIGHT, "--class_token", "--separate"])
+    backends = ["dense", "diagonal", "uncompiled"]
+    made = candidates.attention_candidates(args, 3, backends, CPU)
+    assert {c.backend for c in made} == {"full SDPA", "dense", "diagonal"}
+    for candidate in made:
+        assert candidate.check() < 1e-5
+        gradients = candidate.run()
+        assert [tuple(gradient.shape) for gradient in gradients] == 3 * [(2, 2, 10, 8)]
+
+
 def test_models_compute_the_same_and_have_a_ceiling():
     args = benchmark.parse_args([*LIGHT, "--level", "model", "--model", "vit_micro"])
     made = candidates.model_candidates(args, 3, ["dense", "timm"], CPU)
