@@ -355,7 +355,7 @@ def libraries(cache):
 def cache(tmp_path_factory):
     """A cache folder with a library, built by processes that started together."""
     folder = tmp_path_factory.mktemp("cache")
-    started = [start(folder) for _ in range(4)]
+    started = [start(folder) for _ in range(8)]
     outputs = [process.communicate() for process in started]
     assert len({out for out, _ in outputs}) == 1
     assert sum("built the attention kernel" in err for _, err in outputs) <= 1
@@ -440,6 +440,15 @@ def test_sanitizers_find_nothing(tmp_path):
     assert done.stdout == "clean\n", done.stderr[-3000:]
 
 
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    process = start(file, TMPDIR=str(tmp_path))
+    process.communicate()
+    assert process.returncode == 0
+    assert len(libraries(tmp_path / f"cache-{os.getuid()}")) == 1
+
+
 CHOICE = (
     "import masks; from attention import compile_mask, attend_packed; import torch; "
     "compiled = compile_mask(masks.build_attention_mask('2d_cardinal', 1, 28, 28)); "
@@ -478,6 +487,16 @@ def test_auto_is_settled_by_the_first_call():
 def test_a_mask_that_allows_much_stays_dense():
     assert rule.choose(100, 9000, 0)[0] == "dense"
     assert rule.choose(100, 500, 0)[0] == "native"
+
+
+@pytest.mark.parametrize("options", [(), ("--checkpoint_activations",)])
+def test_training_gives_the_losses_of_dense_attention(tmp_path, options):
+    losses = []
+    for backend in ("dense", "native"):
+        folder = train_digits(tmp_path / backend, "--backend", backend, *options)
+        assert utils.read_json(folder / "config.json")["attention"]["backend"] == backend
+        losses.append([row["eval_loss"] for row in utils.read_json_lines(folder / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_run_that_began_with_compiled_diagonals_goes_on_with_the_kernel(tmp_path, capsys):
