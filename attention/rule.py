@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from attention import build
 
-# The native kernel takes time for each allowed pair, dense attention for each pair. What one costs
-# the former is this many times what it costs the latter: measured on random masks, where both are
-# equally fast if half of the pairs are allowed (28x28 tokens; with fewer, native is faster still).
-COST_OF_NATIVE = 2.0
+# The native kernel takes time for each allowed pair, dense attention for each pair. They are equally
+# fast if the share of allowed pairs is this number divided by the cube root of the number of tokens:
+# 81 % for 196 tokens, 51 % for 784, 40 % for 1,600. Fitted to random masks; the head dim makes little
+# difference, and bf16 favors the kernel (experiments/rule_fit.py).
+SHARE_OF_EQUAL_SPEED = 4.7
 
-# The same for the eager formulas of diagonal.py, which serve where there is no C++ compiler.
+# An allowed pair costs the eager formulas of diagonal.py, which serve where there is no C++ compiler,
+# this many times what a pair costs dense attention.
 COST_OF_EAGER = 40.0
 
 
@@ -21,7 +23,7 @@ def choose(num_tokens: int, num_edges: int, num_diagonals: int) -> tuple[str, st
     num_pairs = num_tokens**2
     share = f"{num_edges:,} of {num_pairs:,} pairs are allowed"
     if build.is_available():
-        if COST_OF_NATIVE * num_edges < num_pairs:
+        if num_edges / num_pairs < SHARE_OF_EQUAL_SPEED / num_tokens ** (1 / 3):
             return "native", f"by rule: {share}"
         return "dense", f"by rule: {share}, too many to gain from skipping the rest"
 
