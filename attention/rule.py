@@ -9,12 +9,12 @@ from attention import build
 
 # The native kernel takes time for each allowed pair, dense attention for each pair. They are equally
 # fast if the share of allowed pairs is this number divided by the cube root of the number of tokens:
-# 81 % for 196 tokens, 51 % for 784, 40 % for 1,600. Fitted to random masks; the head dim makes little
-# difference, and bf16 favors the kernel (experiments/rule_fit.py).
+# 81 % for 196 tokens, 51 % for 784, 40 % for 1,600. Fitted to random masks; the head dim makes
+# little difference, and bf16 favors the kernel (experiments/rule_fit.py).
 SHARE_OF_EQUAL_SPEED = 4.7
 
-# An allowed pair costs the eager formulas of diagonal.py, which serve where there is no C++ compiler,
-# this many times what a pair costs dense attention.
+# A pair costs the eager formulas of diagonal.py, which serve where there is no C++ compiler, this
+# many times what it costs dense attention.
 COST_OF_EAGER = 40.0
 
 
