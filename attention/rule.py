@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from attention import build
 
-# The native kernel takes time for each allowed pair, dense attention for each pair. They are equally
-# fast if the share of allowed pairs is this number divided by the cube root of the number of tokens:
-# 81 % for 196 tokens, 51 % for 784, 40 % for 1,600. Fitted to random masks; the head dim makes
-# little difference, and bf16 favors the kernel (experiments/rule_fit.py).
+# The native kernel takes time for each allowed pair, dense attention for each pair. They are as
+# fast as each other if the share of allowed pairs is this number over the cube root of the number
+# of tokens: 81 % for 196 tokens, 51 % for 784, 40 % for 1,600. Fitted to random masks; the head dim
+# makes little difference, and bf16 favors the kernel (experiments/rule_fit.py).
 SHARE_OF_EQUAL_SPEED = 4.7
 
 # A pair costs the eager formulas of diagonal.py, which serve where there is no C++ compiler, this
