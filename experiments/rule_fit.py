@@ -1,4 +1,4 @@
-"""Where the native kernel and dense attention are equally fast: what attention/rule.py is fitted to.
+"""Where the native kernel and dense attention are equally fast: the fit of attention/rule.py.
 
     python experiments/rule_fit.py   # ~3 minutes; writes experiments/benchmark/rule_fit.json
 
