@@ -25,7 +25,7 @@ from runtime.stopping import StoppedAtOnce, StopRequest
 from training import run_folder
 from training.checkpoints import load_latest
 from training.command_line import parse_args, resolve_settings
-from training.settings import Settings
+from training.settings import EVAL_SPLITS, Settings
 from training.trainer import Stopped, Trainer, micro_batch_size
 
 
@@ -118,6 +118,7 @@ def load_dataset(settings: Settings, device: torch.device) -> data.Dataset:
         (settings.model.img_size, settings.model.img_size),
         device,
         None if limit is None else limit * 2**30,
+        settings.data.holdout,
         **({"skip_unreadable": True} if settings.data.skip_unreadable else {}),
     )
 
@@ -140,8 +141,9 @@ def run(
     history = trainer.train()
     if distributed.IS_FIRST:
         utils.write_json(folder / utils.SUMMARY, run_folder.summarize(history, trainer.config))
-        accuracy = f"{history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images"
-        print(f"finished: {accuracy}; results in {folder}")
+        images = f"{len(dataset.evaluated)} {EVAL_SPLITS[settings.data.eval_split]}"
+        accuracy = f"{history[-1]['eval_accuracy']:.2f}%"
+        print(f"finished: {accuracy} on {images}; results in {folder}")
     return 0
 
 
@@ -186,6 +188,8 @@ def prepare(
         utils.write_json(folder / utils.CONFIG, config)
         draw_mask(model, settings, folder)
         about = f"{config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}"
+        if dataset.held_out is not None:
+            about += f", evaluated on {len(dataset.held_out)} {EVAL_SPLITS['holdout']}"
         print(f"{folder}: {about}", flush=True)
         if state is not None:
             place = f"epoch {trainer.progress.epoch} after step {trainer.step}"

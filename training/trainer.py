@@ -328,6 +328,7 @@ class Trainer:
             "epoch_seconds": train_seconds + result["seconds"],
             "compile_seconds": progress.compile_seconds,
             "flops_utilization": self.flops_utilization(rate),
+            "eval_split": self.settings.data.eval_split,
             "eval_loss": result["loss"],
             "eval_accuracy": result["top1_accuracy"],
             "eval_images_per_second": result["images_per_second"],
@@ -346,10 +347,10 @@ class Trainer:
         )
 
     def evaluate(self) -> dict:
-        """Evaluate on the test images, with the averaged weights if there are any."""
+        """Evaluate on the test or held-out images, with the averaged weights if there are any."""
         result = evaluate(
             self.average.model if self.average else self.model,
-            self.test_batches(micro_batch_size(self.settings)),
+            self.eval_batches(micro_batch_size(self.settings)),
             self.dataset.num_classes,
             self.device,
             self.settings.machine.precision,
@@ -361,15 +362,15 @@ class Trainer:
             )
         return result
 
-    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of the test images.
+    def eval_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of the test or held-out images.
 
         If asked to stop before a batch, saves and raises Stopped: the resumed run repeats the
         whole evaluation.
         """
-        test, rank, world_size = self.dataset.test, distributed.RANK, distributed.WORLD_SIZE
-        batches = data.eval_batches(self.dataset, test, size, rank, world_size)
-        for _ in range(data.steps_per_epoch(len(test), size * world_size)):
+        split, rank, world_size = self.dataset.evaluated, distributed.RANK, distributed.WORLD_SIZE
+        batches = data.eval_batches(self.dataset, split, size, rank, world_size)
+        for _ in range(data.steps_per_epoch(len(split), size * world_size)):
             if distributed.any_rank(self.stop.reason is not None):
                 self.save()
                 raise Stopped
