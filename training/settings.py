@@ -255,6 +255,9 @@ class RunSettings:
         "M",
         may_change=True,
     )
+    track: str = flag(
+        "none", "also show the run in a tracker, which must be installed", may_change=True
+    )
     dry_run: bool = flag(False, "print the resolved configuration and stop", may_change=True)
     debug: bool = flag(False, "show errors with their traceback", may_change=True)
 

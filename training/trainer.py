@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -169,10 +169,11 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------
     # Training
 
-    def train(self) -> list[dict]:
+    def train(self, on_epoch: Callable[[dict], None] = lambda row: None) -> list[dict]:
         """Train to the last epoch -> the rows of metrics.jsonl.
 
-        Raises Stopped if asked to stop; everything is saved then.
+        `on_epoch` is called with each new row, once that is saved, on the first process. Raises
+        Stopped if asked to stop; everything is saved then.
         """
         self.write_metrics()  # the checkpoint is the truth, the log follows it
         hardware.reset_peak_memory(self.device)  # forget the peak of choosing a backend
@@ -186,6 +187,7 @@ class Trainer:
 
             if distributed.IS_FIRST:
                 print(format_epoch(row, self.num_epochs), flush=True)
+                on_epoch(row)
             if self.progress.epoch <= self.num_epochs:
                 self.stop_if_asked()
         return self.progress.history
