@@ -48,10 +48,11 @@ def name(request, tmp_path, monkeypatch):
     """A tracker whose package is installed."""
     pytest.importorskip(request.param)
     if request.param == "trackio":  # it reads TRACKIO_DIR once, when it is imported
-        from trackio import sqlite_storage, utils
-
-        for module in (utils, sqlite_storage):
-            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+        modules = [sys.modules[name] for name in list(sys.modules) if name.startswith("trackio")]
+        for module in modules:
+            for key, path in (("TRACKIO_DIR", "trackio"), ("MEDIA_DIR", "trackio/media")):
+                if hasattr(module, key):
+                    monkeypatch.setattr(module, key, tmp_path / path)
     return request.param
 
 
@@ -60,15 +61,15 @@ def name(request, tmp_path, monkeypatch):
 
 
 def read(name, folder):
-    return {"tensorboard": read_tensorboard, "wandb": read_wandb, "trackio": read_trackio}[name](
-        folder
-    )
+    readers = {"tensorboard": read_tensorboard, "wandb": read_wandb, "trackio": read_trackio}
+    return readers[name](folder)
 
 
 def read_tensorboard(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), {"tensors": 0, "scalars": 0, "images": 0})
+    sizes = {"tensors": 0, "scalars": 0, "images": 0}  # all
+    events = EventAccumulator(str(folder), sizes, purge_orphaned_data=False)
     events.Reload()
     tags = events.Tags()
     curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]}

@@ -26,7 +26,7 @@ from utils import UserError
 
 # What to install for each. No package is imported before it is asked for.
 REQUIREMENTS = {
-    "tensorboard": "tensorboard>=2.20",
+    "tensorboard": "tensorboard>=2.21",
     "wandb": "wandb>=0.31",
     "trackio": "trackio>=0.43",
 }
@@ -269,14 +269,16 @@ class Wandb:
 
     def _describe(self) -> str:
         if not self.run.offline:
-            return self.run.url
+            return self.run.url or "nowhere, as WANDB_MODE is disabled"
         return f"wandb sync {shlex.quote(str(self._offline_dir()))} uploads it"
 
     def _offline_dir(self) -> Path:
         return Path(self.run.dir).parent
 
     def _remove_earlier_parts(self, folder: Path, run_id: str) -> None:
-        """Remove what earlier processes of the run wrote offline: all of it is in the new part."""
+        """Remove what earlier processes of the run wrote offline, if all of it is in a new part."""
+        if not self.run.offline:
+            return
         for part in folder.glob(f"wandb/offline-run-*-{run_id}"):
             was_uploaded = any(part.glob("*.synced"))
             if part.name != self._offline_dir().name and not was_uploaded:
