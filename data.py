@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import augment, mixing, pixels, sources
+from pipeline import augment, holdout, mixing, pixels, sources
 from runtime import hardware
 
 BYTES_AT_ONCE = 2**23  # Small batches are augmented together, up to this many bytes of images.
@@ -48,8 +48,9 @@ class Dataset:
     class_names: list[str]
     train: Split
     test: Split
+    held_out: Split | None = None  # a part of the training images that is not in `train`
 
-    # Mean and standard deviation of each channel of the training images, in units of [0, 1].
+    # Mean and standard deviation of each channel of the images in `train`, in units of [0, 1].
     mean: list[float]
     std: list[float]
 
@@ -70,6 +71,11 @@ class Dataset:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def evaluated(self) -> Split:
+        """What a training is evaluated on: the images held out, or without any, the test images."""
+        return self.test if self.held_out is None else self.held_out
+
     def describe(self) -> dict:
         """What identifies the data, for config.json and checkpoints."""
         return {
@@ -77,6 +83,7 @@ class Dataset:
             "label": self.label,
             "num_train": len(self.train),
             "num_test": len(self.test),
+            **({} if self.held_out is None else {"num_held_out": len(self.held_out)}),
             "num_classes": self.num_classes,
             "class_names": self.class_names,
             "image_shape": list(self.train.images.shape[1:]),
@@ -94,12 +101,14 @@ def load_dataset(
     img_size: tuple[int, int],
     device: torch.device,
     limit_bytes: float | None = None,
+    held_out: float = 0.0,
     **options,
 ) -> Dataset:
     """Read one of sources.DATASETS; its batches will have `img_size` = (h, w) and be on `device`.
 
     If the images exceed `limit_bytes` (default: half of the GPU's free memory), they stay on the
-    CPU and their batches are streamed. `options` are passed on to the source. Raises UserError,
+    CPU and their batches are streamed. `held_out` is the fraction of the training images to leave
+    out of `train`, see `holdout.split`. `options` are passed on to the source. Raises UserError,
     with what to do about it, if the data cannot be read.
     """
     source = sources.DATASETS[name]
@@ -112,6 +121,12 @@ def load_dataset(
     streams = train_images.nbytes + test_images.nbytes > limit_bytes
     storage = torch.device("cpu") if streams else device
 
+    apart = None
+    if held_out:
+        kept, others = holdout.split(train_labels, loaded.class_names, held_out)
+        apart = Split(train_images[others].to(storage), train_labels[others].to(storage))
+        train_images, train_labels = train_images[kept], train_labels[kept]
+
     mean, std = channel_statistics(train_images)
     return Dataset(
         name=name,
@@ -119,6 +134,7 @@ def load_dataset(
         class_names=loaded.class_names,
         train=Split(train_images.to(storage), train_labels.to(storage)),
         test=Split(test_images.to(storage), test_labels.to(storage)),
+        held_out=apart,
         mean=mean,
         std=std,
         flip=source.flip,

@@ -17,9 +17,9 @@ import utils
 from runtime import distributed, hardware
 from training.checkpoints import load_checkpoint, rebuild_model
 from training.evaluation import evaluate
-from training.settings import Settings
+from training.settings import EVAL_SPLITS, Settings
 
-SPLITS = ("test", "train")
+SPLITS = {**EVAL_SPLITS, "train": "training images"}
 
 
 def parse_args(argv=None):
@@ -28,7 +28,8 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a run folder")
-    add("--split", choices=SPLITS, default="test", help="images to evaluate on")
+    split_help = "images to evaluate on; holdout: those that main.py --holdout kept from training"
+    add("--split", choices=SPLITS, default="test", help=split_help)
     add(
         "--data_dir",
         type=utils.home_path,
@@ -72,14 +73,20 @@ def main(argv=None) -> int:
 
     state = load_checkpoint(args.checkpoint)
     settings = Settings.from_dict(state["settings"])
+    if args.split == "holdout" and not settings.data.holdout:
+        raise utils.UsageError(
+            f"--split holdout, but {args.checkpoint} was trained without --holdout; choose "
+            "--split test or train"
+        )
     device = hardware.pick_device(args.device)
     precision = hardware.resolve_precision(args.precision or settings.machine.precision, device)
     model = rebuild_model(state, args.backend).to(device)
     with utils.usage_errors():
         model.compiled_mask.check_device(device)
 
-    dataset, is_as_trained = load_dataset(args.data_dir, state, settings, device)
-    batches = data.eval_batches(dataset, getattr(dataset, args.split), args.batch_size)
+    dataset, is_as_trained = load_dataset(args.data_dir, args.split, state, settings, device)
+    split = {"test": dataset.test, "holdout": dataset.held_out, "train": dataset.train}[args.split]
+    batches = data.eval_batches(dataset, split, args.batch_size)
     result = evaluate(model, batches, dataset.num_classes, device, precision)
 
     report = {
@@ -88,6 +95,7 @@ def main(argv=None) -> int:
         "data": dataset.label,
         "data_as_trained": is_as_trained,
         "split": args.split,
+        "holdout": settings.data.holdout,  # the fraction that was kept from training
         "precision": precision,
         "class_names": dataset.class_names,
         **result,
@@ -101,17 +109,20 @@ def main(argv=None) -> int:
 
 
 def load_dataset(
-    data_dir: str | None, state: dict, settings: Settings, device: torch.device
+    data_dir: str | None, split: str, state: dict, settings: Settings, device: torch.device
 ) -> tuple[data.Dataset, bool | None]:
     """The data, and whether it is what the checkpoint was trained with (None if unknown).
 
-    Raises UserError if its classes differ from those of the checkpoint.
+    Its training images are divided as in training, unless only the test images are needed. Raises
+    UserError if its classes differ from those of the checkpoint, or if it is other data and the
+    images held out in training are asked for.
     """
     dataset = data.load_dataset(
         settings.data.dataset,
         data_dir or settings.data.data_dir,
         state["model_config"]["img_size"],
         device,
+        held_out=0.0 if split == "test" else settings.data.holdout,
         **({"skip_unreadable": True} if settings.data.skip_unreadable else {}),
     )
     trained_on = state["data"]
@@ -124,6 +135,11 @@ def load_dataset(
     is_as_trained = None
     if trained_on.get("checksum") is not None:  # older checkpoints have none
         is_as_trained = dataset.checksum == trained_on["checksum"]
+    if is_as_trained is False and split == "holdout":
+        raise utils.UserError(
+            f"{dataset.label} holds other images than the checkpoint was trained with, so none of "
+            "them is known to be held out; choose --split test or train"
+        )
     if is_as_trained is False:
         utils.warn(
             f"{dataset.label} holds other images than the checkpoint was trained and tested with; "
@@ -148,7 +164,7 @@ def describe(report: dict) -> str:
     if report["top5_accuracy"] is not None:
         top5 = f", top-5 {report['top5_accuracy']:.2f}%"
     lines = [
-        f"{report['data']}, {report['split']}, epoch {report['epoch']}: "
+        f"{report['data']}, {SPLITS[report['split']]}, epoch {report['epoch']}: "
         f"loss {report['loss']:.4f}, top-1 {report['top1_accuracy']:.2f}%{top5} "
         f"({report['num_images']} images, {report['images_per_second']:.0f} images/s)"
     ]

@@ -7,6 +7,7 @@ Run the same command again to resume an interrupted run; a finished one is left 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ from runtime.stopping import StoppedAtOnce, StopRequest
 from training import run_folder
 from training.checkpoints import load_latest
 from training.command_line import parse_args, resolve_settings
-from training.settings import Settings
+from training.settings import EVAL_SPLITS, Settings
+from training.tracking import Tracker
 from training.trainer import Stopped, Trainer, micro_batch_size
 
 
@@ -118,6 +120,7 @@ def load_dataset(settings: Settings, device: torch.device) -> data.Dataset:
         (settings.model.img_size, settings.model.img_size),
         device,
         None if limit is None else limit * 2**30,
+        settings.data.holdout,
         **({"skip_unreadable": True} if settings.data.skip_unreadable else {}),
     )
 
@@ -131,17 +134,25 @@ def run(
     argv: list[str],
 ) -> int:
     """Begin or resume the run, and finish it."""
-    with stop.at_once():
-        # Another process may have finished it before this one got the folder.
-        if run_folder.is_finished(folder, settings, dataset.describe()):
-            return 0
-        trainer = prepare(settings, dataset, folder, device, stop, argv)
+    with contextlib.closing(Tracker(settings.run.track)) as tracker:
+        with stop.at_once():
+            # Another process may have finished it before this one got the folder.
+            if run_folder.is_finished(folder, settings, dataset.describe()):
+                return 0
+            trainer = prepare(settings, dataset, folder, device, stop, argv)
+            if distributed.IS_FIRST:
+                tracker.begin(folder, trainer.config, trainer.progress.history)
 
-    history = trainer.train()
+        history = trainer.train(on_epoch=tracker.log_epoch)
+        if distributed.IS_FIRST:
+            summary = run_folder.summarize(history, trainer.config)
+            utils.write_json(folder / utils.SUMMARY, summary)
+            tracker.log_summary(summary)
+
     if distributed.IS_FIRST:
-        utils.write_json(folder / utils.SUMMARY, run_folder.summarize(history, trainer.config))
-        accuracy = f"{history[-1]['eval_accuracy']:.2f}% on {len(dataset.test)} test images"
-        print(f"finished: {accuracy}; results in {folder}")
+        images = f"{len(dataset.evaluated)} {EVAL_SPLITS[settings.data.eval_split]}"
+        accuracy = f"{history[-1]['eval_accuracy']:.2f}%"
+        print(f"finished: {accuracy} on {images}; results in {folder}")
     return 0
 
 
@@ -186,6 +197,8 @@ def prepare(
         utils.write_json(folder / utils.CONFIG, config)
         draw_mask(model, settings, folder)
         about = f"{config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}"
+        if dataset.held_out is not None:
+            about += f", evaluated on {len(dataset.held_out)} {EVAL_SPLITS['holdout']}"
         print(f"{folder}: {about}", flush=True)
         if state is not None:
             place = f"epoch {trainer.progress.epoch} after step {trainer.step}"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import utils
 from report import charts, figures, results, text
 from report.results import Row, Run
+from training.settings import EVAL_SPLITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 CURVES_CAPTION = (
     "Line: mean over the seeds that have reached the epoch; band: from the lowest seed to the "
     "highest. Training values are averages over the epoch while the weights change, with "
-    "augmentation, dropout and label smoothing if they are on; test values are measured without "
+    "augmentation, dropout and label smoothing if they are on; {split} values are measured without "
     "them after the epoch."
 )
 POINTS_CAPTION = (
@@ -118,8 +119,10 @@ def load_comparison(results_path: Path) -> list[Run]:
     groups = results.group_by_data(runs)
     if len(groups) > 1:
         found = "; ".join(map(describe_group, groups))
+        differ_in_holdout = len({group[0].settings.data.holdout for group in groups}) == len(groups)
+        several = "runs evaluated on different images" if differ_in_holdout else "several datasets"
         raise utils.UserError(
-            f"{results_path} holds several datasets ({found}): point --results_path at one of them"
+            f"{results_path} holds {several} ({found}): point --results_path at one of them"
         )
 
     folders = {}
@@ -141,6 +144,8 @@ def load_comparison(results_path: Path) -> list[Run]:
 def describe_group(runs: list[Run]) -> str:
     """`pets in o/pets (full seed 0 and 3 more)`: the dataset of some runs, and their folders."""
     label = runs[0].config["data"]["label"]
+    if holdout := runs[0].settings.data.holdout:
+        label += f", {100 * holdout:g}% of the training images held out,"
     folders = ", ".join(map(str, sorted({run.folder.parents[1] for run in runs})))
     more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
     return f"{label} in {folders} ({runs[0].name}{more})"
@@ -153,7 +158,8 @@ def choose_plots(rows: list[Row]) -> dict[str, Plot]:
         if any(row.curve(f"{split}_{kind}") for row in rows for split in charts.SPLITS):
             draw = functools.partial(charts.draw_curves, rows, kind)
             title = f"{kind.capitalize()} during training"
-            plots[f"{kind}_curves"] = Plot(title, CURVES_CAPTION, draw)
+            caption = CURVES_CAPTION.format(split=charts.name_of_split("eval", rows))
+            plots[f"{kind}_curves"] = Plot(title, caption, draw)
 
     measured = [row for row in rows if row.accuracy is not None]
     if measured:
@@ -225,8 +231,15 @@ def reading_notes(rows: list[Row]) -> list[str]:
     if any(run.settings.machine.device == "cpu" for run in runs):
         on_cpu = ", and on a CPU that of the whole process"
 
+    accuracy, holdout = "the test accuracy", runs[0].settings.data.holdout
+    if holdout:
+        accuracy = (
+            f"the accuracy on {EVAL_SPLITS['holdout']} (`--holdout {holdout:g}`), not on test "
+            "images,"
+        )
+
     notes = [
-        "Final accuracy is the test accuracy after the last epoch, not the best epoch; mean ± "
+        f"Final accuracy is {accuracy} after the last epoch, not the best epoch; mean ± "
         "sample standard deviation over n seeds. Only finished runs count in the table.",
         "Neighbors include the patch itself. Nominal: for a patch far from every border; the "
         "shapes are matched by this number. Mean: over all patches of the grid, truncated at the "

@@ -9,17 +9,15 @@ does only what is missing. The sweep ends with the table of results.
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
-from pathlib import Path
 
 import masks
 import utils
 from pipeline import identity
 from report import results
 from sweep import gpus, launch, slurm
-from sweep.plan import DONE, FAILED, RUNNING, Job, PlannedRun, data_dir_of, last_lines, make_plan
+from sweep.plan import DONE, FAILED, Job, PlannedRun, data_dir_of, last_lines, make_plan
+from sweep.status import Status
 from utils import json_list, number_type
 
 MAIN_SCRIPT = utils.REPOSITORY / "main.py"
@@ -125,49 +123,6 @@ def place_of(index: int, slots: list[str]) -> str:
     return f"GPU {slot}" if slot else "CPU"
 
 
-class Progress:
-    """Prints a line whenever there is news of a run, and on a terminal a live line of status."""
-
-    def __init__(self, num_runs: int, jobs: list[Job]):
-        self.num_runs = num_runs
-        self.jobs = jobs
-        self.is_live = sys.stdout.isatty()
-        self.printed: dict[PlannedRun, str] = {}
-
-    def on_change(self) -> None:
-        for job in self.jobs:
-            if job.note and self.printed.get(job.run) != job.note:
-                self.printed[job.run] = job.note
-                self.clear()
-                print(f"{job.run.name}: {job.note}", flush=True)
-
-    def on_poll(self) -> None:
-        if not self.is_live:
-            return
-
-        num_failed = sum(job.state == FAILED for job in self.jobs)
-        num_left = sum(not job.is_over for job in self.jobs)
-        text = f"{self.num_runs - num_left - num_failed}/{self.num_runs} done, {num_failed} failed"
-        for job in self.jobs:
-            if job.state == RUNNING:
-                text += f" | {job.run.name}{describe_last_epoch(job.run.folder)}"
-
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r\033[K{text[:width]}", end="", flush=True)
-
-    def clear(self) -> None:
-        if self.is_live:
-            print("\r\033[K", end="")
-
-
-def describe_last_epoch(folder: Path) -> str:
-    try:
-        row = json.loads((folder / utils.METRICS).read_text().splitlines()[-1])
-        return f": epoch {row['epoch']}, {row['eval_accuracy']:.1f}%"
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return ""  # no epoch yet, or not a file of ours
-
-
 def report(plan: list[PlannedRun], jobs: list[Job]) -> None:
     """Print the table of results, and the end of the log of each failed run.
 
@@ -252,16 +207,16 @@ def main(argv=None) -> int:
     print(counts, flush=True)
 
     rules = launch.Rules(MAIN_SCRIPT, args.retries, args.timeout_minutes, args.gpus_per_run)
-    progress = Progress(len(plan), jobs)
+    status = Status(plan, jobs, None if on_slurm else len(slots))
     if on_slurm:
-        stopped = slurm.run_jobs(jobs, rules, args, progress.on_change, progress.on_poll)
+        stopped = slurm.run_jobs(jobs, rules, args, status.on_change, status.on_poll)
     else:
-        pool = launch.Pool(jobs, slots, rules, progress.on_change, progress.on_poll)
+        pool = launch.Pool(jobs, slots, rules, status.on_change, status.on_poll)
         stopped = pool.run() is not None
         if stopped:
             say_what_is_left(jobs, len(plan))
 
-    progress.clear()
+    status.clear()
     if stopped:
         return 130
     report(plan, jobs)

@@ -36,9 +36,18 @@ BESIDE_POINT = ((8, 5, "left"), (-8, 5, "right"), (8, -10, "left"), (-8, -10, "r
 
 MAX_COLUMNS = {"legend": 100, "panel": 40, "point": 28}  # of text, for one name
 
-SPLITS = {"eval": "test", "train": "training"}  # prefix of the metrics -> display name
+SPLITS = ("eval", "train")  # prefixes of the metrics
+EVALUATED_ON = {"test": "test", "holdout": "held-out"}  # display name of the `eval` metrics
 UNITS = {"accuracy": "%", "loss": "nats"}
-FINAL_ACCURACY = "test accuracy after the final epoch (%)"
+
+
+def name_of_split(split: str, rows: list[Row]) -> str:
+    """How the metrics with the prefix `split` are called, as in `test accuracy`."""
+    return "training" if split == "train" else EVALUATED_ON[rows[0].eval_split]
+
+
+def final_accuracy(rows: list[Row]) -> str:
+    return f"{name_of_split('eval', rows)} accuracy after the final epoch (%)"
 
 
 def by_mask_type(rows: list[Row]) -> dict[str, list[Row]]:
@@ -49,7 +58,7 @@ def by_mask_type(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def most_accurate(rows: list[Row], number: int) -> list[Row]:
-    """The `number` rows with the highest latest test accuracy, in their original order."""
+    """The `number` rows with the highest latest accuracy, in their original order."""
     if len(rows) <= number:
         return rows
 
@@ -85,7 +94,7 @@ def _draw_curves_together(rows: list[Row], kind: str) -> Figure:
     names = text.labels([row.label for row in named], MAX_COLUMNS["legend"])
     _draw_rows(pair, rows, kind, dict(zip(named, names, strict=True)))
 
-    _style_pair(pair, kind)
+    _style_pair(pair, rows, kind)
     figures.add_legend_below(figure, title=_note_on_names(named, rows))
     return figure
 
@@ -100,7 +109,7 @@ def _draw_curves_by_mask_type(groups: dict[str, list[Row]], kind: str) -> Figure
         pair = pairs[number]
         title = _draw_mask_type(pair, rows, full, kind)
 
-        _style_pair(pair, kind)
+        _style_pair(pair, rows, kind)
         pair[0].set_title(text.label(mask_type, figures.WIDTHS["panel"]), fontsize=10)
         pair[0].set_xlabel("")
         pair[1].tick_params(labelbottom=True)  # even if other panels follow below
@@ -207,9 +216,10 @@ def _draw_row(
             axes.fill_between(epochs, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
 
 
-def _style_pair(pair: tuple[Axes, Axes], kind: str) -> None:
-    for axes, split in zip(pair, SPLITS.values(), strict=True):
-        figures.style_axes(axes, xlabel="epoch", ylabel=f"{split} {kind} ({UNITS[kind]})")
+def _style_pair(pair: tuple[Axes, Axes], rows: list[Row], kind: str) -> None:
+    for axes, split in zip(pair, SPLITS, strict=True):
+        ylabel = f"{name_of_split(split, rows)} {kind} ({UNITS[kind]})"
+        figures.style_axes(axes, xlabel="epoch", ylabel=ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(left=0)
 
@@ -227,7 +237,7 @@ def draw_accuracy_vs_neighbors(rows: list[Row]) -> Figure:
 
     figure, axes = _draw_comparison(rows, neighbors_of)
     xlabel = "neighbors of a patch, itself included (mean over the grid)"
-    figures.style_axes(axes, xlabel=xlabel, ylabel=FINAL_ACCURACY)
+    figures.style_axes(axes, xlabel=xlabel, ylabel=final_accuracy(rows))
 
     axes.set_xscale("log")
     ticks = list(_round_numbers(*axes.get_xlim()))
@@ -245,7 +255,8 @@ def draw_accuracy_vs_throughput(rows: list[Row]) -> Figure:
         return row.throughput
 
     figure, axes = _draw_comparison(rows, throughput_of)
-    figures.style_axes(axes, xlabel="training throughput (images/s)", ylabel=FINAL_ACCURACY)
+    xlabel = "training throughput (images/s)"
+    figures.style_axes(axes, xlabel=xlabel, ylabel=final_accuracy(rows))
     _finish_comparison(figure, axes, rows, throughput_of)
     return figure
 

@@ -18,7 +18,7 @@ import utils
 from masks import MASK_TYPES, MaskSpec
 from report import text
 from training.run_record import RunRecord, number
-from training.settings import FLAGS, MAY_CHANGE
+from training.settings import EVAL_SPLITS, FLAGS, MAY_CHANGE
 
 GIB = 2**30
 
@@ -90,8 +90,13 @@ class Row:
         return [run for run in self.runs if run.state == "done"]
 
     @property
+    def eval_split(self) -> str:
+        """What the accuracies are of, see `settings.EVAL_SPLITS`."""
+        return self.runs[0].settings.data.eval_split
+
+    @property
     def accuracy(self) -> Spread | None:
-        """Test accuracy after the final epoch, in percent."""
+        """Accuracy after the final epoch, on the images of `eval_split`, in percent."""
         return Spread.of(number(run.summary["final"], "eval_accuracy") for run in self.done)
 
     @property
@@ -203,12 +208,14 @@ def group_by_data(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def is_same_data(run: Run, other: Run) -> bool:
-    """Whether two runs used the same data.
+    """Whether two runs used the same data, and were evaluated on the same images of it.
 
     Compares the names and sizes of the files if both runs recorded them, else the labels and the
     checksums of the decoded pixels.
     """
     if run.settings.data.dataset != other.settings.data.dataset:
+        return False
+    if run.settings.data.holdout != other.settings.data.holdout:
         return False
 
     here = run.config["data"]
@@ -270,11 +277,12 @@ def _differing(
 # -------------------------------------------------------------------------------------------------
 # The table
 
+ACCURACY = "final accuracy, %"
 HEADER = (
     "mask",
     "neighbors, nominal",
     "neighbors, mean",
-    "final accuracy, %",
+    ACCURACY,
     "images/s",
     "peak memory, GiB",
     "state",
@@ -284,8 +292,13 @@ MISSING = "–"
 
 
 def format_table(rows: list[Row]) -> str:
-    """The rows as a Markdown table that also reads well as plain text."""
-    cells = [HEADER, *map(_cells_of, rows)]
+    """The rows as a Markdown table that also reads well as plain text.
+
+    Unless all accuracies are of test images, the header says what they are of.
+    """
+    header = list(HEADER)
+    header[HEADER.index(ACCURACY)] += _note_on_splits(rows)
+    cells = [header, *map(_cells_of, rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
     lines = []
@@ -300,6 +313,14 @@ def format_table(rows: list[Row]) -> str:
         rules.append("-" * width if column in TEXT_COLUMNS else "-" * (width - 1) + ":")
     lines.insert(1, " | ".join(rules))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def _note_on_splits(rows: list[Row]) -> str:
+    """` on held-out training images`, or nothing where all rows are of test images."""
+    splits = dict.fromkeys(row.eval_split for row in rows)
+    if list(splits) == ["test"]:
+        return ""
+    return f" on {' or '.join(EVAL_SPLITS[split] for split in splits)}"
 
 
 def _cells_of(row: Row) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ def test_metrics_has_one_row_per_epoch(finished):
     assert [row["step"] for row in rows] == [6, 12, 18]  # 1,437 images in batches of 256
     assert set(rows[0]) == MEASURED | {
         *("epoch", "step", "lr", "flops_utilization"),
-        *("train_loss", "train_accuracy", "eval_loss", "eval_accuracy"),
+        *("train_loss", "train_accuracy", "eval_split", "eval_loss", "eval_accuracy"),
     }
 
     assert rows[0]["compile_seconds"] > 0  # the first step of each process is counted apart

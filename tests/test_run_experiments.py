@@ -13,7 +13,7 @@ from processes import alive, wait_for
 
 import run_experiments
 import utils
-from sweep import gpus, launch
+from sweep import gpus, launch, status
 
 STAND_IN = utils.REPOSITORY / "tests" / "stand_in.py"
 NAMES = {"full": "full", "cardinal": "2d_cardinal_expansion_1"}
@@ -319,10 +319,10 @@ def test_bad_command_lines_fail_with_one_line(arguments, words, capsys):
 
 def test_progress_line_names_the_epoch(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 3, "eval_accuracy": 81.26}) + "\n")
-    assert run_experiments.describe_last_epoch(tmp_path) == ": epoch 3, 81.3%"
+    assert status.describe_last_epoch(tmp_path) == ": epoch 3, 81.3%"
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 4, "eval')
-    assert run_experiments.describe_last_epoch(tmp_path) == ""
-    assert re.fullmatch("", run_experiments.describe_last_epoch(tmp_path / "nowhere"))
+    assert status.describe_last_epoch(tmp_path) == ""
+    assert re.fullmatch("", status.describe_last_epoch(tmp_path / "nowhere"))
 
 
 def test_slurm_without_submitit_says_what_to_install(sweep, monkeypatch):

@@ -20,7 +20,7 @@ NAMED = re.compile(rf"(?<![\w./~$<>*-])((?:[\w.-]+/)*[\w-]+\.(?:{SUFFIXES}))(?![
 WRITTEN = {
     *("config.json", "metrics.jsonl", "attention_mask.png", "last.pt", "previous.pt"),
     *("summary.json", "log.txt", "results.md", "FILE.json", "label.txt", "rows.jsonl"),
-    "eval_test.json",
+    *("eval_test.json", "tracking.json"),
 }
 # The user's own folders, and those that a run or an installation makes.
 OF_THE_USER = {

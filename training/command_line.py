@@ -15,7 +15,7 @@ from attention import diagonal
 from masks import MaskSpec
 from pipeline import augment, identity, sources
 from runtime import hardware
-from training import optimizers
+from training import optimizers, tracking
 from training.settings import FLAGS, RECIPES, SECTIONS, Settings, strong_lr
 from utils import UsageError
 
@@ -35,6 +35,7 @@ CHOICES = {
     "device": hardware.DEVICES,
     "precision": hardware.PRECISIONS,
     "compile": COMPILE,
+    "track": tracking.TRACKERS,
 }
 
 
@@ -121,6 +122,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--skip_unreadable is for --dataset {identity.IMAGE_FOLDER}, "
             f"got --dataset {args.dataset}"
         )
+    tracking.check_installed(args.track)
 
 
 def complete(found: dict, asked: Settings) -> dict:

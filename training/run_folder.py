@@ -13,7 +13,7 @@ from pipeline import identity
 from runtime import distributed, locks
 from training.command_line import complete
 from training.run_record import FORMAT, RunRecord
-from training.settings import MAY_CHANGE, Settings
+from training.settings import EVAL_SPLITS, MAY_CHANGE, Settings
 from utils import BusyError
 
 
@@ -75,6 +75,8 @@ def is_finished(folder: Path, settings: Settings, data: dict | None) -> bool:
         utils.check_sections(folder / utils.SUMMARY, record.summary, needed)
         final = record.summary["final"]
         result = f"{final['eval_accuracy']:.2f}% after epoch {final['epoch']}"
+        if settings.data.holdout:
+            result += f", on {EVAL_SPLITS['holdout']}"
         print(f"{folder} is finished: {result}; nothing to do")
     return distributed.from_first(finished)
 

@@ -111,6 +111,12 @@ class DataSettings:
         "DIR",
         may_change=True,
     )
+    holdout: float = flag(
+        0.0,
+        "fraction of the training images to hold out and evaluate on, instead of the test images",
+        fraction,
+        "F",
+    )
     skip_unreadable: bool = flag(
         False, "for imagefolder: leave out images that cannot be read", may_change=True
     )
@@ -122,6 +128,15 @@ class DataSettings:
         "GIB",
         may_change=True,
     )
+
+    @property
+    def eval_split(self) -> str:
+        """What accuracies are of; a key of EVAL_SPLITS."""
+        return "holdout" if self.holdout else "test"
+
+
+# What a run can be evaluated on, and how messages and reports call it.
+EVAL_SPLITS = {"test": "test images", "holdout": "held-out training images"}
 
 
 @dataclass(frozen=True)
@@ -239,6 +254,9 @@ class RunSettings:
         at_least_0,
         "M",
         may_change=True,
+    )
+    track: str = flag(
+        "none", "also show the run in a tracker, which must be installed", may_change=True
     )
     dry_run: bool = flag(False, "print the resolved configuration and stop", may_change=True)
     debug: bool = flag(False, "show errors with their traceback", may_change=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -169,10 +169,11 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------
     # Training
 
-    def train(self) -> list[dict]:
+    def train(self, on_epoch: Callable[[dict], None] = lambda row: None) -> list[dict]:
         """Train to the last epoch -> the rows of metrics.jsonl.
 
-        Raises Stopped if asked to stop; everything is saved then.
+        `on_epoch` is called with each new row, once that is saved, on the first process. Raises
+        Stopped if asked to stop; everything is saved then.
         """
         self.write_metrics()  # the checkpoint is the truth, the log follows it
         hardware.reset_peak_memory(self.device)  # forget the peak of choosing a backend
@@ -186,6 +187,7 @@ class Trainer:
 
             if distributed.IS_FIRST:
                 print(format_epoch(row, self.num_epochs), flush=True)
+                on_epoch(row)
             if self.progress.epoch <= self.num_epochs:
                 self.stop_if_asked()
         return self.progress.history
@@ -328,6 +330,7 @@ class Trainer:
             "epoch_seconds": train_seconds + result["seconds"],
             "compile_seconds": progress.compile_seconds,
             "flops_utilization": self.flops_utilization(rate),
+            "eval_split": self.settings.data.eval_split,
             "eval_loss": result["loss"],
             "eval_accuracy": result["top1_accuracy"],
             "eval_images_per_second": result["images_per_second"],
@@ -346,10 +349,10 @@ class Trainer:
         )
 
     def evaluate(self) -> dict:
-        """Evaluate on the test images, with the averaged weights if there are any."""
+        """Evaluate on the test or held-out images, with the averaged weights if there are any."""
         result = evaluate(
             self.average.model if self.average else self.model,
-            self.test_batches(micro_batch_size(self.settings)),
+            self.eval_batches(micro_batch_size(self.settings)),
             self.dataset.num_classes,
             self.device,
             self.settings.machine.precision,
@@ -361,15 +364,15 @@ class Trainer:
             )
         return result
 
-    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of the test images.
+    def eval_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of the test or held-out images.
 
         If asked to stop before a batch, saves and raises Stopped: the resumed run repeats the
         whole evaluation.
         """
-        test, rank, world_size = self.dataset.test, distributed.RANK, distributed.WORLD_SIZE
-        batches = data.eval_batches(self.dataset, test, size, rank, world_size)
-        for _ in range(data.steps_per_epoch(len(test), size * world_size)):
+        split, rank, world_size = self.dataset.evaluated, distributed.RANK, distributed.WORLD_SIZE
+        batches = data.eval_batches(self.dataset, split, size, rank, world_size)
+        for _ in range(data.steps_per_epoch(len(split), size * world_size)):
             if distributed.any_rank(self.stop.reason is not None):
                 self.save()
                 raise Stopped
