@@ -18,6 +18,7 @@ of neighbors, so that shapes are compared at an equal budget.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ MASK_TYPES = (
 )
 
 MAX_PATCHES = 65_536  # 256 x 256: a mask of 4 GiB
+MAX_COMPARED = 4096  # 64 x 64: a mask of 16 MiB
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,6 +101,10 @@ class MaskSpec:
     def __post_init__(self):
         if self.mask_type == "full":
             object.__setattr__(self, "expansion_step", None)
+
+    @property
+    def is_known(self) -> bool:
+        return self.mask_type in MASK_TYPES
 
     @property
     def label(self) -> str:
@@ -130,6 +136,11 @@ class MaskSpec:
 
         Raises ValueError for more than MAX_PATCHES patches, whose mask would not fit into memory.
         """
+        mask = self.build_array(num_patches_height, num_patches_width)
+        return None if mask is None else _to_tensor(mask)
+
+    def build_array(self, num_patches_height: int, num_patches_width: int) -> np.ndarray | None:
+        """The same as a numpy array, for code that must not load torch."""
         pattern = self._pattern()
         if num_patches_height * num_patches_width > MAX_PATCHES:
             raise ValueError(
@@ -146,7 +157,24 @@ class MaskSpec:
         height = _check_integer("num_patches_height", num_patches_height, minimum=1)
         width = _check_integer("num_patches_width", num_patches_width, minimum=1)
         num_patches = height * width
-        return generate_1d_attention_mask(self.num_neighbors(num_patches), num_patches)
+        return _generate_1d_mask(self.num_neighbors(num_patches), num_patches)
+
+    def identity(self, num_patches_height: int, num_patches_width: int) -> str:
+        """Equal for two specs exactly if their masks on this grid are equal.
+
+        Names differ more than masks do: `1d_cardinal` at step 2 and `1d_all_neighbors` at step 1
+        are the same window of 9, and a step beyond the grid is full attention. On a grid of more
+        than MAX_COMPARED patches only windows are compared, by their width.
+        """
+        num_patches = num_patches_height * num_patches_width
+        if num_patches > MAX_COMPARED:
+            is_window = self.mask_type.startswith("1d")
+            return str(self.num_neighbors(num_patches)) if is_window else self.run_name
+
+        mask = self.build_array(num_patches_height, num_patches_width)
+        if mask is None or mask.all():
+            return "full"
+        return hashlib.sha256(np.packbits(mask)).hexdigest()
 
     def _pattern(self) -> Pattern | None:
         """The pattern, or None for full. Raises ValueError for an unknown name."""
@@ -179,6 +207,10 @@ def generate_1d_attention_mask(num_neighbors: int, N: int) -> torch.Tensor:
     Returns bool [N, N]. Raises ValueError if `num_neighbors` is even or not positive, or if `N` is
     not positive.
     """
+    return _to_tensor(_generate_1d_mask(num_neighbors, N))
+
+
+def _generate_1d_mask(num_neighbors: int, N: int) -> np.ndarray:
     num_neighbors = _check_integer("num_neighbors", num_neighbors, minimum=1)
     N = _check_integer("N", N, minimum=1)
     if num_neighbors % 2 == 0:
@@ -189,7 +221,7 @@ def generate_1d_attention_mask(num_neighbors: int, N: int) -> torch.Tensor:
     radius = min(num_neighbors // 2, N)
     up_to_the_end = np.tri(N, N, radius, dtype=bool)  # j <= i + radius
     before_the_start = np.tri(N, N, -radius - 1, dtype=bool)  # j < i - radius
-    return _to_tensor(up_to_the_end & ~before_the_start)
+    return up_to_the_end & ~before_the_start
 
 
 def generate_2d_attention_mask_cardinal(
@@ -200,7 +232,8 @@ def generate_2d_attention_mask_cardinal(
     Returns bool [N, N].
     """
     pattern = PATTERNS["cardinal"]
-    return _generate_2d_mask(pattern, expansion_step, num_patches_height, num_patches_width)
+    mask = _generate_2d_mask(pattern, expansion_step, num_patches_height, num_patches_width)
+    return _to_tensor(mask)
 
 
 def generate_2d_attention_mask_all_neighbors(
@@ -208,7 +241,8 @@ def generate_2d_attention_mask_all_neighbors(
 ) -> torch.Tensor:
     """A square of side `2 * expansion_step + 1` centered on the patch. Returns bool [N, N]."""
     pattern = PATTERNS["all_neighbors"]
-    return _generate_2d_mask(pattern, expansion_step, num_patches_height, num_patches_width)
+    mask = _generate_2d_mask(pattern, expansion_step, num_patches_height, num_patches_width)
+    return _to_tensor(mask)
 
 
 def compute_num_neighbors_cardinal(expansion_step: int) -> int:
@@ -226,9 +260,7 @@ def compute_num_neighbors_all_neighbors(expansion_step: int) -> int:
     return PATTERNS["all_neighbors"].num_neighbors(step)
 
 
-def _generate_2d_mask(
-    pattern: Pattern, expansion_step: int, height: int, width: int
-) -> torch.Tensor:
+def _generate_2d_mask(pattern: Pattern, expansion_step: int, height: int, width: int) -> np.ndarray:
     step = _check_integer("expansion_step", expansion_step, minimum=0)
     height = _check_integer("num_patches_height", height, minimum=1)
     width = _check_integer("num_patches_width", width, minimum=1)
@@ -243,7 +275,7 @@ def _generate_2d_mask(
     # condition broadcasts to all pairs, and it is boolean: one byte per pair.
     allowed = pattern.allows(query, key, step)
     allowed = np.broadcast_to(allowed, (height, width, height, width))
-    return _to_tensor(allowed.reshape(height * width, height * width))
+    return allowed.reshape(height * width, height * width)
 
 
 def _to_tensor(mask: np.ndarray) -> torch.Tensor:

@@ -14,9 +14,18 @@ import sys
 import masks
 import utils
 from pipeline import identity
-from report import results
+from report import results, table
 from sweep import gpus, launch, slurm
-from sweep.plan import DONE, FAILED, Job, PlannedRun, data_dir_of, last_lines, make_plan
+from sweep.plan import (
+    DONE,
+    FAILED,
+    Job,
+    PlannedRun,
+    choose_masks,
+    data_dir_of,
+    last_lines,
+    make_plan,
+)
 from sweep.status import Status
 from utils import json_list, number_type
 
@@ -75,6 +84,8 @@ def make_parser() -> utils.ArgumentParser:
     add("--mask_types", "patterns to run", type=types, default=all_types, metavar="JSON")
     steps_help = "expansion steps of each pattern"
     add("--expansion_steps", steps_help, type=json_list(int), default=[1, 2, 3], metavar="JSON")
+    same_help = "also train masks that are one and the same on the grid under another name"
+    add("--same_masks", same_help, action="store_true")
     add("--seeds", "seeds of each pattern", type=json_list(int), default=[0], metavar="JSON")
     add("--dataset", "as in main.py", default="cifar10")
     output_help = "root of all run folders"
@@ -134,7 +145,7 @@ def report(plan: list[PlannedRun], jobs: list[Job]) -> None:
     folders = dict.fromkeys(run.folder for run in plan if run.folder not in foreign)
     runs = [run for run in map(results.load_run, folders) if run is not None]
     if runs:
-        print(f"\n{results.format_table(results.group_by_pattern(runs))}")
+        print(f"\n{table.rows_as_table(results.group_by_pattern(runs))}")
     for note in results.differing_settings(runs):
         utils.warn(note)
 
@@ -154,6 +165,15 @@ def report(plan: list[PlannedRun], jobs: list[Job]) -> None:
         names = ", ".join(job.run.name for job in failed)
         raise utils.UserError(
             f"{len(failed)} of {len(plan)} runs failed: {names}; their logs say why"
+        )
+
+
+def say_which_masks_are_the_same(same_as: dict[masks.MaskSpec, masks.MaskSpec]) -> None:
+    for mask, trained in same_as.items():
+        print(
+            f"{mask.label} is the same mask as {trained.label} on this grid: its result is that of "
+            f"{trained.run_name} (--same_masks trains both)",
+            flush=True,
         )
 
 
@@ -194,7 +214,9 @@ def main(argv=None) -> int:
     slots = [] if on_slurm else find_slots(args)
     on_gpu = args.gpus != 0 if on_slurm else slots[0] != ""
 
-    plan = make_plan(args, "cuda" if on_gpu else "cpu")
+    chosen, same_as = choose_masks(args)
+    plan = make_plan(args, "cuda" if on_gpu else "cpu", chosen)
+    say_which_masks_are_the_same(same_as)
     if args.dry_run:
         print_plan(plan, slots)
         return 0

@@ -1,4 +1,4 @@
-"""Plots of results: curves over epochs, accuracy against neighbors and against throughput.
+"""Plots of results with one point per row: accuracy against neighbors and against throughput.
 
 Every function takes rows from `results.group_by_pattern`, at least one, and returns a figure. A
 mask type has the same color, marker and line style in all of them (`figures.style_of`). If there
@@ -19,16 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CROWDED = 6  # with more curves than this, each mask type gets panels of its own
 MAX_NAMED = 16  # runs per panel with a name and a style of their own
 MAX_FULL = 3  # runs of full attention that the others are compared with
 MAX_MARKED = 60  # with more points than this, markers are small, without steps and deviations
-PANELS_PER_ROW = 4
-PANEL_WIDTH = 2.5  # inches, or as wide as its legend
-MARKERS_PER_CURVE = 8
 
 REFERENCE = "#999999"  # full attention where it is the background of other results
-NOT_NAMED = {"color": "#DDDDDD", "linewidth": 0.7, "zorder": 1}
+FRONT = "#DDDDDD"
 
 # All offsets are (x, y) in points. A triangle's visual center is not the center of its box.
 MIDDLE_OF_MARKER = {"^": (0, -1.5), "v": (0, 1.5), "<": (1.5, 0), ">": (-1.5, 0)}
@@ -38,7 +34,6 @@ MAX_COLUMNS = {"legend": 100, "panel": 40, "point": 28}  # of text, for one name
 
 SPLITS = ("eval", "train")  # prefixes of the metrics
 EVALUATED_ON = {"test": "test", "holdout": "held-out"}  # display name of the `eval` metrics
-UNITS = {"accuracy": "%", "loss": "nats"}
 
 
 def name_of_split(split: str, rows: list[Row]) -> str:
@@ -70,112 +65,6 @@ def most_accurate(rows: list[Row], number: int) -> list[Row]:
     return [row for row in rows if row in best]
 
 
-# -------------------------------------------------------------------------------------------------
-# Curves
-
-
-@figures.drawing()
-def draw_curves(rows: list[Row], kind: str) -> Figure:
-    """Test and training `accuracy` or `loss` over epochs.
-
-    Few runs share one pair of panels; otherwise each mask type gets its own pair.
-    """
-    groups = by_mask_type(rows)
-    if len(rows) <= CROWDED or len(groups) == 1:
-        return _draw_curves_together(rows, kind)
-    return _draw_curves_by_mask_type(groups, kind)
-
-
-def _draw_curves_together(rows: list[Row], kind: str) -> Figure:
-    figure = figures.new_figure(8.4, 3.7)
-    pair = figure.subplots(1, 2, sharex=True, sharey=True)
-
-    named = most_accurate(rows, MAX_NAMED)
-    names = text.labels([row.label for row in named], MAX_COLUMNS["legend"])
-    _draw_rows(pair, rows, kind, dict(zip(named, names, strict=True)))
-
-    _style_pair(pair, rows, kind)
-    figures.add_legend_below(figure, title=_note_on_names(named, rows))
-    return figure
-
-
-def _draw_curves_by_mask_type(groups: dict[str, list[Row]], kind: str) -> Figure:
-    """Full attention is in each pair of panels, for comparison."""
-    full = groups.pop("full", [])
-    figure, pairs = _pairs_of_panels(len(groups))
-
-    legends = []
-    for number, (mask_type, rows) in enumerate(groups.items()):
-        pair = pairs[number]
-        title = _draw_mask_type(pair, rows, full, kind)
-
-        _style_pair(pair, rows, kind)
-        pair[0].set_title(text.label(mask_type, figures.WIDTHS["panel"]), fontsize=10)
-        pair[0].set_xlabel("")
-        pair[1].tick_params(labelbottom=True)  # even if other panels follow below
-        if number % PANELS_PER_ROW:
-            pair[0].set_ylabel("")
-            pair[1].set_ylabel("")
-
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22)}
-        legends.append(figures.add_legend(pair[1], PANEL_WIDTH, columns=2, title=title, **below))
-    _grow_by_legends(figure, legends)
-    return figure
-
-
-def _draw_mask_type(pair: tuple[Axes, Axes], rows: list[Row], full: list[Row], kind: str) -> str:
-    """Draw the rows of one mask type in front of full attention; returns notes for the legend."""
-    reference = most_accurate(full, MAX_FULL)
-    named = most_accurate(rows, MAX_NAMED)
-    short_labels = [row.short_label for row in [*reference, *named]]
-    names = text.labels(short_labels, MAX_COLUMNS["panel"])
-    name_of = dict(zip([*reference, *named], names, strict=True))
-
-    for row, style in styles_of(reference).items():
-        style |= {"color": REFERENCE, "marker": ""}
-        _draw_row(pair, row, kind, style, name_of[row])
-    _draw_rows(pair, rows, kind, {row: name_of[row] for row in named})
-
-    notes = [_note_on_names(named, rows)]
-    if len(full) > MAX_FULL:
-        notes.append(f"{MAX_FULL} of {len(full)} runs of full shown,\nthe most accurate")
-    return "\n".join(filter(None, notes))
-
-
-def _pairs_of_panels(num_pairs: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """Pairs of panels, one above the other, `PANELS_PER_ROW` pairs in a row, with shared axes."""
-    num_columns = min(num_pairs, PANELS_PER_ROW)
-    num_blocks = math.ceil(num_pairs / PANELS_PER_ROW)
-    figure = figures.new_figure(PANEL_WIDTH * num_columns + 0.5, 4.8 * num_blocks)
-    shape = (2 * num_blocks, num_columns)
-    panels = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
-
-    pairs = []
-    for top in range(0, 2 * num_blocks, 2):
-        pairs += zip(panels[top], panels[top + 1], strict=True)
-    for unused in pairs[num_pairs:]:
-        for axes in unused:
-            axes.remove()
-    return figure, pairs[:num_pairs]
-
-
-def _grow_by_legends(figure: Figure, legends: list[tuple[float, float]]) -> None:
-    """Make room for legends (width, height in inches), one for each pair of panels."""
-    widths, heights = zip(*legends, strict=True)
-    panel_width = max(PANEL_WIDTH, max(widths) + figures.MARGIN)
-    width = panel_width * min(len(legends), PANELS_PER_ROW) + 0.5
-
-    firsts = range(0, len(heights), PANELS_PER_ROW)
-    tallest = [max(heights[first : first + PANELS_PER_ROW]) for first in firsts]
-    figure.set_size_inches(width, figure.get_figheight() + sum(tallest))
-
-
-def _note_on_names(named: list[Row], rows: list[Row]) -> str:
-    if len(named) == len(rows):
-        return ""
-    return f"{len(named)} of {len(rows)} runs named,\nthe most accurate; the others gray"
-
-
 def styles_of(rows: list[Row]) -> dict[Row, dict]:
     styles = {}
     for mask_type, members in by_mask_type(rows).items():
@@ -184,59 +73,24 @@ def styles_of(rows: list[Row]) -> dict[Row, dict]:
     return styles
 
 
-def _draw_rows(pair: tuple[Axes, Axes], rows: list[Row], kind: str, names: dict[Row, str]) -> None:
-    """Draw rows that have a name in a style of their own, the others in gray behind them."""
-    styles = styles_of(list(names))
-    for number, (row, name) in enumerate(names.items()):
-        _draw_row(pair, row, kind, styles[row], name, number)
-
-    for row in rows:
-        if row not in names:
-            for axes, split in zip(pair, SPLITS, strict=True):
-                points = row.curve(f"{split}_{kind}")
-                epochs = [point[0] for point in points]
-                means = [point[1] for point in points]
-                axes.plot(epochs, means, **NOT_NAMED)
-
-
-def _draw_row(
-    pair: tuple[Axes, Axes], row: Row, kind: str, style: dict, label: str, number: int = 0
-) -> None:
-    """Draw a row's mean over seeds, and a band from the lowest seed to the highest.
-
-    The `number` of a row shifts its markers so that those of several rows don't coincide.
-    """
-    for axes, split in zip(pair, SPLITS, strict=True):
-        points = row.curve(f"{split}_{kind}")
-        epochs, means, lows, highs = zip(*points, strict=True) if points else ([], [], [], [])
-        stride = max(1, math.ceil(len(points) / MARKERS_PER_CURVE))
-        look = {"linewidth": 1.5, "markersize": 4.5, "markevery": (number % stride, stride)}
-        axes.plot(epochs, means, **style, **look, label=label)
-        if lows != highs:
-            axes.fill_between(epochs, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
-
-
-def _style_pair(pair: tuple[Axes, Axes], rows: list[Row], kind: str) -> None:
-    for axes, split in zip(pair, SPLITS, strict=True):
-        ylabel = f"{name_of_split(split, rows)} {kind} ({UNITS[kind]})"
-        figures.style_axes(axes, xlabel="epoch", ylabel=ylabel)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlim(left=0)
-
-
 # -------------------------------------------------------------------------------------------------
 # Comparisons: one point per row
 
 
 @figures.drawing()
-def draw_accuracy_vs_neighbors(rows: list[Row]) -> Figure:
-    """Final accuracy against the true mean number of neighbors, on a logarithmic axis."""
+def draw_accuracy_vs_neighbors(rows: list[Row], nominal: bool = False) -> Figure:
+    """Final accuracy against the number of neighbors, on a logarithmic axis.
+
+    The number is the true mean over the grid, or the nominal one, by which shapes are matched.
+    """
 
     def neighbors_of(row: Row) -> Spread:
-        return Spread(row.num_neighbors_mean, None, 1)
+        number = row.num_neighbors_nominal if nominal else row.num_neighbors_mean
+        return Spread(number, None, 1)
 
     figure, axes = _draw_comparison(rows, neighbors_of)
-    xlabel = "neighbors of a patch, itself included (mean over the grid)"
+    counted = "nominal" if nominal else "mean over the grid"
+    xlabel = f"neighbors of a patch, itself included ({counted})"
     figures.style_axes(axes, xlabel=xlabel, ylabel=final_accuracy(rows))
 
     axes.set_xscale("log")
@@ -249,16 +103,30 @@ def draw_accuracy_vs_neighbors(rows: list[Row]) -> Figure:
 
 @figures.drawing()
 def draw_accuracy_vs_throughput(rows: list[Row]) -> Figure:
-    """Final accuracy against training images per second."""
+    """Final accuracy against training images per second.
+
+    A gray line joins the rows that no other row beats in both: the Pareto front.
+    """
 
     def throughput_of(row: Row) -> Spread:
         return row.throughput
 
     figure, axes = _draw_comparison(rows, throughput_of)
+    front = pareto_front([(row.throughput.mean, row.accuracy.mean) for row in rows])
+    axes.plot(*zip(*front, strict=True), color=FRONT, linewidth=5, zorder=0.5, label="Pareto front")
     xlabel = "training throughput (images/s)"
     figures.style_axes(axes, xlabel=xlabel, ylabel=final_accuracy(rows))
     _finish_comparison(figure, axes, rows, throughput_of)
     return figure
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (x, y) that no other point equals or exceeds in both, by ascending x."""
+    front = []
+    for x, y in sorted(set(points), reverse=True):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front[::-1]
 
 
 def _draw_comparison(rows: list[Row], x_of: Callable[[Row], Spread]) -> tuple[Figure, Axes]:

@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.legend import Legend
 
 DPI = 160
+FORMATS = ("png", "svg")
+# What would make two files of one figure differ.
+NO_DATES = {"svg": {"Date": None}, "svgz": {"Date": None}, "pdf": {"CreationDate": None}}
 
 FULL = {"color": "#000000", "marker": "*", "linestyle": "-"}
 
@@ -230,7 +233,7 @@ def _size(legend: Legend) -> tuple[float, float]:
 
 @drawing()
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, in the format of its suffix; the same figure gives the same SVG.
+    """Write a figure atomically, in the format of its suffix; the same figure gives the same file.
 
     Raises UsageError for a suffix that matplotlib doesn't know, and UserError if the file cannot be
     written.
@@ -241,30 +244,31 @@ def save(figure: Figure, path: Path) -> None:
         suffixes = ", .".join(sorted(supported))
         raise utils.UsageError(f"cannot draw into {path}: expected a name ending in .{suffixes}")
 
-    metadata = {"Date": None} if kind in ("svg", "svgz") else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with utils.atomic_path(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata=metadata)
+            figure.savefig(temporary, format=kind, metadata=NO_DATES.get(kind))
     except OSError as error:
         raise utils.UserError(f"cannot write {path}: {error}") from error
 
 
-def save_png_and_svg(figure: Figure, path: Path) -> None:
-    """Write `<path>.png` and `<path>.svg`."""
-    for suffix in ("png", "svg"):
+def save_as(figure: Figure, path: Path, formats: Sequence[str] = FORMATS) -> None:
+    """Write `<path>.<format>` for each format."""
+    for suffix in formats:
         save(figure, path.with_name(f"{path.name}.{suffix}"))
 
 
-def save_drawings(folder: Path, drawings: dict[str, Callable[[], Figure]]) -> dict[str, Exception]:
-    """Draw each figure and write it as `<name>.png` and `<name>.svg`.
+def save_drawings(
+    folder: Path, drawings: dict[str, Callable[[], Figure]], formats: Sequence[str] = FORMATS
+) -> dict[str, Exception]:
+    """Draw each figure and write it as `<name>.<format>` for each format.
 
     One that fails does not stop the others. Returns the failures: name -> error.
     """
     failed = {}
     for name, draw in drawings.items():
         try:
-            save_png_and_svg(draw(), folder / name)
+            save_as(draw(), folder / name, formats)
         except Exception as error:  # matplotlib may raise anything
             failed[name] = error
     return failed

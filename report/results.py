@@ -12,15 +12,19 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import utils
 from masks import MASK_TYPES, MaskSpec
 from report import text
 from training.run_record import RunRecord, number
-from training.settings import EVAL_SPLITS, FLAGS, MAY_CHANGE
+from training.settings import FLAGS, MAY_CHANGE
 
 GIB = 2**30
+
+# How much better a model is on what it trains on: in points, in nats.
+GAPS = ("gap_accuracy", "gap_loss")
 
 # Settings in which the runs of a sweep are meant to differ, and settings that say where a run
 # computes, not what. The device is compared by its name, which is in the provenance.
@@ -34,7 +38,55 @@ class Run(RunRecord):
     @property
     def name(self) -> str:
         """The run's name in messages."""
-        return f"{text.one_line(self.settings.run.run_name)} seed {self.settings.optimization.seed}"
+        return f"{text.one_line(self.settings.run.run_name)} seed {self.seed}"
+
+    @property
+    def seed(self) -> int:
+        return self.settings.optimization.seed
+
+    @property
+    def eval_accuracy(self) -> float | None:
+        """After the final epoch, in percent; None for a run that is not finished."""
+        return None if self.summary is None else number(self.summary["final"], "eval_accuracy")
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """Epoch -> value, for the epochs that have one; `metric` may be one of GAPS."""
+        if metric not in GAPS:
+            return super().curve(metric)
+
+        kind = metric.removeprefix("gap_")
+        trained, evaluated = self.curve(f"train_{kind}"), self.curve(f"eval_{kind}")
+        sign = 1 if kind == "accuracy" else -1  # a lower loss is better
+        epochs = trained.keys() & evaluated.keys()
+        return {epoch: sign * (trained[epoch] - evaluated[epoch]) for epoch in sorted(epochs)}
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Training throughput without the first epoch; None for a run that is not finished."""
+        return None if self.summary is None else number(self.summary, "train_images_per_second")
+
+    @cached_property
+    def clock(self) -> dict[int, float]:
+        """Epoch -> seconds from the start to its end, as far as all epochs before have a time."""
+        seconds = self.curve("epoch_seconds")
+        clock, passed = {}, 0.0
+        for epoch in range(1, len(self.metrics) + 1):
+            if epoch not in seconds:
+                break
+            passed += seconds[epoch]
+            clock[epoch] = passed
+        return clock
+
+    def seconds_to(self, accuracy: float) -> float | None:
+        """Time from the start to the end of the first epoch of at least this accuracy."""
+        reached = [epoch for epoch, x in self.curve("eval_accuracy").items() if x >= accuracy]
+        return self.clock.get(min(reached)) if reached else None
+
+    @cached_property
+    def compared_settings(self) -> dict:
+        """All that must be equal for a fair comparison, but the mask and the seed."""
+        settings = self.settings.to_dict()
+        return {key: settings[key] for key in FLAGS if key not in {*MAY_DIFFER, "backend"}}
 
 
 @dataclass(frozen=True)
@@ -97,12 +149,36 @@ class Row:
     @property
     def accuracy(self) -> Spread | None:
         """Accuracy after the final epoch, on the images of `eval_split`, in percent."""
-        return Spread.of(number(run.summary["final"], "eval_accuracy") for run in self.done)
+        return Spread.of(run.eval_accuracy for run in self.done)
 
     @property
     def throughput(self) -> Spread | None:
         """Training images per second, without the first epoch."""
-        return Spread.of(number(run.summary, "train_images_per_second") for run in self.done)
+        return Spread.of(run.images_per_second for run in self.done)
+
+    @property
+    def train_seconds(self) -> Spread | None:
+        """Of a whole run, with its evaluations; without loading data or choosing a backend."""
+        return Spread.of(number(run.summary, "total_seconds") for run in self.done)
+
+    @property
+    def density(self) -> float | None:
+        """Share of the pairs of patches that the mask allows."""
+        num_patches = number(self.runs[0].config["attention"], "num_patches")
+        return None if not num_patches else self.num_neighbors_mean / num_patches
+
+    @property
+    def attention_flops(self) -> float | None:
+        """FLOPs of scores and weighted sums over the allowed pairs, per image and forward."""
+        about = self.runs[0].config["attention"]
+        share = number(about, "attention_share_of_flops")
+        total = number(about, "forward_flops_per_image")
+        return None if share is None or total is None else share * total
+
+    @property
+    def num_images_evaluated(self) -> int | None:
+        key = {"test": "num_test", "holdout": "num_held_out"}[self.eval_split]
+        return number(self.runs[0].config["data"], key)
 
     @property
     def peak_memory_bytes(self) -> float | None:
@@ -122,15 +198,33 @@ class Row:
         parts = max((value for value in accumulation if isinstance(value, int)), default=1)
         return f"{state}, batches in {parts} parts" if parts > 1 else state
 
-    def curve(self, metric: str) -> list[tuple[int, float, float, float]]:
-        """(epoch, mean, lowest, highest) over the seeds that have reached that epoch."""
+    def curve(self, metric: str, over: str = "epoch") -> list[tuple[float, float, float, float]]:
+        """(x, mean, lowest, highest) for each epoch, over the seeds that have reached it.
+
+        x is the epoch, or with `over="seconds"` the mean time from the start to its end, of the
+        seeds that wrote it.
+        """
         curves = [run.curve(metric) for run in self.runs]
+        clocks = [run.clock for run in self.runs]
 
         points = []
         for epoch in sorted(set().union(*curves)):
             values = [curve[epoch] for curve in curves if epoch in curve]
-            points.append((epoch, statistics.fmean(values), min(values), max(values)))
+            x = epoch
+            if over == "seconds":
+                times = [clock[epoch] for clock in clocks if epoch in clock]
+                if not times:
+                    continue
+                x = statistics.fmean(times)
+            points.append((x, statistics.fmean(values), min(values), max(values)))
         return points
+
+    def seconds_to(self, accuracy: float) -> Spread | None:
+        """Time from the start to the end of the first epoch of at least this accuracy.
+
+        Over the finished seeds that get there and wrote their times; None if there are none.
+        """
+        return Spread.of(run.seconds_to(accuracy) for run in self.done)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -272,80 +366,3 @@ def _differing(
             which = ", ".join(run_names) if few else f"{len(run_names)} runs"
             described.append(f"{value} ({which})")
         yield name, "; ".join(described)
-
-
-# -------------------------------------------------------------------------------------------------
-# The table
-
-ACCURACY = "final accuracy, %"
-HEADER = (
-    "mask",
-    "neighbors, nominal",
-    "neighbors, mean",
-    ACCURACY,
-    "images/s",
-    "peak memory, GiB",
-    "state",
-)
-TEXT_COLUMNS = (0, len(HEADER) - 1)  # aligned left; columns of numbers are aligned right
-MISSING = "–"
-
-
-def format_table(rows: list[Row]) -> str:
-    """The rows as a Markdown table that also reads well as plain text.
-
-    Unless all accuracies are of test images, the header says what they are of.
-    """
-    header = list(HEADER)
-    header[HEADER.index(ACCURACY)] += _note_on_splits(rows)
-    cells = [header, *map(_cells_of, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-
-    lines = []
-    for line in cells:
-        aligned = []
-        for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
-            aligned.append(cell.ljust(width) if column in TEXT_COLUMNS else cell.rjust(width))
-        lines.append(" | ".join(aligned))
-
-    rules = []
-    for column, width in enumerate(widths):
-        rules.append("-" * width if column in TEXT_COLUMNS else "-" * (width - 1) + ":")
-    lines.insert(1, " | ".join(rules))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def _note_on_splits(rows: list[Row]) -> str:
-    """` on held-out training images`, or nothing where all rows are of test images."""
-    splits = dict.fromkeys(row.eval_split for row in rows)
-    if list(splits) == ["test"]:
-        return ""
-    return f" on {' or '.join(EVAL_SPLITS[split] for split in splits)}"
-
-
-def _cells_of(row: Row) -> tuple[str, ...]:
-    memory = row.peak_memory_bytes
-    return (
-        text.markdown(row.label),
-        str(row.num_neighbors_nominal),
-        f"{row.num_neighbors_mean:.1f}",
-        format_accuracy(row.accuracy),
-        _format_throughput(row.throughput),
-        MISSING if memory is None else f"{memory / GIB:.2f}",
-        row.state,
-    )
-
-
-def format_accuracy(accuracy: Spread | None) -> str:
-    """`93.27 ± 0.41 (n = 3)`: mean ± sample standard deviation over seeds, in percent."""
-    if accuracy is None:
-        return MISSING
-    deviation = "" if accuracy.std is None else f" ± {accuracy.std:.2f}"
-    return f"{accuracy.mean:.2f}{deviation} (n = {accuracy.n})"
-
-
-def _format_throughput(throughput: Spread | None) -> str:
-    if throughput is None:
-        return MISSING
-    decimals = 0 if throughput.mean >= 100 else 1
-    return f"{throughput.mean:,.{decimals}f}"

@@ -12,10 +12,11 @@ from pathlib import Path
 from filelock import Timeout
 
 import utils
-from masks import MaskSpec
+from masks import MAX_PATCHES, MaskSpec
 from pipeline import identity
 from runtime import locks
 from training.run_record import peek
+from training.settings import DEFAULTS
 
 GRAD_ACCUMULATION = "--grad_accumulation"
 COMPILE = "--compile"
@@ -121,8 +122,45 @@ class Job:
         return [*self.run.arguments, *changed]
 
 
-def make_plan(args, device: str) -> list[PlannedRun]:
-    """`full` once, and every other mask type at each expansion step, for each seed.
+def choose_masks(args) -> tuple[list[MaskSpec], dict[MaskSpec, MaskSpec]]:
+    """`full` once, and every other mask type at each expansion step -> (masks, same_as).
+
+    Of masks that are one and the same on the grid of patches, the first is trained. `same_as` maps
+    the others to it; with --same_masks it is empty.
+    """
+    # Full attention has no expansion step, so its specs are equal and the dict keeps one.
+    asked_for = dict.fromkeys(
+        MaskSpec(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps
+    )
+    grid = grid_of(args)
+    if args.same_masks or grid is None:
+        return list(asked_for), {}
+
+    chosen, same_as = {}, {}
+    for mask in asked_for:
+        first = chosen.setdefault(mask.identity(*grid), mask)
+        if first != mask:
+            same_as[mask] = first
+    return list(chosen.values()), same_as
+
+
+def grid_of(args) -> tuple[int, int] | None:
+    """Rows and columns of patches; None if main.py is going to refuse the sizes."""
+    sides = []
+    for flag in ("img_size", "patch_size"):
+        value = value_of(f"--{flag}", args.main_options)
+        sides.append(DEFAULTS[flag] if value is None else value)
+    try:
+        img_size, patch_size = map(int, sides)
+    except ValueError:
+        return None
+    if patch_size < 1 or img_size < patch_size or (img_size // patch_size) ** 2 > MAX_PATCHES:
+        return None
+    return img_size // patch_size, img_size // patch_size
+
+
+def make_plan(args, device: str, masks: list[MaskSpec]) -> list[PlannedRun]:
+    """One run for each mask and seed.
 
     The seeds are the outer loop, so that one complete comparison is there early. Raises UsageError
     if an image folder can't be read, or a planned run's folder has a run with other data.
@@ -133,10 +171,6 @@ def make_plan(args, device: str) -> list[PlannedRun]:
     except utils.UserError as error:
         raise utils.UsageError(str(error)) from error
 
-    # Full attention has no expansion step, so its specs are equal and the dict keeps one.
-    masks = dict.fromkeys(
-        MaskSpec(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps
-    )
     on_device = [] if "--device" in args.main_options else ["--device", device]
     plan = []
     for seed in args.seeds:

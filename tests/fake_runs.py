@@ -3,7 +3,7 @@
 import masks
 import utils
 
-MEAN_NEIGHBORS = {None: 16.0, 1: 4.0, 2: 7.5, 3: 9.0}  # by expansion step
+MEAN_NEIGHBORS = {None: 16.0, 1: 4.0, 2: 7.5, 3: 9.0, 4: 16.0}  # by expansion step
 
 
 def write_run(
@@ -18,13 +18,14 @@ def write_run(
 ):
     """Write a run of len(accuracies) epochs to root/<dataset>/<run_name>/seed_<seed>.
 
-    `changes` are settings, except `label` (of the data), `device_name`, `images_per_second` and
-    `peak_memory_bytes`. Returns the folder.
+    `changes` are settings, except `label` (of the data), `device_name`, `images_per_second`,
+    `peak_memory_bytes` and `mean_neighbors`. Returns the folder.
     """
     label = changes.pop("label", "Digits")
     device = changes.pop("device_name", "Abacus")
     rate = changes.pop("images_per_second", 1000.0)
     memory = changes.pop("peak_memory_bytes", 2**30)
+    neighbors = changes.pop("mean_neighbors", None) or MEAN_NEIGHBORS[expansion_step]
 
     mask = masks.MaskSpec(mask_type, expansion_step)
     settings = {
@@ -48,8 +49,9 @@ def write_run(
             "grid": [4, 4],
             "num_patches": 16,
             "num_neighbors_nominal": mask.num_neighbors(16) if is_known else 3,
-            "num_neighbors_mean": MEAN_NEIGHBORS[expansion_step],
+            "num_neighbors_mean": neighbors,
             "attention_share_of_flops": 0.2,
+            "forward_flops_per_image": 10_000_000,
         },
         "data": {
             "name": settings["dataset"],
@@ -76,6 +78,7 @@ def write_run(
             "eval_loss": 1.0 / epoch + 0.1 * seed,
             "eval_accuracy": accuracy,
             "train_images_per_second": rate,
+            "epoch_seconds": 100 / rate,
             "peak_memory_bytes": memory,
         }
         for epoch, accuracy in enumerate(accuracies, start=1)
@@ -89,6 +92,7 @@ def write_run(
         summary = {
             "format": 1,
             "final": rows[-1],
+            "total_seconds": len(rows) * 100 / rate,
             "train_images_per_second": rate,
             "peak_memory_bytes": memory,
         }

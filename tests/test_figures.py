@@ -95,7 +95,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from report import figures, mask_pictures
 figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
-figures.save_png_and_svg(figure, Path(sys.argv[2]) / "masks")
+figures.save_as(figure, Path(sys.argv[2]) / "masks")
 """
 
 
@@ -103,7 +103,7 @@ figures.save_png_and_svg(figure, Path(sys.argv[2]) / "masks")
 def expected(tmp_path):
     """What DRAW should write."""
     figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
-    figures.save_png_and_svg(figure, tmp_path / "expected" / "masks")
+    figures.save_as(figure, tmp_path / "expected" / "masks")
     return read_all(tmp_path / "expected")
 
 
@@ -132,7 +132,7 @@ def test_no_configuration_of_matplotlib_changes_a_figure(tmp_path, expected):
 def test_settings_of_the_process_change_no_figure_and_are_kept(tmp_path, expected):
     with matplotlib.rc_context(HOSTILE):
         figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
-        figures.save_png_and_svg(figure, tmp_path / "drawn" / "masks")
+        figures.save_as(figure, tmp_path / "drawn" / "masks")
         assert matplotlib.rcParams["image.origin"] == "lower"
     assert read_all(tmp_path / "drawn") == expected
 
@@ -181,7 +181,7 @@ def test_all_mask_types_in_one_picture(tmp_path):
     counts = [f"{n} neighbors" for n in (24, 5, 9, 5, 9)]
     assert [axes.get_xlabel() for axes in first_row] == counts
 
-    figures.save_png_and_svg(figure, tmp_path / "masks.v2")
+    figures.save_as(figure, tmp_path / "masks.v2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["masks.v2.png", "masks.v2.svg"]
 
 

@@ -288,7 +288,8 @@ def sweep(root, data_dir, *more):
 
 def record_command_of_sweep(root, folder):
     """Let config.json say that the sweep's command started this run."""
-    plan = run_experiments.make_plan(run_experiments.parse_args(sweep(root, root / "pets")), "cpu")
+    args = run_experiments.parse_args(sweep(root, root / "pets"))
+    plan = run_experiments.make_plan(args, "cpu", run_experiments.choose_masks(args)[0])
     command = ["main.py", *plan[0].arguments]
     change_json(folder / "config.json", lambda config: config["provenance"].update(command=command))
 

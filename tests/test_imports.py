@@ -19,7 +19,7 @@ LAYERS = [
     {"pipeline"},
     {"data"},
     {"training"},
-    {"report", "sweep", "benchmarks"},
+    {"report", "sweep", "benchmarks", "analysis"},
     {"main", "run_experiments", "plot_result", "eval", "benchmark", "experiments", "docs"},
 ]
 SCRIPTS = LAYERS[-1]

@@ -12,9 +12,18 @@ from matplotlib.text import Text
 import masks
 import plot_result
 import utils
-from report import charts, figures, results
+from report import charts, comparison, curves, figures, plots, results, table
 
-PLOTS = ("accuracy_curves", "loss_curves", "accuracy_vs_neighbors", "accuracy_vs_throughput")
+PLOTS = (
+    "accuracy_vs_throughput",
+    "accuracy_over_time",
+    "accuracy_vs_budget",
+    "accuracy_vs_neighbors",
+    "accuracy_curves",
+    "loss_curves",
+    "generalization_gap",
+)
+CURVES = ["accuracy_over_time", "accuracy_curves", "loss_curves", "generalization_gap"]
 
 
 def write_sweep(root, steps, seeds):
@@ -52,14 +61,15 @@ def test_a_sweep_gives_a_report_and_every_plot_in_two_formats(tmp_path, capsys):
     output = capsys.readouterr()
     assert output.err == ""
     report = (path / "results.md").read_text()
-    table = results.format_table(rows_of(path))
-    assert table in output.out
-    assert table in report
+    markdown = table.rows_as_table(rows_of(path))
+    assert markdown in output.out
+    assert markdown in report
 
-    title, setup, *_ = report.split("\n\n")
+    title, answer, setup, *_ = report.split("\n\n")
     assert title == "# Local attention on Digits"
+    assert "full attention" in answer
     assert setup.startswith("vit_micro, 12,345 parameters, 16×16 images in 4×4 patches")
-    assert "`--pool cls`, 2 epochs, 2 seeds." in report
+    assert "--pool cls, 2 epochs, 2 seeds." in report
     assert "26 runs; device Abacus; torch 2.15.0; python 3.11.2; git commit 0123456789" in report
     assert "0123456789 (modified)." in report
     assert f"`python plot_result.py --results_path {path}`" in report
@@ -77,7 +87,7 @@ def test_a_sweep_gives_a_report_and_every_plot_in_two_formats(tmp_path, capsys):
         assert f"(figures/{name}.svg)" in report
 
     files = [file.name for file in path.iterdir() if file.is_file()]
-    assert files == ["results.md"], "nothing else is left behind"
+    assert sorted(files) == ["results.html", "results.md"], "nothing else is left behind"
 
 
 def test_the_same_runs_give_the_same_files(tmp_path):
@@ -91,7 +101,7 @@ def test_the_same_runs_give_the_same_files(tmp_path):
         files = sorted(path for path in (tmp_path / "elsewhere").rglob("*") if path.is_file())
         contents.append([path.read_bytes() for path in files])
 
-    assert len(contents[0]) == 1 + 2 * len(PLOTS)
+    assert len(contents[0]) == 2 + 2 * len(PLOTS)
     assert contents[0] == contents[1]
     assert not (tmp_path / "digits" / "results.md").exists()
 
@@ -111,7 +121,7 @@ def test_runs_in_progress_are_plotted_and_marked(tmp_path, capsys):
 
 def test_without_a_finished_run_there_are_curves_only(tmp_path):
     write_run(tmp_path, finished=False)
-    assert list(plot_result.choose_plots(rows_of(tmp_path))) == ["accuracy_curves", "loss_curves"]
+    assert list(plots.choose(comparison.study(rows_of(tmp_path)))) == CURVES
 
 
 def test_notes_follow_the_settings(tmp_path, capsys):
@@ -136,7 +146,7 @@ def test_curves_of_a_few_runs_share_a_pair_of_panels(tmp_path, kind):
     rows = rows_of(tmp_path)
     labels = [row.label for row in rows]
 
-    figure = charts.draw_curves(rows, kind)
+    figure = curves.draw_curves(rows, kind)
     assert len(figure.axes) == 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
     for axes, split in zip(figure.axes, ("eval", "train"), strict=True):
@@ -152,7 +162,7 @@ def test_curves_of_a_few_runs_share_a_pair_of_panels(tmp_path, kind):
 
 def test_curves_of_many_runs_have_panels_by_mask_type_with_full_in_each(tmp_path):
     write_sweep(tmp_path, steps=[1, 2, 3], seeds=[0])
-    figure = charts.draw_curves(rows_of(tmp_path), "accuracy")
+    figure = curves.draw_curves(rows_of(tmp_path), "accuracy")
     assert len(figure.axes) == 2 * 4
     assert [axes.get_title() for axes in figure.axes[:4]] == list(masks.MASK_TYPES[1:])
     for axes in figure.axes:
@@ -166,7 +176,7 @@ def test_curves_of_many_runs_have_panels_by_mask_type_with_full_in_each(tmp_path
 def test_more_mask_types_than_fit_side_by_side(tmp_path):
     for number in range(7):
         write_run(tmp_path, f"2d_own{number}", 1)
-    figure = charts.draw_curves(rows_of(tmp_path), "loss")
+    figure = curves.draw_curves(rows_of(tmp_path), "loss")
     assert len(figure.axes) == 2 * 7
     figures.save(figure, tmp_path / "many.png")
 
@@ -260,7 +270,7 @@ def test_names_are_shown_literally(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
     rows = rows_of(tmp_path)
-    in_legend = texts_of(charts.draw_curves(rows, "accuracy").legends[0])
+    in_legend = texts_of(curves.draw_curves(rows, "accuracy").legends[0])
     beside_points = texts_of(charts.draw_accuracy_vs_throughput(rows))
     for name in SHOWN_AS.values():
         assert any(entry.startswith(f"{name} (2d_cardinal") for entry in in_legend)
@@ -282,8 +292,8 @@ def test_long_names_do_not_squeeze_the_axes(tmp_path, mask_types, length):
     write_named(tmp_path, [f"{stem}{number:02}" for number in range(8)], mask_types)
     rows = rows_of(tmp_path)
     for figure in (
-        charts.draw_curves(rows[:4], "loss"),
-        charts.draw_curves(rows, "loss"),
+        curves.draw_curves(rows[:4], "loss"),
+        curves.draw_curves(rows, "loss"),
         charts.draw_accuracy_vs_neighbors(rows),
         charts.draw_accuracy_vs_throughput(rows),
     ):
@@ -294,7 +304,7 @@ def test_among_too_many_runs_the_most_accurate_are_named(tmp_path):
     write_named(tmp_path, [f"run_{number:03}" for number in range(200)])
     rows = rows_of(tmp_path)
 
-    figure = charts.draw_curves(rows, "accuracy")
+    figure = curves.draw_curves(rows, "accuracy")
     check_layout(figure)
     shown = [name for name in texts_of(figure.legends[0]) if name.startswith("run_")]
     assert {name[:7] for name in shown} == {f"run_{number:03}" for number in range(184, 200)}
@@ -316,7 +326,7 @@ def test_among_too_many_runs_of_several_mask_types_as_well(tmp_path):
     for number in range(5):
         write_run(tmp_path, "full", None, run_name=f"full_{number}", accuracies=[number])
 
-    figure = charts.draw_curves(rows_of(tmp_path), "accuracy")
+    figure = curves.draw_curves(rows_of(tmp_path), "accuracy")
     check_layout(figure)
     legend = figure.axes[-1].get_legend()
     assert len(legend.get_texts()) == charts.MAX_NAMED + charts.MAX_FULL
@@ -338,7 +348,7 @@ def test_characters_missing_from_the_font_give_one_warning(tmp_path, capsys):
 
 
 def test_a_plot_that_fails_costs_no_other_plot_and_no_number(tmp_path, monkeypatch, run_script):
-    def fail(rows):
+    def fail(rows, nominal):
         raise RuntimeError("matplotlib says no")
 
     monkeypatch.setattr(charts, "draw_accuracy_vs_neighbors", fail)
@@ -350,10 +360,12 @@ def test_a_plot_that_fails_costs_no_other_plot_and_no_number(tmp_path, monkeypat
     assert "| full " in out
 
     report = (tmp_path / "results.md").read_text()
+    page = (tmp_path / "results.html").read_text()
     for name in PLOTS:
-        drawn = name != "accuracy_vs_neighbors"
+        drawn = name not in ("accuracy_vs_neighbors", "accuracy_vs_budget")
         assert (tmp_path / "figures" / f"{name}.svg").exists() == drawn
         assert (name in report) == drawn
+        assert (f'id="{name}"' in page) == drawn
 
 
 def write_nothing(path):

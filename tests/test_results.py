@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import masks
 import utils
-from report import results
+from report import results, table
 
 
 def change_json(path, change):
@@ -135,7 +135,7 @@ def test_a_missing_number_stays_missing(tmp_path, value):
     change_json(folders[1] / utils.SUMMARY, spoil)
     (row,) = results.group_by_pattern(results.load_runs(tmp_path))
     assert row.accuracy is row.throughput is row.peak_memory_bytes is None
-    assert results.format_table([row]).count("–") == 3
+    assert table.rows_as_table([row]).count("–") == 5
 
 
 def test_a_curve_is_taken_over_the_seeds_that_have_the_epoch(tmp_path):
@@ -197,21 +197,23 @@ def test_table(tmp_path):
     write_run(tmp_path, "2d_cardinal", 2, 1, [50], finished=False)
     write_run(tmp_path, "1d_cardinal", 1, 0, [50], finished=False, run_name="a|b")
 
-    table = results.format_table(results.group_by_pattern(results.load_runs(tmp_path)))
-    lines = table.splitlines()
+    markdown = table.rows_as_table(results.group_by_pattern(results.load_runs(tmp_path)))
+    lines = markdown.splitlines()
     assert len({len(line) for line in lines}) == 1, "the columns are aligned"
     cells = []
     for line in lines:
         columns = line.replace("\\|", "/").strip("|").split("|")
         cells.append([cell.strip() for cell in columns])
 
-    header = "mask|neighbors, nominal|neighbors, mean|final accuracy, %|images/s|"
-    header += "peak memory, GiB|state"
+    header = "mask|neighbors, nominal|neighbors, mean|final accuracy, %|difference to full, points|"
+    header += "p|images/s|peak memory, GiB|state"
+    plus = ["2d_cardinal, step 2", "9", "7.5"]
     assert [cells[0], *cells[2:]] == [
         header.split("|"),
-        ["full", "16", "16.0", "62.00 ± 2.00 (n = 3)", "12,346", "1.50", "done"],
-        ["a/b (1d_cardinal, step 1)", "5", "4.0", "–", "–", "–", "0 of 1 done"],
-        ["2d_cardinal, step 2", "9", "7.5", "55.25 (n = 1)", "45.7", "–", "1 of 2 done"],
+        # t with 2 degrees of freedom is 4.303, and 4.303 * 2 / sqrt 3 = 4.97.
+        ["full", "16", "16.0", "62.00 ± 4.97 (n = 3)", "–", "–", "12,346", "1.50", "done"],
+        ["a/b (1d_cardinal, step 1)", "5", "4.0", "–", "–", "–", "–", "–", "0 of 1 done"],
+        [*plus, "55.25 (n = 1)", "-4.75 (n = 1)", "–", "45.7", "–", "1 of 2 done"],
     ]
     assert all(set(cell) <= {"-", ":"} for cell in cells[1])
 

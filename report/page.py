@@ -1,0 +1,228 @@
+"""results.html: the answer, sortable tables, the plots, and the masks to play with, in one file.
+
+The page needs no network and no other file. Imports neither torch nor matplotlib.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from report import comparison, document, figures, mask_grids, plots, table, text
+from report.comparison import AgainstFull, Study
+from report.results import Row
+
+FOLDER = Path(__file__).parent
+# Between the letters, digits and signs of file names; enough for a heading's address.
+NOT_IN_AN_ID = re.compile(r"[^a-z0-9]+")
+XML_HEADER = re.compile(r"^.*?(?=<svg)", re.DOTALL)
+XML_COMMENT = re.compile(r"<!--.*?-->\s*", re.DOTALL)
+XML_METADATA = re.compile(r"<metadata>.*?</metadata>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot that has been drawn."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str  # markup, as `inline` gives it
+
+
+@dataclass
+class Section:
+    title: str
+    pictures: list[Picture] = field(default_factory=list)
+    seconds_to: dict | None = None
+
+    @property
+    def id(self) -> str:
+        return NOT_IN_AN_ID.sub("-", self.title.lower()).strip("-")
+
+
+def format_page(
+    results: Study,
+    sections: list[Section],
+    targets: Iterable[float],
+    differences: list[str],
+    command: str,
+) -> str:
+    """The text of results.html.
+
+    `targets` are accuracies in percent, for the table of the time that it takes to reach them.
+    """
+    for section in sections:
+        if section.title == plots.TRADE_OFF:
+            section.seconds_to = time_to_reach(results.distinct, list(targets))
+    masks = mask_grids.describe(results)
+    rows = results.rows
+    contents = [("table", "Results")]
+    if results.against_full:
+        contents.append(("against-full", "Seed by seed"))
+    contents += [(section.id, section.title) for section in sections]
+    if masks is not None:
+        contents.append(("masks", "Masks"))
+
+    environment = _make_environment()
+    return environment.get_template("page.html").render(
+        title=document.title(rows),
+        sentences=comparison.answer(results),
+        setup=document.describe_setup(rows),
+        contents=[*contents, ("notes", "Notes")],
+        columns=_columns(rows),
+        rows=[_cells(row, number, results) for number, row in enumerate(rows)],
+        csv=as_data_link(table.format_csv(results)),
+        comparisons=[_seed_by_seed(found) for found in results.against_full.values()],
+        comparison_note=COMPARISON_NOTE,
+        sections=sections,
+        masks=masks,
+        differences=[*differences, *document.findings(results)],
+        notes=document.reading_notes(rows),
+        provenance=document.describe_provenance(rows),
+        command=text.one_line(command),
+        css=_trusted("page.css"),
+        script=_trusted("page.js"),
+    )
+
+
+def _make_environment():
+    import jinja2  # deferred: only the page needs it
+    from markupsafe import Markup, escape
+
+    def code(words: str) -> Markup:
+        """Escape, and show what stands between backticks as code."""
+        return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(words))))
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["code"] = code
+    return environment
+
+
+def _trusted(name: str):
+    from markupsafe import Markup
+
+    return Markup((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def as_data_link(csv: str) -> str:
+    """A link that holds the text itself; the mark in front tells spreadsheets that it is UTF-8."""
+    encoded = base64.b64encode(("\ufeff" + csv).encode("utf-8", "backslashreplace"))
+    return f"data:text/csv;charset=utf-8;base64,{encoded.decode()}"
+
+
+def inline(svg: str):
+    """The picture as markup within the page, without what only a file of its own needs.
+
+    matplotlib writes names as outlines of their letters; comments, which repeat them, go.
+    """
+    from markupsafe import Markup
+
+    svg = XML_HEADER.sub("", svg, count=1)
+    return Markup(XML_METADATA.sub("", XML_COMMENT.sub("", svg)))
+
+
+# -------------------------------------------------------------------------------------------------
+# Tables
+
+COMPARISON_NOTE = (
+    "Each difference is a local run minus the run of full attention with the same seed and the "
+    "same settings. The t test takes them as normally distributed. The permutation test assumes "
+    "nothing but symmetry and flips their signs, so with n seeds its p is at least 2 / 2ⁿ: 0.25 "
+    "with three. The bootstrap interval needs at least "
+    f"{comparison.statistics.MIN_FOR_BOOTSTRAP} seeds."
+)
+
+
+def color_of(row: Row) -> str:
+    return figures.style_of(row.mask.mask_type)["color"]
+
+
+def _columns(rows: list[Row]) -> list[dict]:
+    titles = table.titles(rows, table.COLUMNS)
+    return [
+        {"title": title, "is_text": column.is_text}
+        for title, column in zip(titles, table.COLUMNS, strict=True)
+    ]
+
+
+def _cells(row: Row, number: int, results: Study) -> dict:
+    cells = []
+    for column in table.COLUMNS:
+        cell = column.cell(row, results)
+        value = cell.values[0]
+        sort = "" if value is None else value
+        cells.append({"text": text.one_line(cell.text), "sort": sort, "is_text": column.is_text})
+    cells[0]["sort"] = number  # masks are in their natural order, which is not that of letters
+    return {"color": color_of(row), "cells": cells}
+
+
+def _seed_by_seed(found: AgainstFull) -> dict:
+    accuracies = found.accuracies
+
+    def p(value: float | None) -> str:
+        return table.MISSING if value is None else comparison.format_p(value)
+
+    def interval(value: comparison.Interval | None) -> str:
+        return table.MISSING if value is None else comparison.format_interval(value)
+
+    cells = [
+        text.one_line(found.row.label),
+        ", ".join(map(str, found.seeds)),
+        ", ".join(f"{difference:+.2f}" for difference in accuracies.differences),
+        f"{accuracies.mean:+.2f}",
+        interval(accuracies.interval),
+        interval(accuracies.bootstrap),
+        p(accuracies.p),
+        p(found.p_holm),
+        p(accuracies.p_permutation),
+        table.MISSING if found.speed is None else f"{found.speed:.2f}",
+    ]
+    return {"color": color_of(found.row), "cells": cells}
+
+
+def time_to_reach(rows: list[Row], targets: list[float]) -> dict | None:
+    """The table of seconds until an accuracy is reached; None without times or targets."""
+    timed = [row for row in rows if row.done and any(run.clock for run in row.done)]
+    if not timed or not targets:
+        return None
+
+    lines = []
+    for row in timed:
+        cells = []
+        for target in targets:
+            seconds = row.seconds_to(target)
+            if seconds is None:
+                cells.append("not reached")
+                continue
+            some = "" if seconds.n == len(row.done) else f" ({seconds.n} of {len(row.done)} seeds)"
+            cells.append(f"{table.format_seconds(seconds).text}{some}")
+        label = text.one_line(row.label)
+        lines.append({"label": label, "color": color_of(row), "cells": cells})
+    note = (
+        f"From the start to the end of the first epoch of at least this accuracy, mean over the "
+        f"finished seeds that get there ({plots.describe_n(timed)}). Accuracy moves up and down "
+        "between epochs, so this is a time at which it was reached, not for good."
+    )
+    return {"targets": [f"{target:g}" for target in targets], "rows": lines, "note": note}
+
+
+def choose_targets(rows: list[Row]) -> list[float]:
+    """Up to four round accuracies below the best final one, in percent, ascending."""
+    final = [row.accuracy.mean for row in rows if row.accuracy is not None]
+    if not final:
+        return []
+    best, step = max(final), 5
+    if best - min(final) < step:
+        step = 1 if best - min(final) < 1 else 2
+    highest = int(best // step) * step
+    return [float(target) for target in range(highest - 3 * step, highest + 1, step) if target > 0]

@@ -1,0 +1,250 @@
+"""Comparing rows with full attention, the answer in words, and the table in all its formats."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+from fake_runs import write_run
+
+import masks
+from report import comparison, results, statistics, table
+
+
+def study_of(path):
+    return comparison.study(results.group_by_pattern(results.load_runs(path)))
+
+
+def write_pattern(root, mask_type, step, accuracies, **options):
+    """One finished run per accuracy, with seeds 0, 1, ...; None leaves a seed out."""
+    for seed, accuracy in enumerate(accuracies):
+        if accuracy is not None:
+            write_run(root, mask_type, step, seed, [accuracy], **options)
+
+
+def by_label(study):
+    return {found.row.label: found for found in study.against_full.values()}
+
+
+# -------------------------------------------------------------------------------------------------
+# Pairs
+
+
+def test_runs_are_paired_by_seed(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81, 82, 83])
+    write_pattern(tmp_path, "2d_cardinal", 1, [81, None, 84, 84.5])
+    write_run(tmp_path, "2d_cardinal", 1, 7, [99])  # no counterpart
+    write_run(tmp_path, "2d_cardinal", 1, 1, [50], finished=False)
+
+    (found,) = study_of(tmp_path).against_full.values()
+    assert found.seeds == (0, 2, 3)
+    assert found.accuracies.differences == (1, 2, 1.5)
+    assert found.p_holm == found.accuracies.p, "there is one pattern"
+
+
+def test_runs_are_paired_by_settings(tmp_path):
+    """A row with a name of its own is compared with full attention under its own settings."""
+    write_pattern(tmp_path, "full", None, [80, 81])
+    write_pattern(tmp_path, "full", None, [70, 72], run_name="full-mix", mix=0.5)
+    write_pattern(tmp_path, "2d_cardinal", 1, [82, 82])
+    write_pattern(tmp_path, "2d_cardinal", 1, [71, 74], run_name="plus-mix", mix=0.5)
+    write_pattern(tmp_path, "2d_cardinal", 2, [99, 99], run_name="plus-long", lr=0.5)
+
+    found = by_label(study_of(tmp_path))
+    assert found["2d_cardinal, step 1"].accuracies.differences == (2, 1)
+    assert found["plus-mix (2d_cardinal, step 1)"].accuracies.differences == (1, 2)
+    assert len(found) == 2, "nothing is compared across settings"
+
+
+def test_p_values_are_corrected_for_the_number_of_patterns(tmp_path):
+    random = np.random.default_rng(0)
+    accuracies = {"full": 80 + random.normal(size=4)}
+    write_pattern(tmp_path, "full", None, accuracies["full"])
+    for step in (1, 2):
+        accuracies[step] = 80 + step + random.normal(size=4)
+        write_pattern(tmp_path, "2d_cardinal", step, accuracies[step])
+
+    raw = [statistics.compare_paired(accuracies[step], accuracies["full"]).p for step in (1, 2)]
+    found = by_label(study_of(tmp_path))
+    assert [found[f"2d_cardinal, step {step}"].p_holm for step in (1, 2)] == pytest.approx(
+        statistics.holm(raw)
+    )
+
+
+def test_speed_is_compared_on_one_device_only(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81], images_per_second=100)
+    write_pattern(tmp_path, "2d_cardinal", 1, [80, 81], images_per_second=150)
+    write_pattern(tmp_path, "2d_cardinal", 2, [80, 81], images_per_second=900, device_name="Other")
+    found = by_label(study_of(tmp_path))
+    assert found["2d_cardinal, step 1"].speed == pytest.approx(1.5)
+    assert found["2d_cardinal, step 2"].speed is None
+
+
+# -------------------------------------------------------------------------------------------------
+# Masks that are one and the same
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 7), (1, 9), (14, 14)])
+def test_masks_are_the_same_exactly_if_all_their_pairs_are(grid):
+    specs = [masks.MaskSpec(kind, step) for kind in masks.MASK_TYPES for step in (0, 1, 2, 3, 12)]
+    dense = [spec.build(*grid) for spec in specs]
+    for spec, mask in zip(specs, dense, strict=True):
+        for other_spec, other in zip(specs, dense, strict=True):
+            pairs = [np.ones(1) if m is None else m.numpy().astype(float) for m in (mask, other)]
+            equal = bool((pairs[0] == pairs[1]).all())
+            assert (spec.identity(*grid) == other_spec.identity(*grid)) == equal, (spec, other_spec)
+
+
+def test_on_a_large_grid_windows_are_compared_by_their_width():
+    identity = {
+        (kind, step): masks.MaskSpec(kind, step).identity(100, 100)
+        for kind in masks.MASK_TYPES[1:]
+        for step in (1, 2)
+    }
+    assert identity["1d_cardinal", 2] == identity["1d_all_neighbors", 1]
+    assert len(set(identity.values())) == len(identity) - 1
+
+
+def test_one_mask_under_two_names_counts_once(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81, 83])
+    write_pattern(tmp_path, "1d_cardinal", 2, [81, 82])
+    write_pattern(tmp_path, "1d_all_neighbors", 1, [81, 82, 85])
+    write_pattern(tmp_path, "2d_all_neighbors", 4, [80, 81, 83])  # the whole grid of 4 x 4
+    write_pattern(tmp_path, "1d_all_neighbors", 1, [10, 10], run_name="mine")
+
+    study = study_of(tmp_path)
+    same = {row.label: other.label for row, other in study.same_as.items()}
+    assert same == {
+        "1d_cardinal, step 2": "1d_all_neighbors, step 1",  # which has more seeds
+        "2d_all_neighbors, step 4": "full",
+    }
+    assert list(by_label(study)) == ["1d_all_neighbors, step 1", "mine (1d_all_neighbors, step 1)"]
+    assert "1d_cardinal, step 2 (same mask as 1d_all_neighbors, step 1)" in table.format_table(
+        study
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# The answer
+
+
+def test_a_clear_gain(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81, 80.5, 80.2], images_per_second=100)
+    accuracies = [81, 82.1, 81.4, 81.3]
+    write_pattern(tmp_path, "2d_cardinal", 1, accuracies, images_per_second=130)
+    first, speed, limit = comparison.answer(study_of(tmp_path))
+    assert first.startswith("2d_cardinal, step 1 gains 1.03 points against full attention")
+    assert "n = 4 seeds" in first
+    assert speed == "It trains at 1.30 times the images/s of full attention."
+    assert limit.startswith("What this cannot show")
+
+
+def test_a_clear_loss(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81, 80.5])
+    write_pattern(tmp_path, "2d_cardinal", 1, [75, 76.1, 75.4])
+    assert "2d_cardinal, step 1 loses 5.00 points" in comparison.answer(study_of(tmp_path))[0]
+
+
+def test_seed_noise_is_not_a_result(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81, 82])
+    write_pattern(tmp_path, "2d_cardinal", 1, [82, 81, 81.5])
+    write_pattern(tmp_path, "2d_cardinal", 2, [80, 80, 80])
+    first, *_ = comparison.answer(study_of(tmp_path))
+    assert first.startswith("Cannot tell whether local attention is more or less accurate")
+    assert "the most accurate of 2 local patterns" in first
+    assert "after Holm's correction" in first
+
+
+def test_the_fastest_is_named_if_it_is_another_one(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81], images_per_second=100)
+    write_pattern(tmp_path, "2d_cardinal", 1, [70, 72], images_per_second=300)
+    write_pattern(tmp_path, "2d_cardinal", 2, [80, 82], images_per_second=200)
+    sentences = comparison.answer(study_of(tmp_path))
+    assert sentences[2] == (
+        "The fastest is 2d_cardinal, step 1: 3.00 times the images/s of full attention, at "
+        "-9.50 points."
+    )
+
+
+def test_one_seed_has_the_chance_of_images_only(tmp_path):
+    write_run(tmp_path, "full", None, 0, [80])
+    write_run(tmp_path, "2d_cardinal", 1, 0, [85])
+    first, *_ = comparison.answer(study_of(tmp_path))
+    assert first.startswith("Cannot tell: with one seed there is no measure of chance")
+    # 16 and 17 of the 20 test images of these runs.
+    low, high, _ = statistics.proportion_interval(17, 20)
+    assert f"{low:.1f} to {high:.1f}" in first
+    assert "images alone" in first
+
+
+@pytest.mark.parametrize(
+    ("mask_types", "said"),
+    [
+        (["full"], "no finished run of a local pattern"),
+        (["2d_cardinal"], "no finished run of full attention"),
+    ],
+)
+def test_without_two_sides_there_is_no_answer(tmp_path, mask_types, said):
+    for mask_type in mask_types:
+        write_run(tmp_path, mask_type, None if mask_type == "full" else 1)
+    (sentence,) = comparison.answer(study_of(tmp_path))
+    assert said in sentence
+
+
+def test_without_pairs_there_is_no_answer(tmp_path):
+    write_run(tmp_path, "full", None, 0)
+    write_run(tmp_path, "2d_cardinal", 1, 1)
+    (sentence,) = comparison.answer(study_of(tmp_path))
+    assert sentence.startswith("Cannot tell: no finished run of a local pattern has the seed")
+
+
+# -------------------------------------------------------------------------------------------------
+# The table
+
+
+def test_the_csv_has_every_number(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81, 83])
+    write_pattern(tmp_path, "2d_cardinal", 1, [81, 83, 83.5])
+    write_run(tmp_path, "2d_cardinal", 2, 0, [50], finished=False, run_name="=HYPERLINK(1)")
+    study = study_of(tmp_path)
+    lines = list(csv.DictReader(io.StringIO(table.format_csv(study))))
+
+    (found,) = study.against_full.values()
+    full, plus, other = lines
+    assert float(full["accuracy_percent"]) == pytest.approx(244 / 3)
+    assert full["difference_points"] == full["p_holm"] == ""
+    assert float(plus["difference_points"]) == pytest.approx(3.5 / 3)
+    assert float(plus["difference_low"]) == pytest.approx(found.accuracies.interval.low)
+    assert float(plus["p_holm"]) == pytest.approx(found.p_holm)
+    assert float(plus["attention_flops"]) == 2_000_000
+    assert float(plus["train_seconds"]) == pytest.approx(0.1)
+    assert (plus["n"], plus["pairs"], plus["state"]) == ("3", "3", "done")
+    assert other["run_name"] == "'=HYPERLINK(1)", "no formula for a spreadsheet"
+    assert other["accuracy_percent"] == ""
+
+
+def test_an_interval_is_that_of_the_seeds(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81, 83])
+    (row,) = study_of(tmp_path).rows
+    assert table.interval_of(row) == statistics.mean_interval([80, 81, 83])
+    half = (statistics.mean_interval([80, 81, 83]).high - 244 / 3).__round__(2)
+    assert table.format_accuracy(row) == f"81.33 ± {half} (n = 3)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(12, "12 s"), (90, "90 s"), (720, "12.0 min"), (9000, "2.5 h")]
+)
+def test_times_are_in_units_for_people(seconds, said):
+    assert table.format_seconds(results.Spread(seconds, None, 1)).text == said
+
+
+def test_the_time_to_an_accuracy(tmp_path):
+    write_run(tmp_path, "full", None, 0, [50, 70, 80], images_per_second=10)  # 10 s per epoch
+    write_run(tmp_path, "full", None, 1, [50, 60, 70], images_per_second=20)  # 5 s
+    (row,) = study_of(tmp_path).rows
+    assert row.seconds_to(50) == results.Spread(7.5, pytest.approx(3.5355, rel=1e-4), 2)
+    assert row.seconds_to(70).mean == (20 + 15) / 2
+    assert row.seconds_to(75) == results.Spread(30, None, 1)
+    assert row.seconds_to(90) is None
+    points = row.curve("eval_accuracy", "seconds")
+    assert points == [(7.5, 50, 50, 50), (15, 65, 60, 70), (22.5, 75, 70, 80)]
