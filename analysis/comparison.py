@@ -111,7 +111,7 @@ def compare(first: TrainedModel, second: TrainedModel, batch_size: int) -> dict:
         "both_wrong": int((~is_right & ~is_other_right).sum()),
         "only_first": only_first,
         "only_second": only_second,
-        "agreement": 100 * (guesses[0] == guesses[1]).float().mean().item(),
+        "agreement": 100 * int((guesses[0] == guesses[1]).sum()) / len(labels),
         "difference": test.difference,
         "interval": asdict(test.interval),
         "p": test.p,
@@ -132,7 +132,7 @@ def describe_model(trained: TrainedModel, name: str, is_right: Tensor, labels: T
         "top1_accuracy": 100 * num_correct / num_images,
         "interval": asdict(statistics.proportion_interval(num_correct, num_images)),
         "per_class_accuracy": [
-            100 * right.float().mean().item() if len(right) else None for right in of_classes
+            100 * int(right.sum()) / len(right) if len(right) else None for right in of_classes
         ],
     }
 
@@ -187,7 +187,7 @@ def write(output: Path, first: TrainedModel, result: dict, provenance: dict) -> 
         "format": FORMAT,
         **result,
         "picture": picture and picture.name,
-        "command": shlex.join(provenance["command"]),
+        "command": shlex.join(["python", *provenance["command"]]),
         "provenance": provenance,
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -211,7 +211,7 @@ def write(output: Path, trained: TrainedModel, results: tuple, provenance: dict)
         **numbers,
         "arrays": path.name,
         "array_shapes": {name: list(array.shape) for name, array in arrays.items()},
-        "command": shlex.join(provenance["command"]),
+        "command": shlex.join(["python", *provenance["command"]]),
         "provenance": provenance,
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ LAYERS = [
     {"data"},
     {"training"},
     {"report", "sweep", "benchmarks"},
+    {"analysis"},
     {"main", "run_experiments", "plot_result", "eval", "benchmark", "experiments", "docs"},
 ]
 SCRIPTS = LAYERS[-1]
