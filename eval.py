@@ -1,10 +1,13 @@
-"""Evaluate a checkpoint: loss, top-1 and top-5, per-class accuracy, confusion matrix, throughput.
+"""Evaluate checkpoints: accuracy, what the attention does, where two models differ.
 
 python eval.py --checkpoint experiments/cifar10/full/seed_0/last.pt
+python eval.py --checkpoint experiments/cifar10/full/seed_0/last.pt --analyze
+python eval.py --compare experiments/cifar10/{full,2d_cardinal_expansion_2}/seed_0/last.pt
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -12,24 +15,67 @@ from pathlib import Path
 import torch
 
 import attention
-import data
+import masks
 import utils
+from analysis import comparison, summary
+from analysis.trained_model import SPLITS, TrainedModel
 from runtime import distributed, hardware
-from training.checkpoints import load_checkpoint, rebuild_model
 from training.evaluation import evaluate
-from training.settings import EVAL_SPLITS, Settings
+from utils import UsageError
 
-SPLITS = {**EVAL_SPLITS, "train": "training images"}
+OF_ANALYZE = ("limit", "images", "patch")  # flags that need --analyze
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(
         description="Evaluate a checkpoint; it holds all that is needed to rebuild the model."
     )
+    add_what(parser)
+    add_where(parser)
+    return parser.parse_args(argv)
+
+
+def add_what(parser: argparse.ArgumentParser) -> None:
+    """Flags for what is done with which checkpoint."""
+    checkpoints = parser.add_mutually_exclusive_group(required=True)
+    checkpoints.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="last.pt of a run folder"
+    )
+    checkpoints.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="two checkpoints: McNemar's test, agreement, the images on which they differ most",
+    )
+
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a run folder")
+    add(
+        "--analyze",
+        action="store_true",
+        help="measure attention distance, entropy, rollout and receptive field",
+    )
+    positive = utils.number_type(int, minimum=1)
+    limit_help = "with --analyze: images to measure on, spread over the split (default: all)"
+    add("--limit", type=positive, metavar="N", help=limit_help)
+    images_help = (
+        "with --analyze: images whose attention maps are kept, as 0,5,7 (default: the first of "
+        f"each class, at most {summary.NUM_SHOWN})"
+    )
+    add("--images", type=index_list, metavar="I,J", help=images_help)
+    patch_help = (
+        "with --analyze: row x column of the patch whose receptive field and maps to show "
+        "(default: the center, and maps of the class token if there is one)"
+    )
+    add("--patch", type=masks.parse_pair, metavar="RxC", help=patch_help)
+
     split_help = "images to evaluate on; holdout: those that main.py --holdout kept from training"
     add("--split", choices=SPLITS, default="test", help=split_help)
+
+
+def add_where(parser: argparse.ArgumentParser) -> None:
+    """Flags for where and how the model runs, and where the result goes."""
+    add = parser.add_argument
     add(
         "--data_dir",
         type=utils.home_path,
@@ -37,7 +83,8 @@ def parse_args(argv=None):
         help="where the data is (default: as in training)",
     )
     batch_size = utils.number_type(int, minimum=1)
-    add("--batch_size", type=batch_size, default=256, help="images per batch")
+    batch_help = "images per batch; fewer at a time where --analyze needs much memory"
+    add("--batch_size", type=batch_size, default=256, help=batch_help)
     add(
         "--device",
         choices=hardware.DEVICES,
@@ -55,52 +102,70 @@ def parse_args(argv=None):
         default="dense",
         help="how masked attention is computed",
     )
-    add(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="JSON to write (default: eval_<split>.json beside the checkpoint)",
+    output_help = (
+        "JSON to write (default: eval_<split>.json, analysis_<split>.json or "
+        "compare_<run of B>_<split>.json beside the checkpoint)"
     )
-    return parser.parse_args(argv)
+    add("--output", type=Path, metavar="FILE", help=output_help)
+
+
+def index_list(text: str) -> list[int]:
+    """An argparse type: `'0,5,7'` -> [0, 5, 7], without repetitions."""
+    try:
+        indices = [int(part) for part in text.split(",")]
+        if min(indices) < 0:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers of images like 0,5,7, got {text!r}"
+        ) from None
+    return list(dict.fromkeys(indices))
+
+
+def check_flags(args) -> None:
+    """Raise UsageError for flags that do not go together."""
+    if args.analyze and args.compare:
+        raise UsageError("--analyze looks at one --checkpoint; leave out --compare")
+    given = [name for name in OF_ANALYZE if getattr(args, name) is not None]
+    if given and not args.analyze:
+        raise UsageError(f"--{given[0]} needs --analyze")
+    if (args.analyze or args.compare) and args.output and args.output.suffix != ".json":
+        raise UsageError(
+            f"--output {args.output} must end in .json; arrays and pictures are written beside it"
+        )
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
+    check_flags(args)
     distributed.check_environment()
     if distributed.WORLD_SIZE > 1:
-        raise utils.UsageError("eval.py runs on one process; start it without torchrun")
+        raise UsageError("eval.py runs on one process; start it without torchrun")
     hardware.keep_freed_memory()
-
-    state = load_checkpoint(args.checkpoint)
-    settings = Settings.from_dict(state["settings"])
-    if args.split == "holdout" and not settings.data.holdout:
-        raise utils.UsageError(
-            f"--split holdout, but {args.checkpoint} was trained without --holdout; choose "
-            "--split test or train"
-        )
     device = hardware.pick_device(args.device)
-    precision = hardware.resolve_precision(args.precision or settings.machine.precision, device)
-    model = rebuild_model(state, args.backend).to(device)
-    with utils.usage_errors():
-        model.compiled_mask.check_device(device)
+    provenance = hardware.provenance(sys.argv[1:] if argv is None else argv, device)
 
-    dataset, is_as_trained = load_dataset(args.data_dir, args.split, state, settings, device)
-    split = {"test": dataset.test, "holdout": dataset.held_out, "train": dataset.train}[args.split]
-    batches = data.eval_batches(dataset, split, args.batch_size)
-    result = evaluate(model, batches, dataset.num_classes, device, precision)
+    if args.compare:
+        return run_comparison(args, device, provenance)
+    trained = load(args.checkpoint, args, device)
+    if args.analyze:
+        return run_analysis(trained, args, provenance)
+    return run_evaluation(trained, args, provenance)
 
-    report = {
-        "checkpoint": str(args.checkpoint),
-        "epoch": len(state["history"]),  # finished epochs
-        "data": dataset.label,
-        "data_as_trained": is_as_trained,
-        "split": args.split,
-        "holdout": settings.data.holdout,  # the fraction that was kept from training
-        "precision": precision,
-        "class_names": dataset.class_names,
-        **result,
-        "provenance": hardware.provenance(sys.argv[1:] if argv is None else argv, device),
-    }
+
+def load(
+    checkpoint: Path, args, device: torch.device, earlier: TrainedModel | None = None
+) -> TrainedModel:
+    options = (args.precision, args.backend, args.data_dir, earlier)
+    return TrainedModel.load(checkpoint, args.split, device, *options)
+
+
+def run_evaluation(trained: TrainedModel, args, provenance: dict) -> int:
+    batches = trained.batches(args.batch_size)
+    num_classes = trained.dataset.num_classes
+    result = evaluate(trained.model, batches, num_classes, trained.device, trained.precision)
+
+    report = {**trained.describe(), **result, "provenance": provenance}
     output = args.output or args.checkpoint.with_name(f"eval_{args.split}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     utils.write_text(output, format_json(report))
@@ -108,47 +173,24 @@ def main(argv=None) -> int:
     return 0
 
 
-def load_dataset(
-    data_dir: str | None, split: str, state: dict, settings: Settings, device: torch.device
-) -> tuple[data.Dataset, bool | None]:
-    """The data, and whether it is what the checkpoint was trained with (None if unknown).
+def run_analysis(trained: TrainedModel, args, provenance: dict) -> int:
+    results = summary.analyze(trained, args.batch_size, args.limit, args.images, args.patch)
+    output = args.output or args.checkpoint.with_name(f"analysis_{args.split}.json")
+    report = summary.write(output, trained, results, provenance)
+    print(f"{summary.describe(report)}\nwrote {output} and {report['arrays']}")
+    return 0
 
-    Its training images are divided as in training, unless only the test images are needed. Raises
-    UserError if its classes differ from those of the checkpoint, or if it is other data and the
-    images held out in training are asked for.
-    """
-    dataset = data.load_dataset(
-        settings.data.dataset,
-        data_dir or settings.data.data_dir,
-        state["model_config"]["img_size"],
-        device,
-        held_out=0.0 if split == "test" else settings.data.holdout,
-        **({"skip_unreadable": True} if settings.data.skip_unreadable else {}),
-    )
-    trained_on = state["data"]
-    if dataset.class_names != trained_on["class_names"]:
-        raise utils.UserError(
-            f"the data has classes {dataset.class_names}, the checkpoint was trained on "
-            f"{trained_on['class_names']}; point --data_dir at the data that it was trained on"
-        )
 
-    is_as_trained = None
-    if trained_on.get("checksum") is not None:  # older checkpoints have none
-        is_as_trained = dataset.checksum == trained_on["checksum"]
-    if is_as_trained is False and split == "holdout":
-        raise utils.UserError(
-            f"{dataset.label} holds other images than the checkpoint was trained with, so none of "
-            "them is known to be held out; choose --split test or train"
-        )
-    if is_as_trained is False:
-        utils.warn(
-            f"{dataset.label} holds other images than the checkpoint was trained and tested with; "
-            'they are normalized as in training, and the JSON notes it ("data_as_trained")'
-        )
+def run_comparison(args, device: torch.device, provenance: dict) -> int:
+    first = load(args.compare[0], args, device)
+    second = load(args.compare[1], args, device, earlier=first)
+    result = comparison.compare(first, second, args.batch_size)
 
-    # Normalize as in training, whatever the folder contains now.
-    dataset.mean, dataset.std = trained_on["mean"], trained_on["std"]
-    return dataset, is_as_trained
+    output = args.output or comparison.default_output(first, second)
+    report = comparison.write(output, first, result, provenance)
+    picture = f" and {report['picture']}" if report["picture"] else ""
+    print(f"{comparison.describe(report)}\nwrote {output}{picture}")
+    return 0
 
 
 def format_json(report: dict) -> str:

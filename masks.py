@@ -278,6 +278,28 @@ def _generate_2d_mask(pattern: Pattern, expansion_step: int, height: int, width:
     return allowed.reshape(height * width, height * width)
 
 
+def reachable(mask: np.ndarray, num_layers: int, num_global_tokens: int = 0) -> np.ndarray:
+    """Whether information of patch j can have reached patch i after `num_layers` layers.
+
+    Each layer is one step along the mask, so these are the neighborhoods of `num_layers` steps.
+    Global tokens, such as the class token, collect from all patches in one layer and pass it on to
+    all in the next. `mask` is bool [N, N], also as a tensor. Returns bool [N, N], True at [i, j].
+    Raises ValueError if `num_layers` is negative.
+    """
+    num_layers = _check_integer("num_layers", num_layers, minimum=0)
+    step = np.asarray(mask, dtype=np.float32)
+    if num_global_tokens and num_layers >= 2:
+        return np.ones(step.shape, dtype=bool)
+
+    reached = np.eye(len(step), dtype=bool)
+    for _ in range(num_layers):
+        further = (reached @ step) > 0  # float32, which numpy multiplies fast
+        if np.array_equal(further, reached):
+            break
+        reached = further
+    return reached
+
+
 def _to_tensor(mask: np.ndarray) -> torch.Tensor:
     import torch  # deferred: see the import of numpy
 

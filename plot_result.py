@@ -14,7 +14,8 @@ from pathlib import Path
 
 import utils
 from benchmarks import reports
-from report import comparison, document, figures, page, plots, results, table
+from report import analyses, comparison, document, figures, page, plots, results, table
+from report.comparison import Study
 from report.page import Picture, Section
 from report.plots import Plot
 from report.results import Run
@@ -76,10 +77,13 @@ def main(argv=None) -> int:
     runs = load_comparison(args.results_path)
     study = comparison.study(results.group_by_pattern(runs))
     differences = results.differing_settings(runs)
-    targets = args.targets or page.choose_targets(study.distinct)
     command = shlex.join(["python", Path(__file__).name, *argv])
 
-    chosen = {**plots.choose(study), **reports.plots(args.benchmark)}
+    chosen = {
+        **plots.choose(study),
+        **analyses.plots(analyses.load(study)),
+        **reports.plots(args.benchmark),
+    }
     drawings = {name: plot.draw for name, plot in chosen.items()}
     failed = figures.save_drawings(figures_dir, drawings, (*figures.FORMATS, *args.more_formats))
     drawn = {name: plot for name, plot in chosen.items() if name not in failed}
@@ -87,7 +91,8 @@ def main(argv=None) -> int:
     markdown = document.format_report(study, drawn, differences, command)
     write(output_dir / "results.md", markdown)
     sections = into_sections(drawn, figures_dir)
-    html = page.format_page(study, sections, sorted(targets), differences, command)
+    add_tables(sections, study, args.targets)
+    html = page.format_page(study, sections, differences, command)
     write(output_dir / "results.html", html)
 
     for difference in differences:
@@ -167,6 +172,21 @@ def into_sections(drawn: dict[str, Plot], folder: Path) -> list[Section]:
         section = sections.setdefault(plot.section, Section(plot.section))
         section.pictures.append(Picture(name, plot.title, plot.caption, svg))
     return list(sections.values())
+
+
+def add_tables(sections: list[Section], study: Study, targets: list[float] | None) -> None:
+    """The tables that belong to the plots: the time to reach accuracies, and disagreements."""
+    targets = sorted(targets or page.choose_targets(study.distinct))
+    by_title = {section.title: section for section in sections}
+    if plots.TRADE_OFF in by_title:
+        by_title[plots.TRADE_OFF].seconds_to = page.time_to_reach(study.distinct, targets)
+
+    compared = analyses.load_comparisons(study)
+    if compared:
+        if analyses.SECTION not in by_title:
+            sections.append(Section(analyses.SECTION))
+            by_title[analyses.SECTION] = sections[-1]
+        by_title[analyses.SECTION].disagreements = page.disagreements(compared)
 
 
 def write(path: Path, content: str) -> None:

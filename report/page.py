@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from report import comparison, document, figures, mask_grids, plots, table, text
 from report.comparison import AgainstFull, Study
 from report.results import Row
+
+MAX_SHEETS = 2  # contact sheets in the page; all of them are beside the runs
+MAX_SHEET_BYTES = 2**20
 
 FOLDER = Path(__file__).parent
 # Between the letters, digits and signs of file names; enough for a heading's address.
@@ -37,7 +39,8 @@ class Picture:
 class Section:
     title: str
     pictures: list[Picture] = field(default_factory=list)
-    seconds_to: dict | None = None
+    seconds_to: dict | None = None  # as `time_to_reach` gives it
+    disagreements: dict | None = None  # as `disagreements` gives it
 
     @property
     def id(self) -> str:
@@ -47,17 +50,10 @@ class Section:
 def format_page(
     results: Study,
     sections: list[Section],
-    targets: Iterable[float],
     differences: list[str],
     command: str,
 ) -> str:
-    """The text of results.html.
-
-    `targets` are accuracies in percent, for the table of the time that it takes to reach them.
-    """
-    for section in sections:
-        if section.title == plots.TRADE_OFF:
-            section.seconds_to = time_to_reach(results.distinct, list(targets))
+    """The text of results.html."""
     masks = mask_grids.describe(results)
     rows = results.rows
     contents = [("table", "Results")]
@@ -226,3 +222,16 @@ def choose_targets(rows: list[Row]) -> list[float]:
         step = 1 if best - min(final) < 1 else 2
     highest = int(best // step) * step
     return [float(target) for target in range(highest - 3 * step, highest + 1, step) if target > 0]
+
+
+def disagreements(compared: list[dict]) -> dict:
+    """The table of pairs of models, and the first contact sheets as links that hold the picture."""
+    sheets = []
+    for found in compared:
+        path = found["sheet"]
+        is_small = path is not None and path.exists() and path.stat().st_size <= MAX_SHEET_BYTES
+        if is_small and len(sheets) < MAX_SHEETS:
+            encoded = base64.b64encode(path.read_bytes()).decode()
+            title = f"{found['cells'][0]} against {found['cells'][1]}"
+            sheets.append({"title": title, "source": f"data:image/png;base64,{encoded}"})
+    return {"rows": [found["cells"] for found in compared], "sheets": sheets}

@@ -19,7 +19,8 @@ LAYERS = [
     {"pipeline"},
     {"data"},
     {"training"},
-    {"report", "sweep", "benchmarks", "analysis"},
+    {"report", "sweep", "benchmarks"},
+    {"analysis"},
     {"main", "run_experiments", "plot_result", "eval", "benchmark", "experiments", "docs"},
 ]
 SCRIPTS = LAYERS[-1]

@@ -213,3 +213,34 @@ def test_a_bad_command_line_ends_with_one_line_on_stderr(arguments, words, run_s
     assert code == 2
     assert len(err.splitlines()) == 1, err
     assert words in err
+
+
+# --------------------------------------------------------------------------------------------------
+# What k layers can reach
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("mask_type", masks.MASK_TYPES[1:])
+def test_reach_is_that_of_matrix_powers(mask_type, num_layers):
+    mask = masks.build_attention_mask(mask_type, 1, 4, 7)
+    paths = np.linalg.matrix_power(mask.numpy().astype(object), num_layers)  # exact integers
+    reached = masks.reachable(mask, num_layers)
+    assert reached.dtype == bool
+    assert np.array_equal(reached, paths > 0)
+    assert np.array_equal(masks.reachable(mask.numpy(), num_layers), reached)
+
+
+def test_reach_goes_from_key_to_query():
+    """Each patch attends to the one before: information moves forward only."""
+    mask = np.eye(4, dtype=bool) | np.eye(4, k=-1, dtype=bool)
+    assert masks.reachable(mask, 2)[3].tolist() == [False, True, True, True]
+    assert masks.reachable(mask, 99)[0].tolist() == [True, False, False, False]
+
+
+def test_a_global_token_joins_all_patches_within_two_layers():
+    mask = masks.build_attention_mask("2d_cardinal", 1, 3, 5)
+    assert np.array_equal(masks.reachable(mask, 1, num_global_tokens=1), mask.numpy())
+    assert masks.reachable(mask, 2, num_global_tokens=1).all()
+    assert not masks.reachable(mask, 2).all()
+    with pytest.raises(ValueError, match="num_layers must be at least 0, got -1"):
+        masks.reachable(mask, -1)

@@ -1,0 +1,1 @@
+"""What trained models do: where they look, what reaches a patch, where two of them differ."""
