@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/python run_experiments.py --gpus 0 --dataset digits --expansion_steps '[1, 2]' --output_dir $(DEMO_DIR) -- \
 		--model vit_micro --img_size 16 --patch_size 2 --pool mean --epochs 12 --batch_size 32 --lr 2e-3 --dropout 0 --weight_decay 0.05
 	$(BIN)/python benchmark.py --quick --output $(DEMO_DIR)/attention_speed.json
-	$(BIN)/python plot_result.py --results_path $(DEMO_DIR)/digits
+	$(BIN)/python plot_result.py --results_path $(DEMO_DIR)/digits --benchmark $(DEMO_DIR)/attention_speed.json
 
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest

@@ -6,6 +6,7 @@ docs/analysis.md has the keys. Imports neither torch nor matplotlib.
 from __future__ import annotations
 
 import functools
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class Analysis:
         try:
             with np.load(path, allow_pickle=False) as found:
                 return dict(found)
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise utils.UserError(f"cannot read {path}: {utils.first_line(error)}") from error
 
 

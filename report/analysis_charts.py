@@ -73,7 +73,8 @@ def draw_receptive_fields(analyses: dict[Row, Analysis]) -> Figure:
         field = np.ma.masked_equal(field / max(field.max(), 1e-30), 0)
         image = axes.imshow(field, norm=LogNorm(LOWEST, 1), cmap=COLORS, interpolation="nearest")
         axes.set_title(_wrapped(label), fontsize=8)
-    figure.colorbar(image, ax=panels, shrink=0.6, label="gradient, relative")
+    look = {"shrink": 0.8, "format": "{x:g}", "label": "gradient, relative"}
+    figure.colorbar(image, ax=panels, **look).ax.tick_params(labelsize=8)
     return figure
 
 
@@ -121,7 +122,7 @@ def draw_classes(analyses: dict[Row, list[Analysis]]) -> Figure:
         style |= {"linestyle": ""}
         axes.plot(positions + shift, values, **style, label=label, markersize=5)
     axes.set_xticks(positions, text.labels(class_names, 14), rotation=30, ha="right")
-    figures.style_axes(axes, ylabel="accuracy (%)")
+    figures.style_axes(axes, xlabel="class", ylabel="accuracy (%)")
     figures.add_legend_below(figure)
     return figure
 
