@@ -14,7 +14,17 @@ from pathlib import Path
 
 import utils
 from benchmarks import reports
-from report import analyses, comparison, document, figures, page, plots, results, table
+from report import (
+    analyses,
+    analysis_plots,
+    comparison,
+    document,
+    figures,
+    page,
+    plots,
+    results,
+    table,
+)
 from report.comparison import Study
 from report.page import Picture, Section
 from report.plots import Plot
@@ -81,7 +91,7 @@ def main(argv=None) -> int:
 
     chosen = {
         **plots.choose(study),
-        **analyses.plots(analyses.load(study)),
+        **analysis_plots.choose(analyses.load(study)),
         **reports.plots(args.benchmark),
     }
     drawings = {name: plot.draw for name, plot in chosen.items()}
@@ -183,10 +193,10 @@ def add_tables(sections: list[Section], study: Study, targets: list[float] | Non
 
     compared = analyses.load_comparisons(study)
     if compared:
-        if analyses.SECTION not in by_title:
-            sections.append(Section(analyses.SECTION))
-            by_title[analyses.SECTION] = sections[-1]
-        by_title[analyses.SECTION].disagreements = page.disagreements(compared)
+        if analysis_plots.SECTION not in by_title:
+            sections.append(Section(analysis_plots.SECTION))
+            by_title[analysis_plots.SECTION] = sections[-1]
+        by_title[analysis_plots.SECTION].disagreements = page.disagreements(compared)
 
 
 def write(path: Path, content: str) -> None:

@@ -8,7 +8,7 @@ from fake_runs import write_run
 
 import plot_result
 import utils
-from report import analyses, analysis_charts, comparison, results
+from report import analyses, analysis_charts, analysis_plots, comparison, results
 
 CLASSES = ["cat", "dog", "<b>"]
 
@@ -65,7 +65,7 @@ def test_the_numbers_of_seeds_and_heads_are_averaged(tmp_path):
     for seed, pull in enumerate([1.0, 2.0]):
         write_analysis(write_run(tmp_path, seed=seed), pull=pull)
     found = analyses.load(study_of(tmp_path))
-    assert analyses.describe_n(found) == "n = 2 models per pattern, 20 images each"
+    assert analysis_plots.describe_n(found) == "n = 2 models per pattern, 20 images each"
 
     (axes,) = analysis_charts.draw_layers(found, True).axes
     line, ceiling = axes.lines
@@ -90,7 +90,7 @@ def test_maps_are_shown_of_the_same_images_only(tmp_path):
     write_analysis(write_run(tmp_path, "2d_cardinal", 2), shown=(0, 1))
     found = analyses.load(study_of(tmp_path))
     firsts = {row: members[0] for row, members in found.items()}
-    shared = analyses.with_the_same_images(firsts)
+    shared = analysis_plots.with_the_same_images(firsts)
     assert [row.label for row in shared] == ["full", "2d_cardinal, step 1"]
     assert len(analysis_charts.draw_maps(shared).axes) == 3 * 2
 

@@ -44,7 +44,7 @@ def calls(output):
 
 
 def test_plan_is_full_and_each_type_at_each_step_over_seeds(sweep, capsys):
-    masks = ["--expansion_steps", "[1, 2, 3]", "--seeds", "[0, 1]"]
+    masks = ["--expansion_steps", "[1, 2, 3]", "--seeds", "[0, 1]", "--same_masks"]
     assert sweep("--gpus", "8", *masks, "--dry_run") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * (1 + 4 * 3) + 1
@@ -56,11 +56,44 @@ def test_plan_is_full_and_each_type_at_each_step_over_seeds(sweep, capsys):
     assert not (sweep.output / "digits").exists()
 
 
+def test_a_mask_with_two_names_is_trained_once(sweep, capsys):
+    steps = ["--expansion_steps", "[1, 2, 20]"]
+    sizes = ["--", "--img_size", "16", "--patch_size=2"]  # a grid of 8 x 8
+    assert sweep("--gpus", "1", *steps, "--dry_run", *sizes) == 0
+    *said, last = capsys.readouterr().out.splitlines()
+    same = [line.split(":")[0] for line in said if "the same mask" in line]
+    assert same == [
+        "1d_all_neighbors, step 1 is the same mask as 1d_cardinal, step 2 on this grid",
+        "1d_all_neighbors, step 20 is the same mask as full on this grid",
+        "2d_all_neighbors, step 20 is the same mask as full on this grid",
+    ]
+    assert "its result is that of 1d_cardinal_expansion_2 (--same_masks trains both)" in said[0]
+    names = [line.split()[2] for line in said if line.startswith("GPU")]
+    assert len(names) == 1 + 4 * 3 - 3
+    assert "1d_all_neighbors_expansion_1" not in names
+    assert "first 1 start" in last
+
+
+@pytest.mark.parametrize("mask_types", [["1d_all_neighbors"], ["1d_all_neighbors", "full"]])
+def test_a_mask_is_trained_under_the_name_that_is_asked_for(sweep, capsys, mask_types):
+    arguments = ["--mask_types", json.dumps(mask_types), "--expansion_steps", "[1]"]
+    assert sweep("--gpus", "1", *arguments, "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "1d_all_neighbors_expansion_1" in out
+    assert "the same mask" not in out
+
+
+@pytest.mark.parametrize("size", ["zero", "0", "-4", "1"])
+def test_sizes_that_make_no_grid_are_left_to_the_run(sweep, capsys, size):
+    assert sweep("--gpus", "1", "--dry_run", "--", "--img_size", size) == 0
+    assert "the same mask" not in capsys.readouterr().out
+
+
 def test_a_finished_sweep_does_nothing_when_run_again(sweep, capsys):
     arguments = ["--gpus", "2", "--expansion_steps", "[1]", "--seeds", "[0, 1]"]
     assert sweep(*arguments) == 0
     printed = capsys.readouterr().out
-    assert "50.50 ± 0.71 (n = 2)" in printed  # seeds 0 and 1 give 50 and 51
+    assert "50.50 ± 6.35 (n = 2)" in printed  # seeds 0 and 1 give 50 and 51
     assert len(calls(sweep.output)) == 10
     assert {call["device"] for call in calls(sweep.output)} == {"cuda"}
     assert sweep(*arguments) == 0
@@ -98,7 +131,7 @@ def test_no_gpu_is_booked_twice(sweep):
     for _, change, gpu in sorted(events):
         load[gpu] += change
         most[gpu] = max(most[gpu], load[gpu])
-    assert len(started) == 9
+    assert len(started) == 8, "two of the nine masks are the same"
     assert all(1 <= count <= 2 for count in most.values())
 
 
@@ -265,7 +298,7 @@ def test_two_sweeps_share_the_runs(sweep):
     ends = utils.read_json_lines(sweep.output / "ends.jsonl")
     assert len(ends) == len({(row["name"], row["seed"]) for row in ends}) == 6
     assert len({call["parent"] for call in calls(sweep.output)}) == 2
-    assert all("51.00 ± 1.00 (n = 3)" in text for text in printed)
+    assert all("51.00 ± 2.48 (n = 3)" in text for text in printed)
 
 
 def test_a_sweep_takes_over_what_another_one_leaves(sweep):

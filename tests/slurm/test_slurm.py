@@ -115,7 +115,7 @@ def losses_without_slurm(output, *starter):
 
 def test_real_runs_are_requeued_and_resume_exactly(tmp_path):
     printed = warned_and_requeued(tmp_path)
-    assert printed.count("(n = 1)") == 2
+    assert printed.count("(n = 1)") == 3  # two accuracies, and their difference
     assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole")
     code, printed, _ = end_of(start_sweep(tmp_path, "--", *REAL, script=MAIN))
     assert code == 0
