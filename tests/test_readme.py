@@ -299,8 +299,8 @@ def test_the_results_of_the_readme_are_those_of_the_logs():
     logged = {row[0]: row for row in rows_of(results, "| mask ")}
     rows = rows_of(DOCUMENTS[README], "| mask |")
     assert len(rows) == len(logged)
-    for mask, nominal, mean, accuracy, rate in rows:
-        assert logged[mask][1:5] == [nominal, mean, f"{accuracy} (n = 3)", rate]
+    for mask, nominal, mean, accuracy, *others in rows:
+        assert logged[mask][1:7] == [nominal, mean, f"{accuracy} (n = 3)", *others]
 
 
 @pytest.mark.parametrize("text", [DOCUMENTS[README], BENCHMARKS], ids=["README", "benchmarks"])

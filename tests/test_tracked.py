@@ -19,7 +19,15 @@ NAMED = re.compile(rf"(?<![\w./~$<>*-])((?:[\w.-]+/)*[\w-]+\.(?:{SUFFIXES}))(?![
 # Written by a run, a sweep or a measurement, in a folder of its own.
 WRITTEN = {
     *("config.json", "metrics.jsonl", "attention_mask.png", "last.pt", "previous.pt"),
-    *("summary.json", "log.txt", "results.md", "FILE.json", "label.txt", "rows.jsonl"),
+    *(
+        "summary.json",
+        "log.txt",
+        "results.md",
+        "results.html",
+        "FILE.json",
+        "label.txt",
+        "rows.jsonl",
+    ),
     *("eval_test.json", "tracking.json"),
 }
 # The user's own folders, and those that a run or an installation makes.
