@@ -124,6 +124,16 @@ def test_without_a_finished_run_there_are_curves_only(tmp_path):
     assert list(plots.choose(comparison.study(rows_of(tmp_path)))) == CURVES
 
 
+def test_points_count_the_finished_seeds_and_curves_all_that_have_begun(tmp_path):
+    write_run(tmp_path, seed=0)
+    write_run(tmp_path, seed=1, finished=False)
+    write_run(tmp_path, seed=2, accuracies=[], epochs=2, finished=False)
+    chosen = plots.choose(comparison.study(rows_of(tmp_path)))
+    for name, plot in chosen.items():
+        n = 2 if name in CURVES else 1
+        assert f"n = {n} seed" in plot.caption, name
+
+
 def test_notes_follow_the_settings(tmp_path, capsys):
     write_run(tmp_path, "full", None, pool="mean", device="cuda")
     write_run(tmp_path, "2d_cardinal", 1, pool="mean", device="cuda", epochs=5)
