@@ -124,6 +124,19 @@ def test_without_a_finished_run_there_are_curves_only(tmp_path):
     assert list(plots.choose(comparison.study(rows_of(tmp_path)))) == CURVES
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_pareto_front_is_what_no_other_point_beats(seed):
+    random = np.random.default_rng(seed)
+    points = [tuple(point) for point in random.integers(0, 6, (12, 2)).tolist()]  # with ties
+
+    def is_beaten(point):
+        x, y = point
+        return any(a >= x and b >= y for a, b in points if (a, b) != point)
+
+    expected = sorted({point for point in points if not is_beaten(point)})
+    assert charts.pareto_front(points) == expected
+
+
 def test_points_count_the_finished_seeds_and_curves_all_that_have_begun(tmp_path):
     write_run(tmp_path, seed=0)
     write_run(tmp_path, seed=1, finished=False)
