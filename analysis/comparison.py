@@ -45,11 +45,12 @@ def check_same_images(first: TrainedModel, second: TrainedModel) -> None:
 
 
 def have_same_images(first: TrainedModel, second: TrainedModel) -> bool:
-    if not torch.equal(first.split.labels, second.split.labels):
+    # One of two datasets may be too large for the device.
+    if not torch.equal(first.split.labels.cpu(), second.split.labels.cpu()):
         return False
     one, other = first.split.images, second.split.images
     if one.shape == other.shape:
-        return torch.equal(one, other)
+        return torch.equal(one.cpu(), other.cpu())
     # Images of a folder are stored at each model's size. Their files tell if they are the same.
     files = first.dataset.files
     return files is not None and files == second.dataset.files

@@ -12,6 +12,9 @@ from report.plots import Plot
 
 SECTION = "Speed measured on its own"
 LEVELS = ("attention", "model")  # that have one row per mask and grid
+SPEEDUP = (
+    " Above one, local attention is faster; the ceiling is what saving arithmetic alone can give."
+)
 TITLES = {"speedup": "Speed against full attention", "time": "Time against patches"}
 
 
@@ -40,7 +43,8 @@ def plots(paths: Sequence[Path]) -> dict[str, Plot]:
             if name in chosen:
                 raise utils.UsageError(f"two files of --benchmark are called {path.name}")
             heading = f"{title} ({text.one_line(path.stem)})"
-            chosen[name] = Plot(SECTION, heading, describe(report), drawings[kind])
+            caption = describe(report) + (SPEEDUP if kind == "speedup" else "")
+            chosen[name] = Plot(SECTION, heading, caption, drawings[kind])
     return chosen
 
 
@@ -52,6 +56,5 @@ def describe(report: dict) -> str:
     return text.one_line(
         f"Median and quartiles of n = {settings.get('rounds', 'unknown')} rounds, "
         f"{settings.get('dtype', '')}: {report.get('protocol', 'protocol unknown')}. "
-        f"{provenance.get('device', 'Device unknown')}; torch {torch}. Above one, local attention "
-        "is faster; the ceiling is what saving arithmetic alone can give."
+        f"{provenance.get('device', 'Device unknown')}; torch {torch}."
     )

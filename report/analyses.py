@@ -58,15 +58,22 @@ def _read(path: Path, run: Run) -> dict | None:
         utils.warn(f"left out an analysis: {error}")
         return None
 
-    trouble = ""
+    trouble = _misfit(numbers, run)
     if numbers.get("format") != FORMAT or any(numbers.get(key) is None for key in NUMBERS):
         trouble = "is no analysis that this version can read"
-    elif numbers.get("epoch") != len(run.metrics):
-        trouble = f"is of epoch {numbers.get('epoch')}, the run has {len(run.metrics)}"
     if trouble:
         utils.warn(f"left out an analysis: {path} {trouble}; run eval.py --analyze again")
         return None
     return numbers
+
+
+def _misfit(about: dict, run: Run) -> str:
+    """Why what was found out about a model does not go with the run; "" if it does."""
+    if about.get("epoch") != len(run.metrics):
+        return f"is of epoch {about.get('epoch')}, the run has {len(run.metrics)}"
+    if about.get("data_as_trained") is False:
+        return "is of other images than those of the training"
+    return ""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -74,12 +81,22 @@ def _read(path: Path, run: Run) -> dict | None:
 
 
 def load_comparisons(results: Study) -> list[dict]:
-    """What `eval.py --compare` wrote beside the runs, with the path of each contact sheet."""
+    """What `eval.py --compare` wrote beside the runs, with the path of each contact sheet.
+
+    Only those on the images that the accuracy of the run is of. Those that cannot be read, or are
+    of another epoch or other images, are left out with a warning.
+    """
     found = []
     for run in (run for row in results.rows for run in row.done):
         for path in sorted(run.folder.glob("compare_*.json")):
             try:
                 report = utils.read_json(path)
+                if report["format"] != FORMAT:
+                    raise ValueError("this version cannot read its format")
+                if report["split"] != run.settings.data.eval_split:
+                    continue
+                if misfit := _misfit(report["first"], run):
+                    raise ValueError(f"it {misfit}; run eval.py --compare again")
                 picture = report.get("picture")
                 cells = _cells(report)
             except (utils.UserError, KeyError, TypeError, ValueError) as error:

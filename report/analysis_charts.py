@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from report import figures, text
-from report.charts import MAX_COLUMNS, MAX_NAMED, styles_of
+from report.charts import MAX_COLUMNS, styles_of
 from report.results import Row
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PANEL = 1.9  # inches
 PANELS_PER_ROW = 5
-LOWEST = 1e-3  # of the largest gradient; what is below has the lightest color
+LOWEST = 1e-3  # of the largest gradient; what is below has the same color
 COLORS = "viridis"
 
 
@@ -30,7 +30,7 @@ def _labels(rows: list[Row], width: str = "legend") -> list[str]:
 @figures.drawing()
 def draw_layers(analyses: dict[Row, list[Analysis]], is_distance: bool) -> Figure:
     """Attention distance or entropy over the layers, mean over heads and seeds."""
-    rows = list(analyses)[:MAX_NAMED]
+    rows = list(analyses)
     figure = figures.new_figure(6.4, 4.1)
     axes = figure.subplots()
 
@@ -57,8 +57,9 @@ def draw_layers(analyses: dict[Row, list[Analysis]], is_distance: bool) -> Figur
 
 
 def _mean(values: list) -> np.ndarray:
-    """The mean of equal lists of numbers; None becomes nan."""
-    return np.mean(np.array(values, dtype=float), axis=0)
+    """The mean of equal lists of numbers, of those that are not None; nan where there are none."""
+    known = np.ma.masked_invalid(np.array(values, dtype=float))
+    return np.ma.filled(known.mean(axis=0), np.nan)
 
 
 @figures.drawing()
@@ -66,7 +67,7 @@ def draw_receptive_fields(analyses: dict[Row, Analysis]) -> Figure:
     """One picture of the input per row."""
     from matplotlib.colors import LogNorm
 
-    rows = list(analyses)[:MAX_NAMED]
+    rows = list(analyses)
     figure, panels = _panels(len(rows))
     for axes, row, label in zip(panels, rows, _labels(rows, "point"), strict=True):
         field = analyses[row].arrays["receptive_field"].astype(float)  # [h, w]
@@ -81,7 +82,7 @@ def draw_receptive_fields(analyses: dict[Row, Analysis]) -> Figure:
 @figures.drawing()
 def draw_maps(analyses: dict[Row, Analysis]) -> Figure:
     """A column per image: the image, then the map of each row."""
-    rows = list(analyses)[:MAX_NAMED]
+    rows = list(analyses)
     first = next(iter(analyses.values()))
     images = first.arrays["images"]  # [n, h, w, C]
     class_names = text.labels(first.numbers["class_names"], 14)
@@ -108,7 +109,7 @@ def draw_maps(analyses: dict[Row, Analysis]) -> Figure:
 @figures.drawing()
 def draw_classes(analyses: dict[Row, list[Analysis]]) -> Figure:
     """A point per class and row, mean over seeds."""
-    rows = list(analyses)[:MAX_NAMED]
+    rows = list(analyses)
     class_names = next(iter(analyses.values()))[0].numbers["class_names"]
     positions = np.arange(len(class_names))
     figure = figures.new_figure(max(6.4, 0.55 * len(class_names) + 1.5), 4.1)

@@ -6,6 +6,7 @@ import functools
 
 from report import analysis_charts
 from report.analyses import Analysis
+from report.charts import MAX_NAMED
 from report.plots import Plot
 from report.results import Row
 
@@ -38,10 +39,13 @@ def choose(analyses: dict[Row, list[Analysis]]) -> dict[str, Plot]:
     """The plots for which there is data, by file name without suffix."""
     if not analyses:
         return {}
-    chosen = {}
+    chosen, num_patterns = {}, len(analyses)
+    analyses = dict(list(analyses.items())[:MAX_NAMED])
 
-    def add(name: str, title: str, caption: str, draw, *args) -> None:
-        chosen[name] = Plot(SECTION, title, caption, functools.partial(draw, *args))
+    def add(name: str, title: str, caption: str, draw, shown: dict, *args) -> None:
+        if len(shown) < num_patterns:
+            caption += f" {len(shown)} of {num_patterns} patterns are shown."
+        chosen[name] = Plot(SECTION, title, caption, functools.partial(draw, shown, *args))
 
     n = describe_n(analyses)
     layers = analysis_charts.draw_layers
@@ -49,7 +53,8 @@ def choose(analyses: dict[Row, list[Analysis]]) -> dict[str, Plot]:
     add("attention_entropy", "Attention entropy", ENTROPY.format(n=n), layers, analyses, False)
 
     firsts = {row: members[0] for row, members in analyses.items()}
-    caption = FIELD.format(n=f"{n}; the first seed is shown")
+    n_of_first = describe_n({row: [found] for row, found in firsts.items()})
+    caption = FIELD.format(n=f"{n_of_first}; the first seed is shown")
     draw = analysis_charts.draw_receptive_fields
     add("receptive_field", "Effective receptive field", caption, draw, firsts)
 
@@ -76,7 +81,8 @@ def describe_n(analyses: dict[Row, list[Analysis]]) -> str:
     models = f"{many}" if few == many else f"{few} to {many}"
     few, many = images[0], images[-1]
     images = f"{many:,}" if few == many else f"{few:,} to {many:,}"
-    return f"n = {models} models per pattern, {images} images each"
+    noun = "model" if models == "1" else "models"
+    return f"n = {models} {noun} per pattern, {images} images each"
 
 
 def with_the_same_images(firsts: dict[Row, Analysis]) -> dict[Row, Analysis]:
@@ -84,7 +90,9 @@ def with_the_same_images(firsts: dict[Row, Analysis]) -> dict[Row, Analysis]:
 
     def kind(found: Analysis) -> tuple:
         images = [image["index"] for image in found.numbers.get("images", [])]
-        return images, found.numbers.get("maps_of"), found.numbers.get("grid")
+        kinds = [found.numbers.get(key) for key in ("maps_of", "grid")]
+        patch = found.numbers.get("patch") if kinds[0] == "patch" else None
+        return images, *kinds, patch
 
     first = next(iter(firsts.values()))
     if not kind(first)[0]:

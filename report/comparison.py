@@ -26,7 +26,7 @@ class AgainstFull:
     seeds: tuple[int, ...]
     accuracies: statistics.Comparison
     p_holm: float | None  # the p of the t test, corrected for the number of masks
-    speed: float | None  # images/s over those of full attention, on the same device
+    speed: float | None  # images/s over those of full attention, on the same device and software
 
     @property
     def is_significant(self) -> bool:
@@ -80,9 +80,11 @@ def study(rows: list[Row]) -> Study:
 
 
 def find_same_masks(rows: Iterable[Row]) -> dict[Row, Row]:
-    """Rows whose mask on the grid equals that of another row, which has at least as many results.
+    """Rows whose mask on the grid equals that of another row, which stands for both.
 
-    Runs with a name of their own are left out: somebody wanted them apart.
+    That is full attention if it has results, so that it is never compared with itself under another
+    name; else the row with the most results. Runs with a name of their own are left out: somebody
+    wanted them apart.
     """
     groups = {}
     for row in rows:
@@ -94,9 +96,13 @@ def find_same_masks(rows: Iterable[Row]) -> dict[Row, Row]:
 
     same_as = {}
     for members in groups.values():
-        chosen = max(members, key=lambda row: len(row.done))  # the first of several
+        chosen = max(members, key=_standing)  # the first of several
         same_as |= {row: chosen for row in members if row is not chosen}
     return same_as
+
+
+def _standing(row: Row) -> tuple[bool, int]:
+    return row.mask.mask_type == "full" and bool(row.done), len(row.done)
 
 
 def _is_grid(grid: object) -> bool:
@@ -124,16 +130,20 @@ def _pair_with_full(row: Row, rows: list[Row]) -> list[tuple[Run, Run]]:
 
 def _relative_speed(pairs: list[tuple[Run, Run]]) -> float | None:
     """The mean throughput over that of full attention; None if it is not comparable."""
-    places = {
-        (run.config["provenance"].get("device"), run.settings.machine.grad_accumulation)
-        for pair in pairs
-        for run in pair
-    }
+    places = {_place(run) for pair in pairs for run in pair}
     local, full = zip(*pairs, strict=True)
     rates = [[run.images_per_second for run in runs] for runs in (local, full)]
     if len(places) > 1 or any(not rate for rate in (*rates[0], *rates[1])):
         return None
     return math.fsum(rates[0]) / math.fsum(rates[1])
+
+
+def _place(run: Run) -> tuple:
+    """What must be equal for throughputs to be comparable, beside the settings."""
+    provenance, machine = run.config["provenance"], run.settings.machine
+    torch = (provenance.get("versions") or {}).get("torch")
+    memory = machine.grad_accumulation, machine.checkpoint_activations
+    return provenance.get("device"), torch, *memory
 
 
 # -------------------------------------------------------------------------------------------------
@@ -146,15 +156,20 @@ def answer(results: Study) -> list[str]:
         return [_why_no_answer(results.rows)]
 
     compared = list(results.against_full.values())
-    best = max(compared, key=lambda found: found.accuracies.mean)
-    sentences = [_accuracy_sentence(best, len(compared))]
+    # A pattern with one lucky seed must not hide those that several seeds have measured.
+    measured = [found for found in compared if found.accuracies.n > 1] or compared
+    best = max(measured, key=lambda found: found.accuracies.mean)
+    which = "" if len(measured) == len(compared) else " with more than one seed"
+    sentences = [_accuracy_sentence(best, len(measured), which)]
+    if best.accuracies.interval is not None and not best.is_significant:
+        sentences += _clearer_sentences(measured)
     if best.speed is not None:
         sentences.append(_speed_sentence(best))
 
     fastest = max((found for found in compared if found.speed), key=lambda x: x.speed, default=None)
     if fastest is not None and fastest is not best:
         sentences.append(
-            f"The fastest is {name_of(fastest.row)}: {format_ratio(fastest.speed)} the images/s of "
+            f"The fastest is {fastest.row.label}: {format_ratio(fastest.speed)} the images/s of "
             f"full attention, at {describe_difference(fastest.accuracies)}."
         )
 
@@ -176,15 +191,16 @@ def _why_no_answer(rows: list[Row]) -> str:
     )
 
 
-def _accuracy_sentence(best: AgainstFull, num_compared: int) -> str:
+def _accuracy_sentence(best: AgainstFull, num_compared: int, which: str = "") -> str:
+    """`which` says what the compared patterns have in common, if not all are among them."""
     found = best.accuracies
-    who = name_of(best.row)
+    who = best.row.label
     if num_compared > 1:
-        who += f", the most accurate of {num_compared} local patterns,"
+        who += f", the most accurate of {num_compared} local patterns{which},"
     if found.n == 1:
         return (
             f"Cannot tell: with one seed there is no measure of chance. {who} is at "
-            f"{describe_difference(found)} from full attention.{_chance_of_images(best.row)}"
+            f"{describe_difference(found)} from full attention.{_chance_of_images(best)}"
         )
     if found.interval is None:
         return (
@@ -194,21 +210,46 @@ def _accuracy_sentence(best: AgainstFull, num_compared: int) -> str:
 
     interval = format_interval(found.interval)
     corrected = f", p = {format_p(best.p_holm)}"
-    if num_compared > 1:
+    if num_compared > 1:  # the interval is not corrected, and may leave 0 out where p is large
+        interval += " for this pattern by itself"
         corrected += " after Holm's correction"
     evidence = f"95% interval {interval}, n = {found.n} seeds{corrected}"
     if not best.is_significant:
         return (
-            f"Cannot tell whether local attention is more or less accurate than full attention: "
-            f"{who} differs by {describe_difference(found)} ({evidence})."
+            f"Cannot tell whether {who} is more or less accurate than full attention: it differs "
+            f"by {describe_difference(found)} ({evidence})."
         )
     verb = "gains" if found.mean > 0 else "loses"
     return f"{who} {verb} {abs(found.mean):.2f} points against full attention ({evidence})."
 
 
-def _chance_of_images(row: Row) -> str:
+def _clearer_sentences(compared: list[AgainstFull]) -> list[str]:
+    """What can be told of other patterns where the most accurate one scatters too much."""
+    clear = [found for found in compared if found.is_significant]
+    gains = [found for found in clear if found.accuracies.mean > 0]
+    num_losses = len(clear) - len(gains)
+
+    sentences = []
+    if gains:
+        best = max(gains, key=lambda found: found.accuracies.mean)
+        sentences.append(
+            f"Clearer is {best.row.label}: it gains {best.accuracies.mean:.2f} points "
+            f"(n = {best.accuracies.n} seeds, p = {format_p(best.p_holm)} after Holm's correction)."
+        )
+    if num_losses:
+        verb = "loses" if num_losses == 1 else "lose"
+        sentences.append(
+            f"{num_losses} of {len(compared)} local patterns {verb} accuracy against full "
+            f"attention (p at most {SIGNIFICANT} after Holm's correction)."
+        )
+    return sentences
+
+
+def _chance_of_images(single: AgainstFull) -> str:
     """How far one run's accuracy is uncertain because of its images, which is not the seed's."""
-    accuracy, num_images = row.done[0].eval_accuracy, row.num_images_evaluated
+    row, (seed,) = single.row, single.seeds
+    accuracy = next(run.eval_accuracy for run in row.done if run.seed == seed)
+    num_images = row.num_images_evaluated
     if not num_images:
         return ""
     num_correct = round(accuracy * num_images / 100)
@@ -247,10 +288,6 @@ def limit_of(results: Study) -> str | None:
 
 # -------------------------------------------------------------------------------------------------
 # Words and numbers
-
-
-def name_of(row: Row) -> str:
-    return row.label
 
 
 def describe_difference(found: statistics.Comparison) -> str:

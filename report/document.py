@@ -59,6 +59,8 @@ def describe_setup(rows: list[Row]) -> str:
 
     facts.append(f"--pool {model.pool}")
     facts.append(_plural(first.settings.optimization.epochs, "epoch"))
+    if first.settings.data.holdout:
+        facts.append(f"accuracies on {EVAL_SPLITS['holdout']}")
     seeds = {run.seed for row in rows for run in row.runs}
     facts.append(_plural(len(seeds), "seed"))
     return ", ".join(facts)
@@ -103,7 +105,9 @@ def reading_notes(rows: list[Row]) -> list[str]:
         "the 95 % interval (Student's t) over n seeds. Only finished runs count in the table.",
         "Difference: to the run of full attention with the same seed and the same settings, mean "
         "and 95 % interval of the paired differences. p: of the paired t test, corrected for the "
-        "number of patterns by Holm's method. Both take the differences as normally distributed.",
+        "number of patterns by Holm's method. Both take the differences as normally distributed. "
+        "Intervals are those of each pattern by itself, and the best of several patterns looks a "
+        "little better than it is.",
         "Neighbors include the patch itself. Nominal: for a patch far from every border; the "
         "shapes are matched by this number. Mean: over all patches of the grid, truncated at the "
         "border, where a 2D shape loses more than a 1D window with the same nominal number.",

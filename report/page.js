@@ -56,7 +56,7 @@ async function showMasks({ height, width, masks }) {
     if (withClassToken && layers > 1) return [...Array(numPatches).keys()];
     const seen = new Set([start]);
     let border = [start];
-    for (let layer = 0; layer < layers; layer++) {
+    for (let layer = 0; layer < layers && seen.size < numPatches; layer++) {
       const next = border.flatMap((i) => neighborsOf[i]).filter((j) => !seen.has(j));
       border = [...new Set(next)];
       border.forEach((j) => seen.add(j));

@@ -134,7 +134,8 @@ COMPARISON_NOTE = (
     "Each difference is a local run minus the run of full attention with the same seed and the "
     "same settings. The t test takes them as normally distributed. The permutation test assumes "
     "nothing but symmetry and flips their signs, so with n seeds its p is at least 2 / 2ⁿ: 0.25 "
-    "with three. The bootstrap interval needs at least "
+    "with three. Of the three p, only Holm's is corrected for the number of patterns. The "
+    "bootstrap interval needs at least "
     f"{comparison.statistics.MIN_FOR_BOOTSTRAP} seeds."
 )
 
@@ -204,10 +205,11 @@ def time_to_reach(rows: list[Row], targets: list[float]) -> dict | None:
             cells.append(f"{table.format_seconds(seconds).text}{some}")
         label = text.one_line(row.label)
         lines.append({"label": label, "color": color_of(row), "cells": cells})
+    n = plots.describe_n(row.done for row in timed)
     note = (
-        f"From the start to the end of the first epoch of at least this accuracy, mean over the "
-        f"finished seeds that get there ({plots.describe_n(timed)}). Accuracy moves up and down "
-        "between epochs, so this is a time at which it was reached, not for good."
+        "From the start to the end of the first epoch of at least this accuracy, mean over the "
+        f"finished seeds that get there ({n}). Accuracy moves up and down between epochs, so this "
+        "is a time at which it was reached, not for good."
     )
     return {"targets": [f"{target:g}" for target in targets], "rows": lines, "note": note}
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from report import charts, curves
 from report.comparison import Study
-from report.results import Row
+from report.results import Row, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ GAP = (
 )
 POINTS = (
     "The number in a marker is the expansion step; the dashed line is full attention. Bars: ± one "
-    "sample standard deviation over seeds. {n}."
+    "sample standard deviation over finished seeds. {n_finished}."
 )
 BUDGET = "Patterns are matched by this number: those above one another have the same budget. "
 MEAN = (
@@ -62,14 +62,18 @@ def choose(results: Study) -> dict[str, Plot]:
     Rows of one and the same mask are drawn once.
     """
     rows = results.distinct
-    fill = {"split": charts.name_of_split("eval", rows), "n": describe_n(rows)}
+    measured = [row for row in rows if row.accuracy is not None]
+    timed = [row for row in measured if row.throughput is not None]
+    fill = {
+        "split": charts.name_of_split("eval", rows),
+        "n": describe_n(started_runs(rows)),
+        "n_finished": describe_n(row.done for row in measured),
+    }
     plots = {}
 
     def add(name: str, section: str, title: str, caption: str, draw: Callable, *args) -> None:
         plots[name] = Plot(section, title, caption.format(**fill), functools.partial(draw, *args))
 
-    measured = [row for row in rows if row.accuracy is not None]
-    timed = [row for row in measured if row.throughput is not None]
     if timed:
         draw = charts.draw_accuracy_vs_throughput
         caption = FRONT + POINTS
@@ -97,9 +101,15 @@ def choose(results: Study) -> dict[str, Plot]:
     return plots
 
 
-def describe_n(rows: Sequence[Row]) -> str:
-    """`n = 3 seeds per pattern`, of the runs that are there, finished or not."""
-    numbers = sorted({len(row.runs) for row in rows})
+def started_runs(rows: Iterable[Row]) -> list[Sequence[Run]]:
+    """The runs of each row that have an epoch, finished or not."""
+    started = [[run for run in row.runs if run.metrics] for row in rows]
+    return [runs for runs in started if runs]
+
+
+def describe_n(runs: Iterable[Sequence[Run]]) -> str:
+    """`n = 3 seeds per pattern`, from the runs of each pattern."""
+    numbers = sorted({len(members) for members in runs}) or [0]
     if numbers == [1]:
         return "n = 1 seed per pattern"
     few, many = numbers[0], numbers[-1]

@@ -125,8 +125,9 @@ class Job:
 def choose_masks(args) -> tuple[list[MaskSpec], dict[MaskSpec, MaskSpec]]:
     """`full` once, and every other mask type at each expansion step -> (masks, same_as).
 
-    Of masks that are one and the same on the grid of patches, the first is trained. `same_as` maps
-    the others to it; with --same_masks it is empty.
+    Of masks that are one and the same on the grid of patches, `full` is trained if it is among
+    them, as all others are compared with it, else the first. `same_as` maps the others to that one;
+    with --same_masks it is empty.
     """
     # Full attention has no expansion step, so its specs are equal and the dict keeps one.
     asked_for = dict.fromkeys(
@@ -137,7 +138,7 @@ def choose_masks(args) -> tuple[list[MaskSpec], dict[MaskSpec, MaskSpec]]:
         return list(asked_for), {}
 
     chosen, same_as = {}, {}
-    for mask in asked_for:
+    for mask in sorted(asked_for, key=lambda mask: mask != MaskSpec()):
         first = chosen.setdefault(mask.identity(*grid), mask)
         if first != mask:
             same_as[mask] = first

@@ -41,9 +41,11 @@ def write_analysis(folder, epoch=2, pull=1.0, shown=(3, 5), **changes):
     np.savez_compressed(folder / "analysis_test.npz", **arrays)
 
 
-def write_comparison(folder, name="compare_full_seed_0_test"):
+def write_comparison(folder, name="compare_full_seed_0_test", **changes):
     report = {
-        "first": {"name": "2d_cardinal, step 1, <seed> 0", "top1_accuracy": 60.0},
+        "format": 1,
+        "split": "test",
+        "first": {"name": "2d_cardinal, step 1, <seed> 0", "top1_accuracy": 60.0, "epoch": 2},
         "second": {"name": "full, seed 0", "top1_accuracy": 55.0},
         "difference": 5.0,
         "interval": {"low": -1.0, "high": 11.0, "level": 0.95},
@@ -53,7 +55,7 @@ def write_comparison(folder, name="compare_full_seed_0_test"):
         "agreement": 75.0,
         "num_images": 20,
         "picture": None,
-    }
+    } | changes
     utils.write_json(folder / f"{name}.json", report)
 
 
@@ -99,6 +101,7 @@ def test_maps_are_shown_of_the_same_images_only(tmp_path):
     ("spoil", "said"),
     [
         (lambda folder: write_analysis(folder, epoch=1), "is of epoch 1, the run has 2"),
+        (lambda folder: write_analysis(folder, data_as_trained=False), "is of other images than"),
         (lambda folder: write_analysis(folder, format=9), "no analysis that this version can"),
         (lambda folder: write_analysis(folder, distance=None), "no analysis that this version"),
         (lambda folder: (folder / "analysis_test.json").write_text("{"), "cannot read"),
@@ -147,6 +150,35 @@ def test_without_arrays_the_other_plots_are_there(tmp_path, run_script):
     page = (tmp_path / "results.html").read_text()
     assert 'id="attention_distance"' in page
     assert 'id="receptive_field"' not in page
+
+
+def test_a_seed_or_a_limit_without_a_number_costs_no_other_seed(tmp_path):
+    """All attention of a head may go to the class token, and a class may have no images."""
+    write_analysis(write_run(tmp_path, seed=0), distance=[[None, 2.0, 3.0], [2.0, 2.0, 5.0]])
+    write_analysis(write_run(tmp_path, seed=1), per_class_accuracy=[None, None, 50.0])
+    found = analyses.load(study_of(tmp_path))
+    (axes,) = analysis_charts.draw_layers(found, True).axes
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([2.0, 3.0])
+    (axes,) = analysis_charts.draw_classes(found).axes
+    drawn = np.ma.filled(np.ma.asarray(axes.lines[0].get_ydata(), dtype=float), np.nan)
+    assert drawn == pytest.approx([50.0, np.nan, 75.0], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"split": "train"}, ""),
+        ({"format": 9}, "cannot read its format"),
+        (
+            {"first": {"name": "a", "top1_accuracy": 1.0, "epoch": 1}},
+            "is of epoch 1, the run has 2",
+        ),
+    ],
+)
+def test_a_comparison_of_something_else_is_left_out(tmp_path, changes, said, capsys):
+    write_comparison(write_run(tmp_path), **changes)
+    assert analyses.load_comparisons(study_of(tmp_path)) == []
+    assert said in capsys.readouterr().err
 
 
 def test_a_comparison_that_cannot_be_read_is_left_out(tmp_path, capsys):

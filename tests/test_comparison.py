@@ -75,7 +75,11 @@ def test_speed_is_compared_on_one_device_only(tmp_path):
     write_pattern(tmp_path, "full", None, [80, 81], images_per_second=100)
     write_pattern(tmp_path, "2d_cardinal", 1, [80, 81], images_per_second=150)
     write_pattern(tmp_path, "2d_cardinal", 2, [80, 81], images_per_second=900, device_name="Other")
+    write_pattern(
+        tmp_path, "2d_cardinal", 3, [80, 81], images_per_second=50, checkpoint_activations=True
+    )
     found = by_label(study_of(tmp_path))
+    assert found["2d_cardinal, step 3"].speed is None
     assert found["2d_cardinal, step 1"].speed == pytest.approx(1.5)
     assert found["2d_cardinal, step 2"].speed is None
 
@@ -124,6 +128,17 @@ def test_one_mask_under_two_names_counts_once(tmp_path):
     )
 
 
+def test_full_attention_stands_for_its_mask_even_with_fewer_seeds(tmp_path):
+    """Else the mask of full attention would be compared with itself."""
+    write_pattern(tmp_path, "full", None, [80, 81])
+    write_pattern(tmp_path, "2d_all_neighbors", 4, [82, 84, 85])  # the whole grid of 4 x 4
+    study = study_of(tmp_path)
+    assert {row.label: other.label for row, other in study.same_as.items()} == {
+        "2d_all_neighbors, step 4": "full"
+    }
+    assert study.against_full == {}
+
+
 # -------------------------------------------------------------------------------------------------
 # The answer
 
@@ -150,9 +165,29 @@ def test_seed_noise_is_not_a_result(tmp_path):
     write_pattern(tmp_path, "2d_cardinal", 1, [82, 81, 81.5])
     write_pattern(tmp_path, "2d_cardinal", 2, [80, 80, 80])
     first, *_ = comparison.answer(study_of(tmp_path))
-    assert first.startswith("Cannot tell whether local attention is more or less accurate")
-    assert "the most accurate of 2 local patterns" in first
+    assert first.startswith("Cannot tell whether 2d_cardinal, step 1, the most accurate of 2 local")
+    assert "is more or less accurate than full attention" in first
+    assert "for this pattern by itself" in first
     assert "after Holm's correction" in first
+
+
+def test_one_lucky_seed_does_not_hide_what_several_have_measured(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81, 80.5, 80.2])
+    write_pattern(tmp_path, "2d_cardinal", 1, [81, 82.1, 81.4, 81.3])
+    write_pattern(tmp_path, "2d_cardinal", 2, [99])
+    first, *_ = comparison.answer(study_of(tmp_path))
+    assert first.startswith("2d_cardinal, step 1 gains 1.03 points")
+
+
+def test_a_clear_result_is_told_beside_a_noisy_better_one(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81, 80.5, 80.2])
+    write_pattern(tmp_path, "2d_cardinal", 1, [86, 79, 85, 79])  # more on average, but noise
+    write_pattern(tmp_path, "2d_cardinal", 2, [81, 82.1, 81.4, 81.3])
+    write_pattern(tmp_path, "2d_cardinal", 3, [70, 71.2, 70.4, 70.2])
+    first, second, third, *_ = comparison.answer(study_of(tmp_path))
+    assert first.startswith("Cannot tell whether 2d_cardinal, step 1")
+    assert second.startswith("Clearer is 2d_cardinal, step 2: it gains 1.03 points")
+    assert third.startswith("1 of 3 local patterns loses accuracy")
 
 
 def test_the_fastest_is_named_if_it_is_another_one(tmp_path):

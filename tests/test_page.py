@@ -30,7 +30,10 @@ def browser():
         if os.environ.get("REQUIRE_BROWSER"):
             pytest.fail("no chromium on the PATH")
         pytest.skip("no chromium on the PATH")
-    sync_api = pytest.importorskip("playwright.sync_api")
+    if os.environ.get("REQUIRE_BROWSER"):
+        from playwright import sync_api
+    else:
+        sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu"]  # as root, without a screen
         yield playwright.chromium.launch(executable_path=path, args=arguments)

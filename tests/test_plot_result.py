@@ -124,6 +124,29 @@ def test_without_a_finished_run_there_are_curves_only(tmp_path):
     assert list(plots.choose(comparison.study(rows_of(tmp_path)))) == CURVES
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_pareto_front_is_what_no_other_point_beats(seed):
+    random = np.random.default_rng(seed)
+    points = [tuple(point) for point in random.integers(0, 6, (12, 2)).tolist()]  # with ties
+
+    def is_beaten(point):
+        x, y = point
+        return any(a >= x and b >= y for a, b in points if (a, b) != point)
+
+    expected = sorted({point for point in points if not is_beaten(point)})
+    assert charts.pareto_front(points) == expected
+
+
+def test_points_count_the_finished_seeds_and_curves_all_that_have_begun(tmp_path):
+    write_run(tmp_path, seed=0)
+    write_run(tmp_path, seed=1, finished=False)
+    write_run(tmp_path, seed=2, accuracies=[], epochs=2, finished=False)
+    chosen = plots.choose(comparison.study(rows_of(tmp_path)))
+    for name, plot in chosen.items():
+        n = 2 if name in CURVES else 1
+        assert f"n = {n} seed" in plot.caption, name
+
+
 def test_notes_follow_the_settings(tmp_path, capsys):
     write_run(tmp_path, "full", None, pool="mean", device="cuda")
     write_run(tmp_path, "2d_cardinal", 1, pool="mean", device="cuda", epochs=5)

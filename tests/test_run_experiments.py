@@ -83,6 +83,13 @@ def test_a_mask_is_trained_under_the_name_that_is_asked_for(sweep, capsys, mask_
     assert "the same mask" not in out
 
 
+def test_full_attention_is_trained_as_such_whatever_the_order(sweep, capsys):
+    arguments = ["--mask_types", '["2d_all_neighbors", "full"]', "--expansion_steps", "[20]"]
+    assert sweep("--gpus", "1", *arguments, "--dry_run", "--", "--img_size", "224") == 0
+    out = capsys.readouterr().out
+    assert "2d_all_neighbors, step 20 is the same mask as full on this grid" in out
+
+
 @pytest.mark.parametrize("size", ["zero", "0", "-4", "1"])
 def test_sizes_that_make_no_grid_are_left_to_the_run(sweep, capsys, size):
     assert sweep("--gpus", "1", "--dry_run", "--", "--img_size", size) == 0
