@@ -17,7 +17,9 @@ from benchmarks import reports
 from report import (
     analyses,
     analysis_plots,
+    answer,
     comparison,
+    differences,
     document,
     figures,
     page,
@@ -86,7 +88,7 @@ def main(argv=None) -> int:
 
     runs = load_comparison(args.results_path)
     study = comparison.study(results.group_by_pattern(runs))
-    differences = results.differing_settings(runs)
+    notes = differences.differing_settings(runs)
     command = shlex.join(["python", Path(__file__).name, *argv])
 
     chosen = {
@@ -98,17 +100,17 @@ def main(argv=None) -> int:
     failed = figures.save_drawings(figures_dir, drawings, (*figures.FORMATS, *args.more_formats))
     drawn = {name: plot for name, plot in chosen.items() if name not in failed}
 
-    markdown = document.format_report(study, drawn, differences, command)
+    markdown = document.format_report(study, drawn, notes, command)
     write(output_dir / "results.md", markdown)
     sections = into_sections(drawn, figures_dir)
     add_tables(sections, study, args.targets)
-    html = page.format_page(study, sections, differences, command)
+    html = page.format_page(study, sections, notes, command)
     write(output_dir / "results.html", html)
 
-    for difference in differences:
-        utils.warn(difference)
+    for note in notes:
+        utils.warn(note)
     print(table.format_table(study))
-    for sentence in comparison.answer(study):
+    for sentence in answer.sentences(study):
         print(f"\n{sentence}")
     print(f"\nwrote {output_dir / 'results.md'} and {len(drawn)} plots in {figures_dir}")
     print(f"the page to read: {output_dir / 'results.html'}")
@@ -135,7 +137,7 @@ def load_comparison(results_path: Path) -> list[Run]:
             f"no runs in {results_path}: expected folders like full/seed_0, as main.py writes them"
         )
 
-    groups = results.group_by_data(runs)
+    groups = differences.group_by_data(runs)
     if len(groups) > 1:
         found = "; ".join(map(describe_group, groups))
         differ_in_holdout = len({group[0].settings.data.holdout for group in groups}) == len(groups)

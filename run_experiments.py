@@ -14,7 +14,7 @@ import sys
 import masks
 import utils
 from pipeline import identity
-from report import results, table
+from report import differences, results, table
 from sweep import gpus, launch, slurm
 from sweep.plan import (
     DONE,
@@ -146,7 +146,7 @@ def report(plan: list[PlannedRun], jobs: list[Job]) -> None:
     runs = [run for run in map(results.load_run, folders) if run is not None]
     if runs:
         print(f"\n{table.rows_as_table(results.group_by_pattern(runs))}")
-    for note in results.differing_settings(runs):
+    for note in differences.differing_settings(runs):
         utils.warn(note)
 
     failed = [job for job in jobs if job.state == FAILED]

@@ -18,7 +18,10 @@ from report.comparison import Study
 from report.results import Row, Run
 
 FORMAT = 1
-NUMBERS = ("distance", "distance_uniform", "distance_ceiling", "entropy", "per_class_accuracy")
+NUMBERS = (
+    *("distance", "distance_uniform", "distance_ceiling", "entropy", "per_class_accuracy"),
+    *("class_names", "num_images", "images", "grid"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,17 @@ def load(results: Study) -> dict[Row, list[Analysis]]:
         for run in row.done:
             path = run.folder / f"analysis_{row.eval_split}.json"
             if path.exists() and (numbers := _read(path, run)) is not None:
-                found.setdefault(row, []).append(Analysis(run, numbers))
+                members = found.setdefault(row, [])
+                if members and _shape(numbers) != _shape(members[0].numbers):
+                    utils.warn(f"left out an analysis: {path} has other layers than {row.label}")
+                else:
+                    members.append(Analysis(run, numbers))
     return found
+
+
+def _shape(numbers: dict) -> tuple[int, ...]:
+    """Layers and heads."""
+    return np.shape(numbers["distance"])
 
 
 def _read(path: Path, run: Run) -> dict | None:

@@ -56,7 +56,9 @@ def choose(analyses: dict[Row, list[Analysis]]) -> dict[str, Plot]:
     n_of_first = describe_n({row: [found] for row, found in firsts.items()})
     caption = FIELD.format(n=f"{n_of_first}; the first seed is shown")
     draw = analysis_charts.draw_receptive_fields
-    add("receptive_field", "Effective receptive field", caption, draw, firsts)
+    patch = next(iter(firsts.values())).numbers.get("patch")
+    alike = {row: found for row, found in firsts.items() if found.numbers.get("patch") == patch}
+    add("receptive_field", "Effective receptive field", caption, draw, alike)
 
     shared = with_the_same_images(firsts)
     if shared:

@@ -66,11 +66,10 @@ def most_accurate(rows: list[Row], number: int) -> list[Row]:
 
 
 def styles_of(rows: list[Row]) -> dict[Row, dict]:
-    styles = {}
-    for mask_type, members in by_mask_type(rows).items():
-        for variant, row in enumerate(members):
-            styles[row] = figures.style_of(mask_type, variant, len(members))
-    return styles
+    """A row looks the same in every figure of a report, whichever rows are beside it."""
+    return {
+        row: figures.style_of(row.mask.mask_type, row.variant, row.num_variants) for row in rows
+    }
 
 
 # -------------------------------------------------------------------------------------------------

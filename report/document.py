@@ -5,11 +5,13 @@ Imports neither torch nor matplotlib.
 
 from __future__ import annotations
 
-from report import table, text
-from report.comparison import Study, answer
+from report import answer, statistics, table, text
+from report.comparison import Study
 from report.plots import Plot
 from report.results import Row
 from training.settings import EVAL_SPLITS
+
+MAX_LISTED = 16  # rows in one note
 
 
 def format_report(
@@ -19,13 +21,14 @@ def format_report(
     rows = results.rows
     parts = [
         f"# {text.markdown(title(rows))}",
-        text.markdown(" ".join(answer(results))),
+        text.markdown(" ".join(answer.sentences(results))),
         f"{text.markdown(describe_setup(rows))}.",
         table.format_table(results),
     ]
     for name, plot in plots.items():
-        image = f"![{plot.title}](figures/{name}.png)"
-        parts.append(f"## {plot.title}\n\n{image}\n\n{plot.caption} ([SVG](figures/{name}.svg))")
+        heading, caption = text.markdown(plot.title), text.markdown(plot.caption)
+        image = f"![{heading}](figures/{name}.png)"
+        parts.append(f"## {heading}\n\n{image}\n\n{caption} ([SVG](figures/{name}.svg))")
 
     found = map(text.markdown, [*differences, *findings(results)])
     parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in [*found, *reading_notes(rows)]))
@@ -75,6 +78,8 @@ def findings(results: Study) -> list[str]:
             f"in comparisons and plots, with the runs of {same.label}."
         )
 
+    notes += _chance_of_images(results)
+
     unfinished = []
     for run in (run for row in results.rows for run in row.runs):
         if run.state != "done":
@@ -84,6 +89,27 @@ def findings(results: Study) -> list[str]:
         names = ", ".join(unfinished)
         notes.append(f"Unfinished runs, plotted up to their latest epoch: {names}.")
     return notes
+
+
+def _chance_of_images(results: Study) -> list[str]:
+    """The binomial intervals of rows with one seed, which have none over seeds."""
+    single = [row for row in results.distinct if len(row.done) == 1]
+    intervals = []
+    for row in single[:MAX_LISTED]:
+        accuracy, num_images = row.done[0].eval_accuracy, row.num_images_evaluated
+        if accuracy is not None and num_images:
+            low, high, _ = statistics.proportion_interval(
+                round(accuracy * num_images / 100), num_images
+            )
+            intervals.append(f"{row.label} {low:.1f} to {high:.1f} %")
+    if not intervals:
+        return []
+
+    more = f", and {len(single) - MAX_LISTED} more" if len(single) > MAX_LISTED else ""
+    return [
+        "Rows with one seed have no interval over seeds. Their test images alone leave open (95 %, "
+        f"binomial; another seed would be another model): {'; '.join(intervals)}{more}."
+    ]
 
 
 def reading_notes(rows: list[Row]) -> list[str]:

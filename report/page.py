@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from report import comparison, document, figures, mask_grids, plots, table, text
+from report import answer, comparison, document, figures, mask_grids, plots, table, text
 from report.comparison import AgainstFull, Study
 from report.results import Row
 
@@ -66,7 +66,7 @@ def format_page(
     environment = _make_environment()
     return environment.get_template("page.html").render(
         title=document.title(rows),
-        sentences=comparison.answer(results),
+        sentences=answer.sentences(results),
         setup=document.describe_setup(rows),
         contents=[*contents, ("notes", "Notes")],
         columns=_columns(rows),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -118,6 +118,9 @@ class Row:
     num_neighbors_mean: float  # over all patches of the grid
     num_parameters: int | None
     runs: tuple[Run, ...]  # by seed, finished or not
+    # This is number `variant` of `num_variants` rows of one mask type, which decides its style.
+    variant: int = 0
+    num_variants: int = 1
 
     @property
     def is_named_by_default(self) -> bool:
@@ -201,20 +204,21 @@ class Row:
     def curve(self, metric: str, over: str = "epoch") -> list[tuple[float, float, float, float]]:
         """(x, mean, lowest, highest) for each epoch, over the seeds that have reached it.
 
-        x is the epoch, or with `over="seconds"` the mean time from the start to its end, of the
-        seeds that wrote it.
+        x is the epoch, or with `over="seconds"` the mean time from the start to its end. As that
+        may run backwards where the seeds become fewer, such a curve ends before, and seeds without
+        times are left out.
         """
-        curves = [run.curve(metric) for run in self.runs]
-        clocks = [run.clock for run in self.runs]
+        runs = [run for run in self.runs if over == "epoch" or run.clock]
+        curves = [run.curve(metric) for run in runs]
 
         points = []
         for epoch in sorted(set().union(*curves)):
             values = [curve[epoch] for curve in curves if epoch in curve]
             x = epoch
             if over == "seconds":
-                times = [clock[epoch] for clock in clocks if epoch in clock]
-                if not times:
-                    continue
+                times = [run.clock[epoch] for run in runs if epoch in run.clock]
+                if len(times) < len(runs) or len(values) < len(runs):
+                    break
                 x = statistics.fmean(times)
             points.append((x, statistics.fmean(values), min(values), max(values)))
         return points
@@ -277,7 +281,21 @@ def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
             runs=tuple(members),
         )
         rows.append(row)
-    return sorted(rows, key=_natural_order)
+    return _number_variants(sorted(rows, key=_natural_order))
+
+
+def _number_variants(rows: list[Row]) -> list[Row]:
+    members = {}
+    for row in rows:
+        members.setdefault(row.mask.mask_type, []).append(row)
+    return [
+        replace(
+            row,
+            variant=members[row.mask.mask_type].index(row),
+            num_variants=len(members[row.mask.mask_type]),
+        )
+        for row in rows
+    ]
 
 
 def _natural_order(row: Row) -> tuple:
@@ -286,83 +304,3 @@ def _natural_order(row: Row) -> tuple:
     position = MASK_TYPES.index(mask_type) if known else len(MASK_TYPES)
     step = row.mask.expansion_step or 0
     return position, mask_type, step, not row.is_named_by_default, row.run_name
-
-
-def group_by_data(runs: Iterable[Run]) -> list[list[Run]]:
-    """The runs grouped by dataset, in the order in which the datasets first appear."""
-    groups = []
-    for run in runs:
-        for group in groups:
-            if all(is_same_data(run, other) for other in group):
-                group.append(run)
-                break
-        else:
-            groups.append([run])
-    return groups
-
-
-def is_same_data(run: Run, other: Run) -> bool:
-    """Whether two runs used the same data, and were evaluated on the same images of it.
-
-    Compares the names and sizes of the files if both runs recorded them, else the labels and the
-    checksums of the decoded pixels.
-    """
-    if run.settings.data.dataset != other.settings.data.dataset:
-        return False
-    if run.settings.data.holdout != other.settings.data.holdout:
-        return False
-
-    here = run.config["data"]
-    there = other.config["data"]
-    if here.get("files") is not None and there.get("files") is not None:
-        return here["files"] == there["files"]
-    if here["label"] != there["label"]:
-        return False
-
-    checksums = (here.get("checksum"), there.get("checksum"))
-    comparable = None not in checksums and here.get("image_shape") == there.get("image_shape")
-    return not comparable or checksums[0] == checksums[1]
-
-
-def differing_settings(runs: list[Run]) -> list[str]:
-    """One sentence for each difference that keeps the runs of a table from comparing cleanly."""
-    compared = {}
-    for key in FLAGS:
-        if key not in MAY_DIFFER:
-            compared[f"--{key}"] = lambda run, key=key: run.settings.to_dict()[key]
-    for key in ("label", "num_train", "num_test", "num_classes"):
-        compared[f"data {key}"] = lambda run, key=key: run.config["data"].get(key, "missing")
-
-    speed_only = {
-        "device": lambda run: run.config["provenance"].get("device"),
-        "torch": lambda run: (run.config["provenance"].get("versions") or {}).get("torch"),
-        "--grad_accumulation": lambda run: run.settings.machine.grad_accumulation,
-        "--checkpoint_activations": lambda run: run.settings.machine.checkpoint_activations,
-    }
-
-    notes = []
-    for name, values in _differing(runs, compared):
-        notes.append(f"{name} differs between the runs: {values}")
-    for name, values in _differing(runs, speed_only):
-        consequence = "so images/s and peak memory are not comparable"
-        notes.append(f"{name} differs between the runs, {consequence}: {values}")
-    return notes
-
-
-def _differing(
-    runs: list[Run], compared: dict[str, Callable[[Run], object]]
-) -> Iterator[tuple[str, str]]:
-    """(name, values and the runs that have them) of whatever is not the same in all runs."""
-    for name, value_of in compared.items():
-        run_names_by_value = {}
-        for run in runs:
-            run_names_by_value.setdefault(str(value_of(run)), []).append(run.name)
-        if len(run_names_by_value) < 2:
-            continue
-
-        described = []
-        for value, run_names in run_names_by_value.items():
-            few = len(run_names) <= 3
-            which = ", ".join(run_names) if few else f"{len(run_names)} runs"
-            described.append(f"{value} ({which})")
-        yield name, "; ".join(described)

@@ -8,7 +8,7 @@ import pytest
 from fake_runs import write_run
 
 import masks
-from report import comparison, results, statistics, table
+from report import answer, comparison, results, statistics, table
 
 
 def study_of(path):
@@ -147,7 +147,7 @@ def test_a_clear_gain(tmp_path):
     write_pattern(tmp_path, "full", None, [80, 81, 80.5, 80.2], images_per_second=100)
     accuracies = [81, 82.1, 81.4, 81.3]
     write_pattern(tmp_path, "2d_cardinal", 1, accuracies, images_per_second=130)
-    first, speed, limit = comparison.answer(study_of(tmp_path))
+    first, speed, limit = answer.sentences(study_of(tmp_path))
     assert first.startswith("2d_cardinal, step 1 gains 1.03 points against full attention")
     assert "n = 4 seeds" in first
     assert speed == "It trains at 1.30 times the images/s of full attention."
@@ -157,14 +157,14 @@ def test_a_clear_gain(tmp_path):
 def test_a_clear_loss(tmp_path):
     write_pattern(tmp_path, "full", None, [80, 81, 80.5])
     write_pattern(tmp_path, "2d_cardinal", 1, [75, 76.1, 75.4])
-    assert "2d_cardinal, step 1 loses 5.00 points" in comparison.answer(study_of(tmp_path))[0]
+    assert "2d_cardinal, step 1 loses 5.00 points" in answer.sentences(study_of(tmp_path))[0]
 
 
 def test_seed_noise_is_not_a_result(tmp_path):
     write_pattern(tmp_path, "full", None, [80, 81, 82])
     write_pattern(tmp_path, "2d_cardinal", 1, [82, 81, 81.5])
     write_pattern(tmp_path, "2d_cardinal", 2, [80, 80, 80])
-    first, *_ = comparison.answer(study_of(tmp_path))
+    first, *_ = answer.sentences(study_of(tmp_path))
     assert first.startswith("Cannot tell whether 2d_cardinal, step 1, the most accurate of 2 local")
     assert "is more or less accurate than full attention" in first
     assert "for this pattern by itself" in first
@@ -175,7 +175,7 @@ def test_one_lucky_seed_does_not_hide_what_several_have_measured(tmp_path):
     write_pattern(tmp_path, "full", None, [80, 81, 80.5, 80.2])
     write_pattern(tmp_path, "2d_cardinal", 1, [81, 82.1, 81.4, 81.3])
     write_pattern(tmp_path, "2d_cardinal", 2, [99])
-    first, *_ = comparison.answer(study_of(tmp_path))
+    first, *_ = answer.sentences(study_of(tmp_path))
     assert first.startswith("2d_cardinal, step 1 gains 1.03 points")
 
 
@@ -184,7 +184,7 @@ def test_a_clear_result_is_told_beside_a_noisy_better_one(tmp_path):
     write_pattern(tmp_path, "2d_cardinal", 1, [86, 79, 85, 79])  # more on average, but noise
     write_pattern(tmp_path, "2d_cardinal", 2, [81, 82.1, 81.4, 81.3])
     write_pattern(tmp_path, "2d_cardinal", 3, [70, 71.2, 70.4, 70.2])
-    first, second, third, *_ = comparison.answer(study_of(tmp_path))
+    first, second, third, *_ = answer.sentences(study_of(tmp_path))
     assert first.startswith("Cannot tell whether 2d_cardinal, step 1")
     assert second.startswith("Clearer is 2d_cardinal, step 2: it gains 1.03 points")
     assert third.startswith("1 of 3 local patterns loses accuracy")
@@ -194,7 +194,7 @@ def test_the_fastest_is_named_if_it_is_another_one(tmp_path):
     write_pattern(tmp_path, "full", None, [80, 81], images_per_second=100)
     write_pattern(tmp_path, "2d_cardinal", 1, [70, 72], images_per_second=300)
     write_pattern(tmp_path, "2d_cardinal", 2, [80, 82], images_per_second=200)
-    sentences = comparison.answer(study_of(tmp_path))
+    sentences = answer.sentences(study_of(tmp_path))
     assert sentences[2] == (
         "The fastest is 2d_cardinal, step 1: 3.00 times the images/s of full attention, at "
         "-9.50 points."
@@ -204,7 +204,7 @@ def test_the_fastest_is_named_if_it_is_another_one(tmp_path):
 def test_one_seed_has_the_chance_of_images_only(tmp_path):
     write_run(tmp_path, "full", None, 0, [80])
     write_run(tmp_path, "2d_cardinal", 1, 0, [85])
-    first, *_ = comparison.answer(study_of(tmp_path))
+    first, *_ = answer.sentences(study_of(tmp_path))
     assert first.startswith("Cannot tell: with one seed there is no measure of chance")
     # 16 and 17 of the 20 test images of these runs.
     low, high, _ = statistics.proportion_interval(17, 20)
@@ -222,14 +222,14 @@ def test_one_seed_has_the_chance_of_images_only(tmp_path):
 def test_without_two_sides_there_is_no_answer(tmp_path, mask_types, said):
     for mask_type in mask_types:
         write_run(tmp_path, mask_type, None if mask_type == "full" else 1)
-    (sentence,) = comparison.answer(study_of(tmp_path))
+    (sentence,) = answer.sentences(study_of(tmp_path))
     assert said in sentence
 
 
 def test_without_pairs_there_is_no_answer(tmp_path):
     write_run(tmp_path, "full", None, 0)
     write_run(tmp_path, "2d_cardinal", 1, 1)
-    (sentence,) = comparison.answer(study_of(tmp_path))
+    (sentence,) = answer.sentences(study_of(tmp_path))
     assert sentence.startswith("Cannot tell: no finished run of a local pattern has the seed")
 
 

@@ -17,7 +17,7 @@ import main
 import plot_result
 import utils
 from pipeline import holdout, sources
-from report import results
+from report import differences, results
 from training import checkpoints, trainer
 
 CPU = torch.device("cpu")
@@ -308,8 +308,10 @@ def test_runs_of_different_splits_are_not_compared(tmp_path, run_script):
     assert not (tmp_path / "results.md").exists()
 
     one, other = (results.load_run(folder.parent) for folder in tmp_path.rglob(utils.CONFIG))
-    assert not results.is_same_data(one, other)
-    assert any(note.startswith("--holdout") for note in results.differing_settings([one, other]))
+    assert not differences.is_same_data(one, other)
+    assert any(
+        note.startswith("--holdout") for note in differences.differing_settings([one, other])
+    )
 
 
 def test_the_report_says_what_the_accuracies_are_of(tmp_path, capsys):

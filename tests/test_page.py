@@ -146,14 +146,40 @@ def test_the_csv_equals_the_table(sweep, open_page):
     rows = cells_of(opened)
     assert download.value.suggested_filename == "results.csv"
     assert len(lines) == len(rows) == 5
+
+    def text_of(line):
+        value = {key: float(text) for key, text in line.items() if _is_number(text)}
+        half = (value["accuracy_high"] - value["accuracy_low"]) / 2
+        difference = p = "–"
+        if "difference_points" in value:
+            bounds = f"{value['difference_low']:+.2f} to {value['difference_high']:+.2f}"
+            difference = f"{value['difference_points']:+.2f} ({bounds})"
+            p = f"{value['p_holm']:.3f}" if value["p_holm"] >= 0.001 else "< 0.001"
+        return [
+            f"{value['neighbors_nominal']:.0f}",
+            f"{value['neighbors_mean']:.1f}",
+            f"{100 * value['density']:.1f}",
+            f"{value['attention_flops'] / 1e6:,.1f}",
+            f"{value['accuracy_percent']:.2f} ± {half:.2f} (n = {line['n']})",
+            difference,
+            p,
+            f"{value['train_images_per_second']:,.0f}",
+            f"{value['train_seconds']:.0f} s",
+            f"{value['peak_memory_bytes'] / 2**30:.2f}",
+            line["state"],
+        ]
+
     for line, cells in zip(lines, rows, strict=True):
         assert line["mask_type"] in cells[0]
-        assert f"{float(line['neighbors_mean']):.1f}" == cells[2]
-        assert cells[5].startswith(f"{float(line['accuracy_percent']):.2f} ± ")
-        if line["difference_points"]:
-            assert cells[6].startswith(f"{float(line['difference_points']):+.2f} (")
-        assert f"{float(line['train_images_per_second']):,.0f}" == cells[8]
-        assert line["state"] == cells[-1]
+        assert text_of(line) == cells[1:]
+
+
+def _is_number(text):
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
 
 
 def test_one_mask_under_two_names_says_so(sweep, open_page):
@@ -178,11 +204,11 @@ def reached_by_powers(mask, layers, with_class_token):
     return np.linalg.matrix_power(tokens, layers)[1:, 1:] > 0
 
 
-def drawn(opened, index):
+def drawn(opened, index, width=4):
     """The patches of the mask number `index` that have each color."""
     figure = opened.query_selector_all("figure.mask")[index]
     return {
-        kind: path_to_patches(figure.query_selector(f".{kind}").get_attribute("d"), 4)
+        kind: path_to_patches(figure.query_selector(f".{kind}").get_attribute("d"), width)
         for kind in ("neighbors", "reached", "query")
     }
 
@@ -210,6 +236,43 @@ def test_pointing_at_a_patch_shows_what_it_can_know(sweep, open_page, layers, wi
             assert found["query"] == {patch}
             assert found["neighbors"] == set(mask[patch].nonzero()[0])
             assert found["reached"] == set(reached[patch].nonzero()[0])
+
+
+def write_grid(folder, height, width):
+    config = json.loads((folder / utils.CONFIG).read_text())
+    config["attention"] |= {"grid": [height, width], "num_patches": height * width}
+    utils.write_json(folder / utils.CONFIG, config)
+
+
+def test_rows_are_not_columns_and_queries_are_not_keys(tmp_path, open_page, monkeypatch):
+    """A grid that is not square, and a pattern that looks to the right and down only."""
+    pattern = masks.Pattern(
+        allows=masks.by_offset(lambda dy, dx, s: (dy >= 0) & (dy <= s) & (dx >= 0) & (dx <= 2 * s)),
+        num_neighbors=lambda s: (s + 1) * (2 * s + 1),
+        has_1d_twin=False,
+    )
+    monkeypatch.setitem(masks.PATTERNS, "ahead", pattern)
+    monkeypatch.setattr(masks, "MASK_TYPES", (*masks.MASK_TYPES, "2d_ahead"))
+    height, width = 3, 5
+    for mask_type, step in [("full", None), ("2d_ahead", 1)]:
+        write_grid(write_run(tmp_path, mask_type, step), height, width)
+    opened = open_page(make_page(tmp_path))
+
+    mask = masks.MaskSpec("2d_ahead", 1).build_array(height, width)
+    svg = opened.query_selector_all("figure.mask svg")[1]
+    svg.focus()
+    for _ in range(5):
+        opened.keyboard.press("ArrowUp")
+        opened.keyboard.press("ArrowLeft")
+    for layers in (1, 2):
+        opened.fill("#layers", str(layers))
+        opened.set_checked("#class-token", False)
+        found = drawn(opened, 1, width)
+        reached = masks.reachable(mask, layers)
+        assert found["neighbors"] == set(mask[0].nonzero()[0]) == {0, 1, 2, 5, 6, 7}
+        assert found["reached"] == set(reached[0].nonzero()[0])
+    box = opened.query_selector_all("figure.mask svg")[1].bounding_box()
+    assert box["width"] / box["height"] == pytest.approx(width / height, rel=0.02)
 
 
 def test_the_masks_answer_to_keys_and_to_a_tap(sweep, open_page):
@@ -319,6 +382,28 @@ def test_unfinished_runs_and_missing_seeds(tmp_path, open_page):
     assert opened.query_selector("#against-full") is None
 
 
+def test_failed_runs(tmp_path, open_page, capsys):
+    """One that failed before its first epoch, and one whose log is damaged."""
+    write_run(tmp_path, "full", None, 0)
+    write_run(tmp_path, "2d_cardinal", 1, 0, [], finished=False, epochs=3)
+    damaged = write_run(tmp_path, "2d_cardinal", 2, 0)
+    (damaged / utils.METRICS).write_text('{"epoch": 1, "eval_acc')
+    path = make_page(tmp_path)
+    assert "skipped a run" in capsys.readouterr().err
+    rows = {cells[0]: cells for cells in cells_of(open_page(path))}
+    assert rows["2d_cardinal, step 1"][-1] == "0 of 1 done"
+    assert rows["2d_cardinal, step 1"][5] == "–"
+    assert "2d_cardinal, step 2" not in rows
+
+
+def test_seeds_that_never_get_there(tmp_path, open_page):
+    write_run(tmp_path, "full", None, 0, [50, 80], images_per_second=10)
+    write_run(tmp_path, "full", None, 1, [50, 70], images_per_second=10)
+    path = make_page(tmp_path, "--targets", "75", "90")
+    (line,) = cells_of(open_page(path), "#speed-and-accuracy tbody tr")
+    assert line == ["full", "20 s (1 of 2 seeds)", "not reached"]
+
+
 def test_one_seed_only(tmp_path, open_page):
     write_run(tmp_path, "full", None, 0, [80])
     write_run(tmp_path, "2d_cardinal", 1, 0, [85])
@@ -337,9 +422,7 @@ def test_runs_of_a_pattern_that_is_not_here(tmp_path, open_page):
 
 def test_a_grid_that_is_too_large_to_play_with(tmp_path, open_page):
     folder = write_run(tmp_path)
-    config = json.loads((folder / utils.CONFIG).read_text())
-    config["attention"] |= {"grid": [200, 200], "num_patches": 40_000}
-    utils.write_json(folder / utils.CONFIG, config)
+    write_grid(folder, 200, 200)
     opened = open_page(make_page(tmp_path))
     assert opened.query_selector("#masks") is None
 

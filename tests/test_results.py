@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import masks
 import utils
-from report import results, table
+from report import differences, results, table
 
 
 def change_json(path, change):
@@ -170,13 +170,13 @@ def test_rows_are_in_natural_order(tmp_path):
 def test_differing_settings(tmp_path):
     write_run(tmp_path, seed=0)
     write_run(tmp_path, "2d_cardinal", 1, seed=1)
-    assert results.differing_settings([]) == []
-    assert results.differing_settings(results.load_runs(tmp_path)) == []
+    assert differences.differing_settings([]) == []
+    assert differences.differing_settings(results.load_runs(tmp_path)) == []
 
     write_run(tmp_path, "2d_cardinal", 2, epochs=9, device_name="Slide rule", dropout=0.5)
     before = "(2d_cardinal_expansion_1 seed 1, full seed 0)"
     now = "(2d_cardinal_expansion_2 seed 0)"
-    assert results.differing_settings(results.load_runs(tmp_path)) == [
+    assert differences.differing_settings(results.load_runs(tmp_path)) == [
         f"--dropout differs between the runs: 0.1 {before}; 0.5 {now}",
         f"--epochs differs between the runs: 2 {before}; 9 {now}",
         "device differs between the runs, so images/s and peak memory are not comparable: "
@@ -230,6 +230,6 @@ def test_the_state_says_that_batches_were_split(tmp_path):
 
     runs = results.load_runs(tmp_path)
     assert results.group_by_pattern(runs)[0].state == "done, batches in 2 parts"
-    (note,) = results.differing_settings(runs)
+    (note,) = differences.differing_settings(runs)
     assert note.startswith("--grad_accumulation differs")
     assert "images/s and peak memory are not comparable" in note
