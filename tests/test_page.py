@@ -383,11 +383,11 @@ def test_unfinished_runs_and_missing_seeds(tmp_path, open_page):
 
 
 def test_failed_runs(tmp_path, open_page, capsys):
-    """One that failed before its first epoch, and one whose log is damaged."""
+    """One that failed before its first epoch, and one whose file is damaged."""
     write_run(tmp_path, "full", None, 0)
     write_run(tmp_path, "2d_cardinal", 1, 0, [], finished=False, epochs=3)
     damaged = write_run(tmp_path, "2d_cardinal", 2, 0)
-    (damaged / utils.METRICS).write_text('{"epoch": 1, "eval_acc')
+    (damaged / utils.SUMMARY).write_text('{"final": {"eval_acc')
     path = make_page(tmp_path)
     assert "skipped a run" in capsys.readouterr().err
     rows = {cells[0]: cells for cells in cells_of(open_page(path))}

@@ -279,7 +279,8 @@ class Wandb:
         """Remove what earlier processes of the run wrote offline, if all of it is in a new part."""
         if not self.run.offline:
             return
-        for part in folder.glob(f"wandb/offline-run-*-{run_id}"):
+        # Of two that begin in the same second, wandb numbers the second one: `<id>-1`.
+        for part in folder.glob(f"wandb/offline-run-*-{run_id}*"):
             was_uploaded = any(part.glob("*.synced"))
             if part.name != self._offline_dir().name and not was_uploaded:
                 shutil.rmtree(part)
