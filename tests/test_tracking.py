@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import wait_for
 
 import main
 import utils
@@ -81,6 +82,8 @@ def read_tensorboard(folder):
 def read_wandb(folder):
     """From the file that would be uploaded."""
     (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    # wandb writes in a process of its own, which may still be at it.
+    wait_for(lambda: any(record.HasField("exit") for record in wandb_records(file)), seconds=20)
     config, curves = {}, {}
     for record in wandb_records(file):
         for item in record.run.config.update:
@@ -276,10 +279,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("num_saved", [0, 2, 3, 4])
 def test_a_resumed_run_has_each_epoch_once(name, folder, num_saved):
     """Whether the tracker was ahead of the checkpoint when it was killed, or behind."""
+    # A service that this process has started would go on holding the run that was killed.
+    environment = {key: value for key, value in os.environ.items() if "_SERVICE" not in key}
     done = subprocess.run(
         [sys.executable, "-c", KILLED, name, str(folder)],
         cwd=utils.REPOSITORY,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,
