@@ -5,8 +5,10 @@ Imports neither torch nor matplotlib.
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 from report import table, text
-from report.comparison import Study, answer
+from report.comparison import Study, answer, name_of
 from report.plots import Plot
 from report.results import Row
 from training.settings import EVAL_SPLITS
@@ -24,8 +26,9 @@ def format_report(
         table.format_table(results),
     ]
     for name, plot in plots.items():
-        image = f"![{plot.title}](figures/{name}.png)"
-        parts.append(f"## {plot.title}\n\n{image}\n\n{plot.caption} ([SVG](figures/{name}.svg))")
+        heading, caption = text.markdown(plot.title), text.markdown(plot.caption)
+        file = f"figures/{quote(name)}"
+        parts.append(f"## {heading}\n\n![{heading}]({file}.png)\n\n{caption} ([SVG]({file}.svg))")
 
     found = map(text.markdown, [*differences, *findings(results)])
     parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in [*found, *reading_notes(rows)]))
@@ -36,7 +39,7 @@ def format_report(
 
 
 def title(rows: list[Row]) -> str:
-    return f"Local attention on {rows[0].runs[0].config['data']['label']}"
+    return f"Local attention on {text.one_line(rows[0].runs[0].config['data']['label'])}"
 
 
 def describe_setup(rows: list[Row]) -> str:
@@ -68,9 +71,10 @@ def findings(results: Study) -> list[str]:
     """Plain text about these runs: rows that are one and the same, runs that are not finished."""
     notes = []
     for row, same in results.same_as.items():
+        names = name_of(row), name_of(same)
         notes.append(
-            f"{row.label} and {same.label} are one and the same mask on this grid; they count once "
-            f"in comparisons and plots, with the runs of {same.label}."
+            f"{names[0]} and {names[1]} are one and the same mask on this grid; they count once in "
+            f"comparisons and plots, with the runs of {names[1]}."
         )
 
     unfinished = []
