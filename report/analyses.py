@@ -18,7 +18,18 @@ from report.comparison import Study
 from report.results import Row, Run
 
 FORMAT = 1
-NUMBERS = ("distance", "distance_uniform", "distance_ceiling", "entropy", "per_class_accuracy")
+# What the plots read. docs/analysis.md has the others.
+NUMBERS = {
+    "class_names": list,
+    "num_images": int,
+    "distance": list,
+    "distance_ceiling": float,
+    "entropy": list,
+    "per_class_accuracy": list,
+    "images": list,
+    "maps_of": str,
+    "arrays": str,
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ def _read(path: Path, run: Run) -> dict | None:
         return None
 
     trouble = ""
-    if numbers.get("format") != FORMAT or any(numbers.get(key) is None for key in NUMBERS):
+    if numbers.get("format") != FORMAT or not _has_all(numbers):
         trouble = "is no analysis that this version can read"
     elif numbers.get("epoch") != len(run.metrics):
         trouble = f"is of epoch {numbers.get('epoch')}, the run has {len(run.metrics)}"
@@ -69,25 +80,52 @@ def _read(path: Path, run: Run) -> dict | None:
     return numbers
 
 
+def _has_all(numbers: dict) -> bool:
+    """Whether all that the plots read is there, in the shape that they expect."""
+    if any(not isinstance(numbers.get(key), kind) for key, kind in NUMBERS.items()):
+        return False
+    names, images = numbers["class_names"], numbers["images"]
+    labels = range(len(names))
+    return (
+        all(isinstance(name, str) for name in names)
+        and len(numbers["per_class_accuracy"]) == len(names)
+        and all(isinstance(image, dict) and "index" in image for image in images)
+        and all(image.get(key) in labels for image in images for key in ("label", "prediction"))
+    )
+
+
 # -------------------------------------------------------------------------------------------------
 # Disagreements
 
 
 def load_comparisons(results: Study) -> list[dict]:
-    """What `eval.py --compare` wrote beside the runs, with the path of each contact sheet."""
+    """What `eval.py --compare` wrote beside the runs, with the path of each contact sheet.
+
+    Only comparisons on the images that the accuracies of the table are of.
+    """
     found = []
     for run in (run for row in results.rows for run in row.done):
         for path in sorted(run.folder.glob("compare_*.json")):
             try:
                 report = utils.read_json(path)
-                picture = report.get("picture")
                 cells = _cells(report)
+                epoch, split = report["first"]["epoch"], report["split"]
             except (utils.UserError, KeyError, TypeError, ValueError) as error:
                 utils.warn(f"left out a comparison: {path}: {utils.first_line(error)}")
                 continue
-            sheet = path.with_name(Path(picture).name) if isinstance(picture, str) else None
-            found.append({"cells": cells, "sheet": sheet})
+            if epoch != len(run.metrics):
+                trouble = f"is of epoch {epoch}, the run has {len(run.metrics)}"
+                utils.warn(f"left out a comparison: {path} {trouble}; run eval.py --compare again")
+            elif split == run.settings.data.eval_split:
+                found.append({"cells": cells, "sheet": _sheet(path, report.get("picture"))})
     return found
+
+
+def _sheet(path: Path, picture: object) -> Path | None:
+    """The contact sheet of a comparison, which lies beside it; None without one."""
+    if not isinstance(picture, str) or not picture.endswith(".png") or "\0" in picture:
+        return None
+    return path.with_name(Path(picture).name)
 
 
 def _cells(report: dict) -> list[str]:
