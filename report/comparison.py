@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from report import statistics
-from report.results import Row, Run
+from report import statistics, text
+from report.results import Row, Run, is_grid
 from report.statistics import Interval
 
 SIGNIFICANT = 0.05
@@ -88,19 +88,20 @@ def find_same_masks(rows: Iterable[Row]) -> dict[Row, Row]:
     for row in rows:
         first = row.runs[0]
         grid = first.config["attention"].get("grid")
-        if row.is_named_by_default and row.mask.is_known and _is_grid(grid):
+        if row.is_named_by_default and row.mask.is_known and is_grid(grid):
             key = (row.mask.identity(*grid), tuple(grid), repr(first.compared_settings))
             groups.setdefault(key, []).append(row)
 
     same_as = {}
     for members in groups.values():
-        chosen = max(members, key=lambda row: len(row.done))  # the first of several
+        chosen = max(members, key=_standing)  # the first of several
         same_as |= {row: chosen for row in members if row is not chosen}
     return same_as
 
 
-def _is_grid(grid: object) -> bool:
-    return isinstance(grid, list) and len(grid) == 2 and all(isinstance(n, int) for n in grid)
+def _standing(row: Row) -> tuple[bool, int]:
+    """Full attention, if there is a result of it, must stay what the others are compared with."""
+    return row.mask.mask_type == "full" and bool(row.done), len(row.done)
 
 
 def _pair_with_full(row: Row, rows: list[Row]) -> list[tuple[Run, Run]]:
@@ -184,7 +185,7 @@ def _accuracy_sentence(best: AgainstFull, num_compared: int) -> str:
     if found.n == 1:
         return (
             f"Cannot tell: with one seed there is no measure of chance. {who} is at "
-            f"{describe_difference(found)} from full attention.{_chance_of_images(best.row)}"
+            f"{describe_difference(found)} from full attention.{_chance_of_images(best)}"
         )
     if found.interval is None:
         return (
@@ -206,10 +207,11 @@ def _accuracy_sentence(best: AgainstFull, num_compared: int) -> str:
     return f"{who} {verb} {abs(found.mean):.2f} points against full attention ({evidence})."
 
 
-def _chance_of_images(row: Row) -> str:
+def _chance_of_images(found: AgainstFull) -> str:
     """How far one run's accuracy is uncertain because of its images, which is not the seed's."""
-    accuracy, num_images = row.done[0].eval_accuracy, row.num_images_evaluated
-    if not num_images:
+    (run,) = (run for run in found.row.done if run.seed == found.seeds[0])
+    accuracy, num_images = run.eval_accuracy, found.row.num_images_evaluated
+    if not isinstance(num_images, int) or num_images < 1 or not 0 <= accuracy <= 100:
         return ""
     num_correct = round(accuracy * num_images / 100)
     low, high, _ = statistics.proportion_interval(num_correct, num_images)
@@ -250,7 +252,7 @@ def limit_of(results: Study) -> str | None:
 
 
 def name_of(row: Row) -> str:
-    return row.label
+    return text.one_line(row.label)
 
 
 def describe_difference(found: statistics.Comparison) -> str:
