@@ -153,7 +153,7 @@ def answer(results: Study) -> list[str]:
         sentences.append(_speed_sentence(best))
 
     fastest = max((found for found in compared if found.speed), key=lambda x: x.speed, default=None)
-    if fastest is not None and fastest is not best:
+    if fastest is not None and fastest.speed > (best.speed or 0.0):
         sentences.append(
             f"The fastest is {name_of(fastest.row)}: {format_ratio(fastest.speed)} the images/s of "
             f"full attention, at {describe_difference(fastest.accuracies)}."

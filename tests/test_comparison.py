@@ -310,3 +310,10 @@ def test_names_in_the_answer_are_on_one_line(tmp_path):
     write_pattern(tmp_path, "full", None, [80])
     write_pattern(tmp_path, "2d_cardinal", 1, [81], run_name="a\x1b[31m\nb")
     assert r"a\x1b[31m\nb (2d_cardinal, step 1) is at" in comparison.answer(study_of(tmp_path))[0]
+
+
+def test_nobody_is_the_fastest_where_all_are_equally_fast(tmp_path):
+    write_pattern(tmp_path, "full", None, [80])
+    write_pattern(tmp_path, "2d_cardinal", 1, [81])
+    write_pattern(tmp_path, "2d_all_neighbors", 1, [83])
+    assert not any("fastest" in sentence for sentence in comparison.answer(study_of(tmp_path)))
