@@ -104,7 +104,10 @@ class MaskSpec:
 
     @property
     def is_known(self) -> bool:
-        return self.mask_type in MASK_TYPES
+        """Whether `build` can make it; a damaged or foreign log may name what it cannot."""
+        step = self.expansion_step
+        has_step = self.mask_type == "full" or (type(step) is int and step >= 0)
+        return self.mask_type in MASK_TYPES and has_step
 
     @property
     def label(self) -> str:

@@ -48,8 +48,8 @@ class TrainedModel:
         """Read a checkpoint and its data; the images of an `earlier` one are used again.
 
         Precision and folder are those of the training if they are None. Raises UserError or
-        UsageError if the checkpoint cannot be read, or if it does not go with the split, the device
-        or the data.
+        UsageError if the checkpoint cannot be read, has weights that are not finite, or does not go
+        with the split, the device or the data.
         """
         state = load_checkpoint(checkpoint)
         settings = Settings.from_dict(state["settings"])
@@ -59,6 +59,11 @@ class TrainedModel:
                 "--split test or train"
             )
         model = rebuild_model(state, backend).to(device)
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise UserError(
+                f"{checkpoint} holds weights that are not finite, so it cannot be evaluated; train "
+                "it again, perhaps with a lower --lr"
+            )
         with utils.usage_errors():
             model.compiled_mask.check_device(device)
 

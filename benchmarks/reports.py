@@ -10,12 +10,25 @@ import utils
 from benchmarks import charts
 from report import text
 from report.plots import Plot
+from training.run_record import number
 
 SECTION = "Speed measured on its own"
 LEVELS = ("attention", "model")  # that have one row per mask and grid
 SPEEDUP = (
     " Above one, local attention is faster; the ceiling is what saving arithmetic alone can give."
 )
+# What the plots read of a row.
+ROW = {
+    "mask_type": str,
+    "expansion_step": (int, type(None)),
+    "backend": str,
+    "num_patches": int,
+    "num_sequences": int,
+    "milliseconds": dict,
+    "speedup": dict,
+    "ceiling": (int, float),
+}
+QUARTILES = ("median", "q1", "q3")
 TITLES = {"speedup": "Speed against full attention", "time": "Time against patches"}
 
 
@@ -23,11 +36,33 @@ def read(path: Path) -> dict:
     """A report with plots. Raises UserError for any other file."""
     report = utils.read_json(path)
     expected = "a report as benchmark.py writes it with --level attention or model"
-    if not isinstance(report, dict) or report.get("level") not in LEVELS:
+    level, settings = report.get("level"), report.get("settings")
+    is_report = level in list(LEVELS) and isinstance(settings, dict)
+    if not is_report or (level == "model" and not isinstance(settings.get("model"), str)):
         raise utils.UserError(f"{path} is not {expected}")
     if not isinstance(report.get("rows"), list) or not report["rows"]:
         raise utils.UserError(f"{path} has no rows; expected {expected}")
+
+    for line, row in enumerate(report["rows"], start=1):
+        trouble = _trouble_with(row)
+        if trouble:
+            raise utils.UserError(
+                f"{path}: row {line} has no usable {trouble}; expected {expected}"
+            )
     return report
+
+
+def _trouble_with(row: object) -> str | None:
+    """The first key that the plots could not use; None if all are fine."""
+    if not isinstance(row, dict):
+        return "keys"
+    for key, kind in ROW.items():
+        value = row.get(key, ...)
+        if not isinstance(value, kind):
+            return key
+        if kind is dict and any(not number(value, name) for name in QUARTILES):
+            return key
+    return None
 
 
 def plots(paths: Sequence[Path]) -> dict[str, Plot]:
@@ -51,11 +86,16 @@ def plots(paths: Sequence[Path]) -> dict[str, Plot]:
 
 def describe(report: dict) -> str:
     """What was measured, how often, where: a caption."""
-    provenance = report.get("provenance") or {}
-    torch = (provenance.get("versions") or {}).get("torch", "unknown")
-    settings = report.get("settings") or {}
+    provenance = _section(report, "provenance")
+    torch = _section(provenance, "versions").get("torch", "unknown")
+    settings = report["settings"]
     return text.one_line(
         f"Median and quartiles of n = {settings.get('rounds', 'unknown')} rounds, "
         f"{settings.get('dtype', '')}: {report.get('protocol', 'protocol unknown')}. "
         f"{provenance.get('device', 'Device unknown')}; torch {torch}."
     )
+
+
+def _section(values: dict, key: str) -> dict:
+    section = values.get(key)
+    return section if isinstance(section, dict) else {}

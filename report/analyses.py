@@ -18,10 +18,19 @@ from report.comparison import Study
 from report.results import Row, Run
 
 FORMAT = 1
-NUMBERS = (
-    *("distance", "distance_uniform", "distance_ceiling", "entropy", "per_class_accuracy"),
-    *("class_names", "num_images", "images", "grid"),
-)
+# What the plots read. docs/analysis.md has the others.
+NUMBERS = {
+    "class_names": list,
+    "num_images": int,
+    "distance": list,
+    "distance_ceiling": float,
+    "entropy": list,
+    "per_class_accuracy": list,
+    "images": list,
+    "grid": list,
+    "maps_of": str,
+    "arrays": str,
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ def _read(path: Path, run: Run) -> dict | None:
         return None
 
     trouble = _misfit(numbers, run)
-    if numbers.get("format") != FORMAT or any(numbers.get(key) is None for key in NUMBERS):
+    if numbers.get("format") != FORMAT or not _has_all(numbers):
         trouble = "is no analysis that this version can read"
     if trouble:
         utils.warn(f"left out an analysis: {path} {trouble}; run eval.py --analyze again")
@@ -86,6 +95,20 @@ def _misfit(about: dict, run: Run) -> str:
     if about.get("data_as_trained") is False:
         return "is of other images than those of the training"
     return ""
+
+
+def _has_all(numbers: dict) -> bool:
+    """Whether all that the plots read is there, in the shape that they expect."""
+    if any(not isinstance(numbers.get(key), kind) for key, kind in NUMBERS.items()):
+        return False
+    names, images = numbers["class_names"], numbers["images"]
+    labels = range(len(names))
+    return (
+        all(isinstance(name, str) for name in names)
+        and len(numbers["per_class_accuracy"]) == len(names)
+        and all(isinstance(image, dict) and "index" in image for image in images)
+        and all(image.get(key) in labels for image in images for key in ("label", "prediction"))
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -104,19 +127,27 @@ def load_comparisons(results: Study) -> list[dict]:
             try:
                 report = utils.read_json(path)
                 if report["format"] != FORMAT:
-                    raise ValueError("this version cannot read its format")
+                    raise ValueError("has a format that this version cannot read")
                 if report["split"] != run.settings.data.eval_split:
                     continue
                 if misfit := _misfit(report["first"], run):
-                    raise ValueError(f"it {misfit}; run eval.py --compare again")
-                picture = report.get("picture")
+                    raise ValueError(f"{misfit}; run eval.py --compare again")
                 cells = _cells(report)
-            except (utils.UserError, KeyError, TypeError, ValueError) as error:
-                utils.warn(f"left out a comparison: {path}: {utils.first_line(error)}")
+            except KeyError as key:
+                utils.warn(f"left out a comparison: {path} lacks {key}")
                 continue
-            sheet = path.with_name(Path(picture).name) if isinstance(picture, str) else None
-            found.append({"cells": cells, "sheet": sheet})
+            except (utils.UserError, TypeError, ValueError) as error:
+                utils.warn(f"left out a comparison: {path} {utils.first_line(error)}")
+                continue
+            found.append({"cells": cells, "sheet": _sheet(path, report.get("picture"))})
     return found
+
+
+def _sheet(path: Path, picture: object) -> Path | None:
+    """The contact sheet of a comparison, which lies beside it; None without one."""
+    if not isinstance(picture, str) or not picture.endswith(".png") or "\0" in picture:
+        return None
+    return path.with_name(Path(picture).name)
 
 
 def _cells(report: dict) -> list[str]:

@@ -13,8 +13,10 @@ from report.comparison import (
     format_interval,
     format_p,
     format_ratio,
+    name_of,
 )
-from report.results import Row
+from report.results import Row, Run
+from report.statistics import Interval
 
 POWER = 0.8  # of the differences that are called detectable
 
@@ -36,9 +38,9 @@ def sentences(results: Study) -> list[str]:
         said.append(_speed_sentence(best))
 
     fastest = max((found for found in compared if found.speed), key=lambda x: x.speed, default=None)
-    if fastest is not None and fastest is not best:
+    if fastest is not None and fastest.speed > (best.speed or 0.0):
         said.append(
-            f"The fastest is {fastest.row.label}: {format_ratio(fastest.speed)} the images/s of "
+            f"The fastest is {name_of(fastest.row)}: {format_ratio(fastest.speed)} the images/s of "
             f"full attention, at {describe_difference(fastest.accuracies)}."
         )
 
@@ -63,7 +65,7 @@ def _why_no_answer(rows: list[Row]) -> str:
 def _accuracy_sentence(best: AgainstFull, num_compared: int, which: str = "") -> str:
     """`which` says what the compared patterns have in common, if not all are among them."""
     found = best.accuracies
-    who = best.row.label
+    who = name_of(best.row)
     if num_compared > 1:
         who += f", the most accurate of {num_compared} local patterns{which},"
     if found.n == 1:
@@ -102,7 +104,7 @@ def _clearer_sentences(compared: list[AgainstFull]) -> list[str]:
     if gains:
         best = max(gains, key=lambda found: found.accuracies.mean)
         sentences.append(
-            f"Clearer is {best.row.label}: it gains {best.accuracies.mean:.2f} points "
+            f"Clearer is {name_of(best.row)}: it gains {best.accuracies.mean:.2f} points "
             f"(n = {best.accuracies.n} seeds, p = {format_p(best.p_holm)} after Holm's correction)."
         )
     if num_losses:
@@ -117,16 +119,25 @@ def _clearer_sentences(compared: list[AgainstFull]) -> list[str]:
 def _chance_of_images(single: AgainstFull) -> str:
     """How far one run's accuracy is uncertain because of its images, which is not the seed's."""
     row, (seed,) = single.row, single.seeds
-    accuracy = next(run.eval_accuracy for run in row.done if run.seed == seed)
-    num_images = row.num_images_evaluated
-    if not num_images:
+    run = next(run for run in row.done if run.seed == seed)
+    interval = interval_of_images(run, row.num_images_evaluated)
+    if interval is None:
         return ""
-    num_correct = round(accuracy * num_images / 100)
-    low, high, _ = statistics.proportion_interval(num_correct, num_images)
     return (
-        f" Of its accuracy, {accuracy:.1f} %, the {num_images:,} images alone leave {low:.1f} to "
-        f"{high:.1f} % open (95 %, binomial), and another seed would give another model."
+        f" Of its accuracy, {run.eval_accuracy:.1f} %, the {row.num_images_evaluated:,} images "
+        f"alone leave {interval.low:.1f} to {interval.high:.1f} % open (95 %, binomial), and "
+        "another seed would give another model."
     )
+
+
+def interval_of_images(run: Run, num_images: float | None) -> Interval | None:
+    """The binomial interval of a run's accuracy, in percent; None if a number is missing."""
+    accuracy = run.eval_accuracy
+    if accuracy is None or not 0 <= accuracy <= 100:
+        return None
+    if not isinstance(num_images, int) or num_images < 1:
+        return None
+    return statistics.proportion_interval(round(accuracy * num_images / 100), num_images)
 
 
 def _speed_sentence(best: AgainstFull) -> str:

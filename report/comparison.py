@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from report import statistics
-from report.results import Row, Run
+from report import statistics, text
+from report.results import Row, Run, is_grid
 from report.statistics import Interval
 
 SIGNIFICANT = 0.05
@@ -89,7 +89,7 @@ def find_same_masks(rows: Iterable[Row]) -> dict[Row, Row]:
     for row in rows:
         first = row.runs[0]
         grid = first.config["attention"].get("grid")
-        if row.is_named_by_default and row.mask.is_known and _is_grid(grid):
+        if row.is_named_by_default and row.mask.is_known and is_grid(grid):
             key = (row.mask.identity(*grid), tuple(grid), repr(first.compared_settings))
             groups.setdefault(key, []).append(row)
 
@@ -101,11 +101,8 @@ def find_same_masks(rows: Iterable[Row]) -> dict[Row, Row]:
 
 
 def _standing(row: Row) -> tuple[bool, int]:
+    """Full attention, if there is a result of it, must stay what the others are compared with."""
     return row.mask.mask_type == "full" and bool(row.done), len(row.done)
-
-
-def _is_grid(grid: object) -> bool:
-    return isinstance(grid, list) and len(grid) == 2 and all(isinstance(n, int) for n in grid)
 
 
 def _pair_with_full(row: Row, rows: list[Row]) -> list[tuple[Run, Run]]:
@@ -147,6 +144,10 @@ def _place(run: Run) -> tuple:
 
 # -------------------------------------------------------------------------------------------------
 # Words and numbers
+
+
+def name_of(row: Row) -> str:
+    return text.one_line(row.label)
 
 
 def describe_difference(found: statistics.Comparison) -> str:

@@ -5,8 +5,10 @@ Imports neither torch nor matplotlib.
 
 from __future__ import annotations
 
-from report import answer, statistics, table, text
-from report.comparison import Study
+from urllib.parse import quote
+
+from report import answer, table, text
+from report.comparison import Study, name_of
 from report.plots import Plot
 from report.results import Row
 from training.settings import EVAL_SPLITS
@@ -27,8 +29,8 @@ def format_report(
     ]
     for name, plot in plots.items():
         heading, caption = text.markdown(plot.title), text.markdown(plot.caption)
-        image = f"![{heading}](figures/{name}.png)"
-        parts.append(f"## {heading}\n\n{image}\n\n{caption} ([SVG](figures/{name}.svg))")
+        file = f"figures/{quote(name)}"
+        parts.append(f"## {heading}\n\n![{heading}]({file}.png)\n\n{caption} ([SVG]({file}.svg))")
 
     found = map(text.markdown, [*differences, *findings(results)])
     parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in [*found, *reading_notes(rows)]))
@@ -39,7 +41,7 @@ def format_report(
 
 
 def title(rows: list[Row]) -> str:
-    return f"Local attention on {rows[0].runs[0].config['data']['label']}"
+    return f"Local attention on {text.one_line(rows[0].runs[0].config['data']['label'])}"
 
 
 def describe_setup(rows: list[Row]) -> str:
@@ -73,9 +75,10 @@ def findings(results: Study) -> list[str]:
     """Plain text about these runs: rows that are one and the same, runs that are not finished."""
     notes = []
     for row, same in results.same_as.items():
+        names = name_of(row), name_of(same)
         notes.append(
-            f"{row.label} and {same.label} are one and the same mask on this grid; they count once "
-            f"in comparisons and plots, with the runs of {same.label}."
+            f"{names[0]} and {names[1]} are one and the same mask on this grid; they count once in "
+            f"comparisons and plots, with the runs of {names[1]}."
         )
 
     notes += _chance_of_images(results)
@@ -96,18 +99,15 @@ def _chance_of_images(results: Study) -> list[str]:
     single = [row for row in results.distinct if len(row.done) == 1]
     intervals = []
     for row in single[:MAX_LISTED]:
-        accuracy, num_images = row.done[0].eval_accuracy, row.num_images_evaluated
-        if accuracy is not None and num_images:
-            low, high, _ = statistics.proportion_interval(
-                round(accuracy * num_images / 100), num_images
-            )
-            intervals.append(f"{row.label} {low:.1f} to {high:.1f} %")
+        interval = answer.interval_of_images(row.done[0], row.num_images_evaluated)
+        if interval is not None:
+            intervals.append(f"{name_of(row)} {interval.low:.1f} to {interval.high:.1f} %")
     if not intervals:
         return []
 
     more = f", and {len(single) - MAX_LISTED} more" if len(single) > MAX_LISTED else ""
     return [
-        "Rows with one seed have no interval over seeds. Their test images alone leave open (95 %, "
+        "Rows with one seed have no interval over seeds. Their images alone leave open (95 %, "
         f"binomial; another seed would be another model): {'; '.join(intervals)}{more}."
     ]
 

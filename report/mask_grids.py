@@ -13,7 +13,7 @@ import numpy as np
 import masks
 from report import figures, text
 from report.comparison import Study
-from report.results import Row
+from report.results import Row, is_grid
 
 MAX_GRIDS = 24
 DEFAULT_DEPTH = 12  # of a run that did not write it
@@ -46,7 +46,7 @@ def describe(results: Study) -> dict | None:
                 "label": text.one_line(row.mask.label),
                 "color": color,
                 "path": outline(neighborhood.nonzero()[0], width),
-                "count": f"{number} neighbors",
+                "count": f"{number} neighbor" + ("" if number == 1 else "s"),
             }
         )
         data.append(None if allowed is None else encode(allowed))
@@ -65,8 +65,7 @@ def describe(results: Study) -> dict | None:
 
 
 def _rows_to_show(results: Study, grid: object) -> list[Row]:
-    is_grid = isinstance(grid, list) and len(grid) == 2
-    if not is_grid or not 0 < grid[0] * grid[1] <= masks.MAX_COMPARED:
+    if not is_grid(grid) or grid[0] * grid[1] > masks.MAX_COMPARED:
         return []
 
     by_mask = {}

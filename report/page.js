@@ -47,7 +47,7 @@ async function showMasks({ height, width, masks }) {
 
       const share = Math.round((100 * reached.length) / numPatches);
       const after = layers > 1 ? `; after ${layers} layers ${reached.length} (${share} %)` : "";
-      figure.querySelector(".count").textContent = `${direct.length} neighbors${after}`;
+      figure.querySelector(".count").textContent = count(direct.length) + after;
     });
   }
 
@@ -57,13 +57,19 @@ async function showMasks({ height, width, masks }) {
     const seen = new Set([start]);
     let border = [start];
     for (let layer = 0; layer < layers && seen.size < numPatches; layer++) {
-      const next = border.flatMap((i) => neighborsOf[i]).filter((j) => !seen.has(j));
-      border = [...new Set(next)];
-      border.forEach((j) => seen.add(j));
+      const last = border;
+      border = [];
+      for (const i of last) {
+        for (const j of neighborsOf[i]) {
+          if (!seen.has(j)) border.push(j);
+          seen.add(j);
+        }
+      }
     }
     return [...seen].sort((a, b) => a - b);
   }
 
+  const count = (number) => `${number} neighbor${number === 1 ? "" : "s"}`;
   const outline = (patches) =>
     patches.map((i) => `M${i % width} ${Math.floor(i / width)}h1v1h-1z`).join("");
 

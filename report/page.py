@@ -231,7 +231,7 @@ def disagreements(compared: list[dict]) -> dict:
     sheets = []
     for found in compared:
         path = found["sheet"]
-        is_small = path is not None and path.exists() and path.stat().st_size <= MAX_SHEET_BYTES
+        is_small = path is not None and path.is_file() and path.stat().st_size <= MAX_SHEET_BYTES
         if is_small and len(sheets) < MAX_SHEETS:
             encoded = base64.b64encode(path.read_bytes()).decode()
             title = f"{found['cells'][0]} against {found['cells'][1]}"

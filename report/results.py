@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import utils
-from masks import MASK_TYPES, MaskSpec
+from masks import MASK_TYPES, MAX_PATCHES, MaskSpec
 from report import text
 from training.run_record import RunRecord, number
 from training.settings import FLAGS, MAY_CHANGE
@@ -252,6 +252,12 @@ def load_run(folder: Path) -> Run | None:
     except utils.UserError as error:
         utils.warn(f"skipped a run: {error}")
         return None
+
+
+def is_grid(value: object) -> bool:
+    """Whether a config's `grid` is what main.py writes: rows and columns of patches."""
+    are_two = isinstance(value, list) and len(value) == 2
+    return are_two and all(type(side) is int and 0 < side <= MAX_PATCHES for side in value)
 
 
 # -------------------------------------------------------------------------------------------------

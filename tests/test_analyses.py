@@ -44,8 +44,7 @@ def write_analysis(folder, epoch=2, pull=1.0, shown=(3, 5), **changes):
 def write_comparison(folder, name="compare_full_seed_0_test", **changes):
     report = {
         "format": 1,
-        "split": "test",
-        "first": {"name": "2d_cardinal, step 1, <seed> 0", "top1_accuracy": 60.0, "epoch": 2},
+        "first": {"name": "2d_cardinal, step 1, <seed> 0", "epoch": 2, "top1_accuracy": 60.0},
         "second": {"name": "full, seed 0", "top1_accuracy": 55.0},
         "difference": 5.0,
         "interval": {"low": -1.0, "high": 11.0, "level": 0.95},
@@ -54,6 +53,7 @@ def write_comparison(folder, name="compare_full_seed_0_test", **changes):
         "only_second": 2,
         "agreement": 75.0,
         "num_images": 20,
+        "split": "test",
         "picture": None,
     } | changes
     utils.write_json(folder / f"{name}.json", report)
@@ -168,7 +168,7 @@ def test_a_seed_or_a_limit_without_a_number_costs_no_other_seed(tmp_path):
     ("changes", "said"),
     [
         ({"split": "train"}, ""),
-        ({"format": 9}, "cannot read its format"),
+        ({"format": 9}, "that this version cannot read"),
         (
             {"first": {"name": "a", "top1_accuracy": 1.0, "epoch": 1}},
             "is of epoch 1, the run has 2",
@@ -186,3 +186,46 @@ def test_a_comparison_that_cannot_be_read_is_left_out(tmp_path, capsys):
     (folder / "compare_x.json").write_text(json.dumps({"first": 1}))
     assert analyses.load_comparisons(study_of(tmp_path)) == []
     assert "left out a comparison" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", analyses.NUMBERS)
+def test_an_analysis_without_a_key_that_the_plots_read_is_left_out(tmp_path, key, capsys):
+    folder = write_run(tmp_path)
+    write_analysis(folder, **{key: None})
+    assert plot_result.main(["--results_path", str(tmp_path)]) == 0
+    assert "no analysis that this version can read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"class_names": [1, 2, 3]},
+        {"per_class_accuracy": [50.0]},
+        {"images": ["cat"]},
+        {"images": [{"index": 3, "label": 0, "prediction": 3}]},
+    ],
+)
+def test_an_analysis_that_does_not_fit_together_is_left_out(tmp_path, changes, capsys):
+    write_analysis(write_run(tmp_path), **changes)
+    assert analyses.load(study_of(tmp_path)) == {}
+    assert "left out an analysis" in capsys.readouterr().err
+
+
+def test_comparisons_are_those_of_the_table(tmp_path, capsys):
+    """Of its images, and of its models: a run may go on after it was compared."""
+    folder = write_run(tmp_path)
+    write_comparison(folder)
+    write_comparison(folder, "compare_full_seed_0_train", split="train")
+    first = {"name": "full", "epoch": 1, "top1_accuracy": 10.0}
+    write_comparison(folder, "compare_old_test", first=first)
+    assert len(analyses.load_comparisons(study_of(tmp_path))) == 1
+    warning = capsys.readouterr().err
+    assert "compare_old_test.json is of epoch 1, the run has 2" in warning
+    assert warning.count("\n") == 1
+
+
+@pytest.mark.parametrize("picture", ["gone.png", "", "..", "a\0.png", "config.json", 5])
+def test_a_contact_sheet_that_is_no_picture_is_left_out(tmp_path, picture):
+    write_comparison(write_run(tmp_path), picture=picture)
+    assert plot_result.main(["--results_path", str(tmp_path)]) == 0
+    assert "<img" not in (tmp_path / "results.html").read_text()

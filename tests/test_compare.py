@@ -174,6 +174,19 @@ def test_a_bad_command_line_ends_in_one_line(full, arguments, code, words, run_s
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("arguments", [("--checkpoint",), ("--analyze", "--checkpoint")])
+def test_weights_that_are_not_finite_end_in_one_line(full, arguments, tmp_path, run_script):
+    state = torch.load(full, weights_only=True)
+    state["model"]["head.bias"][0] = float("nan")
+    damaged = tmp_path / "last.pt"
+    torch.save(state, damaged)
+    code, _, err = run_script(evaluation.main, *arguments, str(damaged), "--device", "cpu")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "holds weights that are not finite" in err
+    assert [damaged] == list(tmp_path.iterdir())
+
+
 def test_different_parts_held_out_are_not_compared(tmp_path, run_script):
     one = train(tmp_path / "a", "--holdout", "0.1", "--epochs", "1")
     other = train(tmp_path / "b", "--holdout", "0.2", "--epochs", "1")

@@ -2,13 +2,15 @@
 
 import csv
 import io
+import json
 
 import numpy as np
 import pytest
 from fake_runs import write_run
 
 import masks
-from report import answer, comparison, results, statistics, table
+import utils
+from report import answer, comparison, mask_grids, results, statistics, table
 
 
 def study_of(path):
@@ -283,3 +285,70 @@ def test_the_time_to_an_accuracy(tmp_path):
     assert row.seconds_to(90) is None
     points = row.curve("eval_accuracy", "seconds")
     assert points == [(7.5, 50, 50, 50), (15, 65, 60, 70), (22.5, 75, 70, 80)]
+
+
+def test_full_attention_stays_what_others_are_compared_with(tmp_path):
+    """Even if the same mask has more results under the name of a local pattern."""
+    write_pattern(tmp_path, "full", None, [80])
+    write_pattern(tmp_path, "2d_all_neighbors", 4, [90, 91, 92])  # the whole grid of 4 x 4
+    write_pattern(tmp_path, "2d_cardinal", 1, [81])
+    study = study_of(tmp_path)
+    assert [row.label for row in study.distinct] == ["full", "2d_cardinal, step 1"]
+    assert by_label(study).keys() == {"2d_cardinal, step 1"}
+
+
+@pytest.mark.parametrize("damage", [float("nan"), None])
+def test_the_chance_of_images_is_that_of_the_run_that_is_compared(tmp_path, damage):
+    write_pattern(tmp_path, "full", None, [80, 80])
+    write_pattern(tmp_path, "2d_cardinal", 1, [10, 75])
+    path = tmp_path / "digits" / "2d_cardinal_expansion_1" / "seed_0" / "summary.json"
+    summary = utils.read_json(path)
+    summary["final"]["eval_accuracy"] = damage
+    path.write_text(json.dumps(summary))
+    sentence = answer.sentences(study_of(tmp_path))[0]
+    assert "with one seed" in sentence
+    assert "Of its accuracy, 75.0 %" in sentence
+
+
+def test_an_impossible_accuracy_has_no_interval(tmp_path):
+    write_pattern(tmp_path, "full", None, [120])
+    write_pattern(tmp_path, "2d_cardinal", 1, [120])
+    assert "binomial" not in answer.sentences(study_of(tmp_path))[0]
+
+
+@pytest.mark.parametrize(
+    "grid", [[0, 0], [-2, -2], ["a", 3], [1, 2, 3], [[4], [4]], [4.0, 4.0], [10**9, 10**9]]
+)
+def test_a_damaged_grid_has_no_masks(tmp_path, grid):
+    path = write_run(tmp_path) / utils.CONFIG
+    config = utils.read_json(path)
+    config["attention"]["grid"] = grid
+    utils.write_json(path, config)
+    study = study_of(tmp_path)
+    assert study.same_as == {}
+    assert mask_grids.describe(study) is None
+
+
+@pytest.mark.parametrize("step", [None, -1])
+def test_a_damaged_step_has_no_mask(tmp_path, step):
+    write_run(tmp_path)
+    path = write_run(tmp_path, "2d_cardinal", 1) / utils.CONFIG
+    config = utils.read_json(path)
+    config["settings"]["expansion_step"] = step
+    utils.write_json(path, config)
+    study = study_of(tmp_path)
+    assert len(study.rows) == 2
+    assert len(mask_grids.describe(study)["grids"]) == 1
+
+
+def test_names_in_the_answer_are_on_one_line(tmp_path):
+    write_pattern(tmp_path, "full", None, [80])
+    write_pattern(tmp_path, "2d_cardinal", 1, [81], run_name="a\x1b[31m\nb")
+    assert r"a\x1b[31m\nb (2d_cardinal, step 1) is at" in answer.sentences(study_of(tmp_path))[0]
+
+
+def test_nobody_is_the_fastest_where_all_are_equally_fast(tmp_path):
+    write_pattern(tmp_path, "full", None, [80])
+    write_pattern(tmp_path, "2d_cardinal", 1, [81])
+    write_pattern(tmp_path, "2d_all_neighbors", 1, [83])
+    assert not any("fastest" in sentence for sentence in answer.sentences(study_of(tmp_path)))

@@ -460,7 +460,7 @@ def test_targets_and_formats(tmp_path, open_page, capsys):
     [
         ("{}", "is not a report as benchmark.py writes it"),
         ("[1]", "should hold a JSON object"),
-        ('{"level": "attention", "rows": []}', "has no rows"),
+        ('{"level": "attention", "settings": {}, "rows": []}', "has no rows"),
         ("nonsense", "cannot read"),
         (None, "No such file"),
     ],

@@ -233,3 +233,13 @@ def test_the_state_says_that_batches_were_split(tmp_path):
     (note,) = differences.differing_settings(runs)
     assert note.startswith("--grad_accumulation differs")
     assert "images/s and peak memory are not comparable" in note
+
+
+@pytest.mark.parametrize("holdout", ["0.1", [0.1]])
+def test_a_damaged_holdout_is_skipped_with_a_warning(tmp_path, holdout, capsys):
+    path = write_run(tmp_path) / utils.CONFIG
+    config = utils.read_json(path)
+    config["settings"]["holdout"] = holdout
+    utils.write_json(path, config)
+    assert results.load_runs(tmp_path) == []
+    assert "settings.holdout is" in capsys.readouterr().err

@@ -36,6 +36,7 @@ OPTIONAL = {
         "patch_size": int,
         "pool": str,
         "grad_accumulation": int,
+        "holdout": (int, float),
     },
     "attention": {
         "grid": list,
