@@ -25,8 +25,9 @@ CURVES = (
     "them after the epoch. {n}."
 )
 SECONDS = (
-    "The same against the time since the start, mean over seeds, with the evaluation after each "
-    "epoch; comparable only between undisturbed runs on one device. {n}."
+    "Against the time since the start, mean over seeds, with the evaluation after each epoch; "
+    "comparable only between undisturbed runs on one device. Band: from the lowest seed to the "
+    "highest. {n}."
 )
 GAP = (
     "Above zero, a model does better on the images that it trains on than on others; augmentation, "
