@@ -298,9 +298,10 @@ def test_the_results_of_the_readme_are_those_of_the_logs():
     results = (utils.REPOSITORY / "experiments/logs/digits/results.md").read_text(encoding="utf-8")
     logged = {row[0]: row for row in rows_of(results, "| mask ")}
     rows = rows_of(DOCUMENTS[README], "| mask |")
+    n = re.search(r"\| mask \|.*(\(n = \d+\))", DOCUMENTS[README])[1]
     assert len(rows) == len(logged)
     for mask, nominal, mean, accuracy, *others in rows:
-        assert logged[mask][1:7] == [nominal, mean, f"{accuracy} (n = 3)", *others]
+        assert logged[mask][1:7] == [nominal, mean, f"{accuracy} {n}", *others]
 
 
 @pytest.mark.parametrize("text", [DOCUMENTS[README], BENCHMARKS], ids=["README", "benchmarks"])
