@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def plots(paths: Sequence[Path]) -> dict[str, Plot]:
         report = read(path)
         drawings = charts.drawings(report)
         for kind, title in TITLES.items():
-            name = f"{re.sub(r'[^A-Za-z0-9-]+', '_', path.stem)}_{kind}"
+            name = f"{path.stem}_{kind}"
             if name in chosen:
                 raise utils.UsageError(f"two files of --benchmark are called {path.name}")
             heading = f"{title} ({text.one_line(path.stem)})"
