@@ -125,8 +125,8 @@ class Job:
 def choose_masks(args) -> tuple[list[MaskSpec], dict[MaskSpec, MaskSpec]]:
     """`full` once, and every other mask type at each expansion step -> (masks, same_as).
 
-    Of masks that are one and the same on the grid of patches, the first is trained. `same_as` maps
-    the others to it; with --same_masks it is empty.
+    Of masks that are one and the same on the grid of patches, `full` is trained, else the first.
+    `same_as` maps the others to it; with --same_masks it is empty.
     """
     # Full attention has no expansion step, so its specs are equal and the dict keeps one.
     asked_for = dict.fromkeys(
@@ -137,7 +137,8 @@ def choose_masks(args) -> tuple[list[MaskSpec], dict[MaskSpec, MaskSpec]]:
         return list(asked_for), {}
 
     chosen, same_as = {}, {}
-    for mask in asked_for:
+    # Full attention is what the others are compared with, so it keeps its name.
+    for mask in sorted(asked_for, key=lambda mask: mask.mask_type != "full"):
         first = chosen.setdefault(mask.identity(*grid), mask)
         if first != mask:
             same_as[mask] = first

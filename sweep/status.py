@@ -57,7 +57,8 @@ class Status:
 
         self.counted, self.looked_at = counts, time.monotonic()
         seconds = self.forecast.seconds_left()
-        left = "" if seconds is None else f", about {format_duration(seconds)} left"
+        is_over = all(job.is_over for job in self.jobs)
+        left = "" if seconds is None or is_over else f", about {format_duration(seconds)} left"
         if self.is_live:
             width = shutil.get_terminal_size().columns - 1
             text = f"{counts}{left}{self.describe_running()}"
