@@ -74,6 +74,16 @@ def test_a_mask_with_two_names_is_trained_once(sweep, capsys):
     assert "first 1 start" in last
 
 
+def test_full_attention_keeps_its_name(sweep, capsys):
+    """Wherever it is in the list: without it, there would be nothing to compare with."""
+    arguments = ["--mask_types", '["1d_cardinal", "full"]', "--expansion_steps", "[99]"]
+    sizes = ["--", "--img_size", "16", "--patch_size=2"]
+    assert sweep("--gpus", "1", *arguments, "--dry_run", *sizes) == 0
+    said = capsys.readouterr().out
+    assert "1d_cardinal, step 99 is the same mask as full on this grid" in said
+    assert "full seed 0" in said
+
+
 @pytest.mark.parametrize("mask_types", [["1d_all_neighbors"], ["1d_all_neighbors", "full"]])
 def test_a_mask_is_trained_under_the_name_that_is_asked_for(sweep, capsys, mask_types):
     arguments = ["--mask_types", json.dumps(mask_types), "--expansion_steps", "[1]"]

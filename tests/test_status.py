@@ -301,3 +301,12 @@ def test_a_terminal_has_one_line_that_is_rewritten(tmp_path, clock, monkeypatch)
     sweep.set(0, FAILED, "FAILED")
     sweep.status.clear()
     assert terminal.screen() == [news, "2d_cardinal_expansion_1 seed 0: FAILED", ""]
+
+
+def test_nothing_is_left_at_the_end(tmp_path, clock, capsys):
+    sweep = Sweep(tmp_path, clock, num_runs=1, num_slots=1)
+    sweep.set(0, RUNNING)
+    sweep.write(0, 20)
+    sweep.set(0, DONE)
+    sweep.status.on_poll()
+    assert capsys.readouterr().out == "1 of 1 done, 0 running, 0 failed\n"
