@@ -36,12 +36,14 @@ def read(path: Path) -> dict:
     report = utils.read_json(path)
     expected = "a report as benchmark.py writes it with --level attention or model"
     level, settings = report.get("level"), report.get("settings")
-    is_report = level in list(LEVELS) and isinstance(settings, dict)
-    if not is_report or (level == "model" and not isinstance(settings.get("model"), str)):
+    if level not in list(LEVELS):
         raise utils.UserError(f"{path} is not {expected}")
     if not isinstance(report.get("rows"), list) or not report["rows"]:
         raise utils.UserError(f"{path} has no rows; expected {expected}")
 
+    is_named = level == "attention" or isinstance(_section(report, "settings").get("model"), str)
+    if not isinstance(settings, dict) or not is_named:
+        raise utils.UserError(f"{path} is not {expected}")
     for line, row in enumerate(report["rows"], start=1):
         trouble = _trouble_with(row)
         if trouble:
