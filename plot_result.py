@@ -188,7 +188,7 @@ def into_sections(drawn: dict[str, Plot], folder: Path) -> list[Section]:
 
 def add_tables(sections: list[Section], study: Study, targets: list[float] | None) -> None:
     """The tables that belong to the plots: the time to reach accuracies, and disagreements."""
-    targets = sorted(targets or page.choose_targets(study.distinct))
+    targets = sorted(set(targets or page.choose_targets(study.distinct)))
     by_title = {section.title: section for section in sections}
     if plots.TRADE_OFF in by_title:
         by_title[plots.TRADE_OFF].seconds_to = page.time_to_reach(study.distinct, targets)

@@ -28,9 +28,9 @@ def sentences(results: Study) -> list[str]:
 
     compared = list(results.against_full.values())
     # A pattern with one lucky seed must not hide those that several seeds have measured.
-    measured = [found for found in compared if found.accuracies.n > 1] or compared
+    measured = [found for found in compared if found.accuracies.interval is not None] or compared
     best = max(measured, key=lambda found: found.accuracies.mean)
-    which = "" if len(measured) == len(compared) else " with more than one seed"
+    which = "" if len(measured) == len(compared) else " with a measure of chance"
     said = [_accuracy_sentence(best, len(measured), which)]
     if best.accuracies.interval is not None and not best.is_significant:
         said += _clearer_sentences(measured)
