@@ -141,7 +141,9 @@ def interval_of_images(run: Run, num_images: float | None) -> Interval | None:
 
 
 def _speed_sentence(best: AgainstFull) -> str:
-    return f"It trains at {format_ratio(best.speed)} the images/s of full attention."
+    low, high = f"{min(best.speeds):.2f}", f"{max(best.speeds):.2f}"
+    spread = f" ({low} to {high} from seed to seed)" if low != high else ""
+    return f"It trains at {format_ratio(best.speed)} the images/s of full attention{spread}."
 
 
 def limit_of(results: Study) -> str | None:

@@ -26,6 +26,7 @@ class AgainstFull:
     accuracies: statistics.Comparison
     p_holm: float | None  # the p of the t test, corrected for the number of masks
     speed: float | None  # images/s over those of full attention, on the same device and software
+    speeds: tuple[float, ...]  # the same for each seed; empty without `speed`
 
     @property
     def is_significant(self) -> bool:
@@ -74,6 +75,7 @@ def study(rows: list[Row]) -> Study:
             accuracies=compared[row],
             p_holm=p_holm.get(row),
             speed=_relative_speed(found),
+            speeds=_relative_speeds(found),
         )
     return Study(rows, same_as, against_full)
 
@@ -132,6 +134,12 @@ def _relative_speed(pairs: list[tuple[Run, Run]]) -> float | None:
     if len(places) > 1 or any(not rate for rate in (*rates[0], *rates[1])):
         return None
     return math.fsum(rates[0]) / math.fsum(rates[1])
+
+
+def _relative_speeds(pairs: list[tuple[Run, Run]]) -> tuple[float, ...]:
+    if _relative_speed(pairs) is None:
+        return ()
+    return tuple(local.images_per_second / full.images_per_second for local, full in pairs)
 
 
 def _place(run: Run) -> tuple:

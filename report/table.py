@@ -187,7 +187,8 @@ def format_table(results: Study) -> str:
     cells = [titles(results.rows, columns)]
     for row in results.rows:
         cells.append([text.markdown(column.cell(row, results).text) for column in columns])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # Markdown wants at least one dash beside the colon of a column that is aligned right.
+    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
 
     lines = []
     for line in cells:

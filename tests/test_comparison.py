@@ -156,6 +156,16 @@ def test_a_clear_gain(tmp_path):
     assert limit.startswith("What this cannot show")
 
 
+def test_speeds_that_scatter_say_so(tmp_path):
+    for seed, rate in enumerate([100, 200]):
+        write_run(tmp_path, "full", None, seed, [80 + seed], images_per_second=rate)
+        write_run(tmp_path, "2d_cardinal", 1, seed, [80], images_per_second=300)
+    speed = answer.sentences(study_of(tmp_path))[1]
+    assert speed == (
+        "It trains at 2.00 times the images/s of full attention (1.50 to 3.00 from seed to seed)."
+    )
+
+
 def test_a_clear_loss(tmp_path):
     write_pattern(tmp_path, "full", None, [80, 81, 80.5])
     write_pattern(tmp_path, "2d_cardinal", 1, [75, 76.1, 75.4])
