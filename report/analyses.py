@@ -14,8 +14,9 @@ import numpy as np
 
 import utils
 from report import text
-from report.comparison import Study
+from report.comparison import Study, format_interval
 from report.results import Row, Run
+from report.statistics import Interval
 
 FORMAT = 1
 # What the plots read. docs/analysis.md has the others.
@@ -41,7 +42,7 @@ class Analysis:
     @functools.cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """analysis_<split>.npz. Raises UserError if it is missing or damaged."""
-        path = self.run.folder / str(self.numbers.get("arrays"))
+        path = self.run.folder / self.numbers["arrays"]
         try:
             with np.load(path, allow_pickle=False) as found:
                 return dict(found)
@@ -151,18 +152,17 @@ def _sheet(path: Path, picture: object) -> Path | None:
 
 
 def _cells(report: dict) -> list[str]:
-    interval = report["interval"]
+    interval = format_interval(Interval(report["interval"]["low"], report["interval"]["high"]))
     first, second = report["first"], report["second"]
-    cells = [
+    return [
         text.one_line(first["name"]),
         text.one_line(second["name"]),
         f"{first['top1_accuracy']:.2f}",
         f"{second['top1_accuracy']:.2f}",
-        f"{report['difference']:+.2f} ({interval['low']:+.2f} to {interval['high']:+.2f})",
+        f"{report['difference']:+.2f} ({interval})",
         f"{report['p']:.3g}",
         f"{report['only_first']:,}",
         f"{report['only_second']:,}",
         f"{report['agreement']:.1f}",
         f"{report['num_images']:,}",
     ]
-    return cells

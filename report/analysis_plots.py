@@ -7,7 +7,7 @@ import functools
 from report import analysis_charts
 from report.analyses import Analysis
 from report.charts import MAX_NAMED
-from report.plots import Plot
+from report.plots import Plot, in_range
 from report.results import Row
 
 SECTION = "What the attention does"
@@ -76,13 +76,9 @@ def choose(analyses: dict[Row, list[Analysis]]) -> dict[str, Plot]:
 
 def describe_n(analyses: dict[Row, list[Analysis]]) -> str:
     """How many models and images the numbers are means of."""
-    models = sorted({len(members) for members in analyses.values()})
     every = [found for members in analyses.values() for found in members]
-    images = sorted({found.numbers["num_images"] for found in every})
-    few, many = models[0], models[-1]
-    models = f"{many}" if few == many else f"{few} to {many}"
-    few, many = images[0], images[-1]
-    images = f"{many:,}" if few == many else f"{few:,} to {many:,}"
+    models = in_range([len(members) for members in analyses.values()])
+    images = in_range([found.numbers["num_images"] for found in every])
     noun = "model" if models == "1" else "models"
     return f"n = {models} {noun} per pattern, {images} images each"
 

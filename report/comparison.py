@@ -25,8 +25,21 @@ class AgainstFull:
     seeds: tuple[int, ...]
     accuracies: statistics.Comparison
     p_holm: float | None  # the p of the t test, corrected for the number of masks
-    speed: float | None  # images/s over those of full attention, on the same device and software
-    speeds: tuple[float, ...]  # the same for each seed; empty without `speed`
+    # (its images/s, those of full attention) for each seed; empty where they are not comparable
+    rates: tuple[tuple[float, float], ...]
+
+    @property
+    def speed(self) -> float | None:
+        """The mean of its images/s over that of full attention; None if not comparable."""
+        if not self.rates:
+            return None
+        local, full = zip(*self.rates, strict=True)
+        return math.fsum(local) / math.fsum(full)
+
+    @property
+    def speeds(self) -> list[float]:
+        """The same for each seed."""
+        return [local / full for local, full in self.rates]
 
     @property
     def is_significant(self) -> bool:
@@ -74,8 +87,7 @@ def study(rows: list[Row]) -> Study:
             seeds=tuple(run.seed for run, _ in found),
             accuracies=compared[row],
             p_holm=p_holm.get(row),
-            speed=_relative_speed(found),
-            speeds=_relative_speeds(found),
+            rates=_comparable_rates(found),
         )
     return Study(rows, same_as, against_full)
 
@@ -126,28 +138,12 @@ def _pair_with_full(row: Row, rows: list[Row]) -> list[tuple[Run, Run]]:
     return pairs
 
 
-def _relative_speed(pairs: list[tuple[Run, Run]]) -> float | None:
-    """The mean throughput over that of full attention; None if it is not comparable."""
-    places = {_place(run) for pair in pairs for run in pair}
-    local, full = zip(*pairs, strict=True)
-    rates = [[run.images_per_second for run in runs] for runs in (local, full)]
-    if len(places) > 1 or any(not rate for rate in (*rates[0], *rates[1])):
-        return None
-    return math.fsum(rates[0]) / math.fsum(rates[1])
-
-
-def _relative_speeds(pairs: list[tuple[Run, Run]]) -> tuple[float, ...]:
-    if _relative_speed(pairs) is None:
-        return ()
-    return tuple(local.images_per_second / full.images_per_second for local, full in pairs)
-
-
-def _place(run: Run) -> tuple:
-    """What must be equal for throughputs to be comparable, beside the settings."""
-    provenance, machine = run.config["provenance"], run.settings.machine
-    torch = (provenance.get("versions") or {}).get("torch")
-    memory = machine.grad_accumulation, machine.checkpoint_activations
-    return provenance.get("device"), torch, *memory
+def _comparable_rates(pairs: list[tuple[Run, Run]]) -> tuple[tuple[float, float], ...]:
+    """The images/s of each pair; () unless all were measured under the same conditions."""
+    conditions = [run.speed_conditions for pair in pairs for run in pair]
+    rates = tuple((local.images_per_second, full.images_per_second) for local, full in pairs)
+    are_alike = all(other == conditions[0] for other in conditions)
+    return rates if are_alike and all(map(all, rates)) else ()
 
 
 # -------------------------------------------------------------------------------------------------

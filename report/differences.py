@@ -53,12 +53,9 @@ def differing_settings(runs: list[Run]) -> list[str]:
     for key in ("label", "num_train", "num_test", "num_classes"):
         compared[f"data {key}"] = lambda run, key=key: run.config["data"].get(key, "missing")
 
-    speed_only = {
-        "device": lambda run: run.config["provenance"].get("device"),
-        "torch": lambda run: (run.config["provenance"].get("versions") or {}).get("torch"),
-        "--grad_accumulation": lambda run: run.settings.machine.grad_accumulation,
-        "--checkpoint_activations": lambda run: run.settings.machine.checkpoint_activations,
-    }
+    speed_only = {}
+    for name in runs[0].speed_conditions if runs else ():
+        speed_only[name] = lambda run, name=name: run.speed_conditions[name]
 
     notes = []
     for name, values in _differing(runs, compared):

@@ -10,7 +10,17 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from report import answer, comparison, document, figures, mask_grids, plots, table, text
+from report import (
+    answer,
+    comparison,
+    document,
+    figures,
+    mask_grids,
+    plots,
+    statistics,
+    table,
+    text,
+)
 from report.comparison import AgainstFull, Study
 from report.results import Row
 
@@ -18,7 +28,7 @@ MAX_SHEETS = 2  # contact sheets in the page; all of them are beside the runs
 MAX_SHEET_BYTES = 2**20
 
 FOLDER = Path(__file__).parent
-# Between the letters, digits and signs of file names; enough for a heading's address.
+# What becomes a dash in the address of a section.
 NOT_IN_AN_ID = re.compile(r"[^a-z0-9]+")
 XML_HEADER = re.compile(r"^.*?(?=<svg)", re.DOTALL)
 XML_COMMENT = re.compile(r"<!--.*?-->\s*", re.DOTALL)
@@ -73,6 +83,7 @@ def format_page(
         rows=[_cells(row, number, results) for number, row in enumerate(rows)],
         csv=as_data_link(table.format_csv(results)),
         comparisons=[_seed_by_seed(found) for found in results.against_full.values()],
+        comparison_titles=COMPARISONS,
         comparison_note=COMPARISON_NOTE,
         sections=sections,
         masks=masks,
@@ -130,13 +141,21 @@ def inline(svg: str):
 # -------------------------------------------------------------------------------------------------
 # Tables
 
+COMPARISONS = (
+    *("mask", "seeds", "differences, points", "mean", "95 % interval, t", "bootstrap"),
+    *("p, t test", "p, Holm", "p, permutation", "images/s, × full"),
+)
+DISAGREEMENTS = (
+    *("A", "B", "A, %", "B, %", "A − B, points (95 % interval)", "p, McNemar"),
+    *("only A right", "only B right", "same answer, %", "images"),
+)
 COMPARISON_NOTE = (
     "Each difference is a local run minus the run of full attention with the same seed and the "
     "same settings. The t test takes them as normally distributed. The permutation test assumes "
     "nothing but symmetry and flips their signs, so with n seeds its p is at least 2 / 2ⁿ: 0.25 "
     "with three. Of the three p, only Holm's is corrected for the number of patterns. The "
     "bootstrap interval needs at least "
-    f"{comparison.statistics.MIN_FOR_BOOTSTRAP} seeds."
+    f"{statistics.MIN_FOR_BOOTSTRAP} seeds."
 )
 
 
@@ -169,11 +188,11 @@ def _seed_by_seed(found: AgainstFull) -> dict:
     def p(value: float | None) -> str:
         return table.MISSING if value is None else comparison.format_p(value)
 
-    def interval(value: comparison.Interval | None) -> str:
+    def interval(value: statistics.Interval | None) -> str:
         return table.MISSING if value is None else comparison.format_interval(value)
 
     cells = [
-        text.one_line(found.row.label),
+        comparison.name_of(found.row),
         ", ".join(map(str, found.seeds)),
         ", ".join(f"{difference:+.2f}" for difference in accuracies.differences),
         f"{accuracies.mean:+.2f}",
@@ -195,7 +214,7 @@ def time_to_reach(rows: list[Row], targets: list[float]) -> dict | None:
 
     lines = []
     for row in timed:
-        cells = []
+        cells = [comparison.name_of(row)]
         for target in targets:
             seconds = row.seconds_to(target)
             if seconds is None:
@@ -203,15 +222,15 @@ def time_to_reach(rows: list[Row], targets: list[float]) -> dict | None:
                 continue
             some = "" if seconds.n == len(row.done) else f" ({seconds.n} of {len(row.done)} seeds)"
             cells.append(f"{table.format_seconds(seconds).text}{some}")
-        label = text.one_line(row.label)
-        lines.append({"label": label, "color": color_of(row), "cells": cells})
+        lines.append({"color": color_of(row), "cells": cells})
     n = plots.describe_n(row.done for row in timed)
     note = (
         "From the start to the end of the first epoch of at least this accuracy, mean over the "
         f"finished seeds that get there ({n}). Accuracy moves up and down between epochs, so this "
         "is a time at which it was reached, not for good."
     )
-    return {"targets": [f"{target:g}" for target in targets], "rows": lines, "note": note}
+    titles = ["mask", *(f"{target:g} %" for target in targets)]
+    return {"titles": titles, "rows": lines, "note": note}
 
 
 def choose_targets(rows: list[Row]) -> list[float]:
@@ -236,4 +255,5 @@ def disagreements(compared: list[dict]) -> dict:
             encoded = base64.b64encode(path.read_bytes()).decode()
             title = f"{found['cells'][0]} against {found['cells'][1]}"
             sheets.append({"title": title, "source": f"data:image/png;base64,{encoded}"})
-    return {"rows": [found["cells"] for found in compared], "sheets": sheets}
+    rows = [{"color": None, "cells": found["cells"]} for found in compared]
+    return {"titles": DISAGREEMENTS, "rows": rows, "sheets": sheets}

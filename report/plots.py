@@ -113,5 +113,11 @@ def describe_n(runs: Iterable[Sequence[Run]]) -> str:
     numbers = sorted({len(members) for members in runs}) or [0]
     if numbers == [1]:
         return "n = 1 seed per pattern"
-    few, many = numbers[0], numbers[-1]
-    return f"n = {many} seeds per pattern" if few == many else f"n = {few} to {many} seeds"
+    is_range = len(numbers) > 1
+    return f"n = {in_range(numbers)} seeds" + ("" if is_range else " per pattern")
+
+
+def in_range(numbers: Iterable[int]) -> str:
+    """`1 to 1,000`, or `3` if all are the same."""
+    few, many = min(numbers), max(numbers)
+    return f"{many:,}" if few == many else f"{few:,} to {many:,}"

@@ -82,6 +82,17 @@ class Run(RunRecord):
         reached = [epoch for epoch, x in self.curve("eval_accuracy").items() if x >= accuracy]
         return self.clock.get(min(reached)) if reached else None
 
+    @property
+    def speed_conditions(self) -> dict[str, object]:
+        """What must be equal for images/s and memory to be comparable, beside the settings."""
+        provenance, machine = self.config["provenance"], self.settings.machine
+        return {
+            "device": provenance.get("device"),
+            "torch": (provenance.get("versions") or {}).get("torch"),
+            "--grad_accumulation": machine.grad_accumulation,
+            "--checkpoint_activations": machine.checkpoint_activations,
+        }
+
     @cached_property
     def compared_settings(self) -> dict:
         """All that must be equal for a fair comparison, but the mask and the seed."""

@@ -1,15 +1,13 @@
 """--holdout: a stratified part of the training images is evaluated on, not the test images."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fake_runs import write_run
+from processes import torchrun
 
 import data
 import eval as evaluation
@@ -203,17 +201,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(finished, tmp_path, 
 
 
 def test_two_processes_evaluate_the_same_images(finished, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--output_dir", str(tmp_path), "--holdout", str(FRACTION), "--dropout", "0"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "main.py", *SHORT, *options],
-        cwd=utils.REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    code, _, err = torchrun(2, *SHORT, *options)
+    assert code == 0, err
     single = run(tmp_path / "single", "--holdout", str(FRACTION), "--dropout", "0")
     pairs = zip(rows_of(tmp_path / FOLDER), rows_of(single), strict=True)
     for of_two, of_one in pairs:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import wait_for
+from processes import torchrun, wait_for
 
 import main
 import utils
@@ -214,18 +214,10 @@ def test_a_run_may_begin_without_and_go_on_with_a_tracker(name, tmp_path, monkey
 
 def test_only_the_first_process_tracks(tmp_path):
     pytest.importorskip("tensorboard")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--output_dir", str(tmp_path), "--epochs", "1", "--track", "tensorboard"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "main.py", *SHORT, *options],
-        cwd=utils.REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tracked by") == 1
+    code, out, err = torchrun(2, *SHORT, *options)
+    assert code == 0, err
+    assert out.count("tracked by") == 1
     assert len(list((tmp_path / FOLDER).glob(tracking.TensorBoard.FILES))) == 1
     assert len(read_tensorboard(tmp_path / FOLDER)[1]["eval/loss"]) == 1
 

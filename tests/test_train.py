@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from processes import wait_for
@@ -290,26 +291,12 @@ def test_the_death_of_the_parent_is_a_request_to_stop(monkeypatch):
 # Several processes
 
 
-def start_torchrun(num_processes, *arguments, by=("-m", "torch.distributed.run")):
-    launcher = [sys.executable, *by, "--standalone", "--nproc_per_node", str(num_processes)]
-    return subprocess.Popen(
-        [*launcher, "main.py", *DIGITS, *arguments],
-        cwd=utils.REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_torchrun(num_processes, *arguments, **options):
+    return processes.start_torchrun(num_processes, *DIGITS, *arguments, **options)
 
 
 def torchrun(num_processes, *arguments, **options):
-    """Run to the end -> (exit code, stdout, stderr)."""
-    process = start_torchrun(num_processes, *arguments, **options)
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return process.returncode, out, err
+    return processes.torchrun(num_processes, *DIGITS, *arguments, **options)
 
 
 def wait_for_epoch(folder, number):
