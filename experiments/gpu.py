@@ -149,7 +149,7 @@ def measure_full(rows: Rows, folder: Path, args, device: torch.device) -> None:
 
 def full_row(args, grid: int, device: torch.device) -> dict:
     """With torch's own choice of kernel, whose name belongs to any claim about the speed."""
-    batch_size, num_heads = candidates.shape_of(args, grid)
+    batch_size, num_heads = candidates.shape_of(args, grid, device)
     shape = (batch_size, num_heads, grid * grid, args.head_dim)
     dtype = candidates.DTYPES[args.dtype]
     q = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
@@ -200,7 +200,7 @@ def masked_row(args, grid: int, spec: MaskSpec, backend: str, device: torch.devi
 
 def row_of(args, grid: int, measured: list[candidates.Candidate], device: torch.device) -> dict:
     """The row of the last candidate, checked against the first one and timed in turns with it."""
-    batch_size, num_heads = candidates.shape_of(args, grid)
+    batch_size, num_heads = candidates.shape_of(args, grid, device)
     shape = {
         "dtype": args.dtype,
         "batch_size": batch_size,
