@@ -296,17 +296,25 @@ def natten_peer(mask: Tensor) -> Callable:
 # Checking attention
 
 
-def largest_error(attend: Callable, qkv: Tensor, mask: Tensor | None, num_global: int) -> float:
+def largest_error(
+    attend: Callable,
+    qkv: Tensor,
+    mask: Tensor | None,
+    num_global: int,
+    of_one_image: bool | None = None,
+) -> float:
     """Largest error of outputs and gradients against dense attention in float64.
 
     Only some rows are compared and receive a gradient: a float64 matrix of all rows would be large.
-    On CUDA, where batches are large, these are rows of the last image's first and last head.
+    With `of_one_image`, the default on CUDA, where batches are large, these are rows of the last
+    image's first and last head.
     """
     num_tokens = qkv.shape[1]
     on_cuda = qkv.device.type == "cuda"
     where = qkv.device if on_cuda else torch.device("cpu")  # Apple's GPUs have no float64
-    images = slice(-1, None) if on_cuda else slice(None)
-    heads = sorted({0, qkv.shape[3] - 1}) if on_cuda else slice(None)
+    images, heads = slice(None), slice(None)
+    if on_cuda if of_one_image is None else of_one_image:
+        images, heads = slice(-1, None), sorted({0, qkv.shape[3] - 1})
 
     def part(x: Tensor) -> Tensor:
         """What is compared of [B, T, ..., H, D]."""

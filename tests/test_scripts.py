@@ -93,9 +93,10 @@ def test_the_gpu_script_ends_what_hangs(tmp_path):
     hanging.chmod(0o755)
     done = gpu_script(tmp_path, "base", PYTHON=str(hanging), PART_SECONDS="1")
     assert done.returncode == 1
-    off, default, graphs, profile = utils.read_json_lines(tmp_path / "gpu" / "rows.jsonl")
+    off, default, graphs, tf32, profile = utils.read_json_lines(tmp_path / "gpu" / "rows.jsonl")
     assert [row["exit_code"] for row in (off, default, profile)] == [124] * 3
     assert graphs["left_out"] == "CUDA graphs need CUDA"
+    assert tf32["left_out"] == "a mode of CUDA"
     assert (tmp_path / "gpu" / "base-default.txt").read_text() == "not started\n"
 
 
@@ -105,7 +106,7 @@ def test_the_gpu_script_lists_its_parts_and_refuses_others(tmp_path):
     assert "7  accuracy" in listed.stdout
     for part, environment, words in [
         ("8", {}, "no part is called 8; expected 1 to 7 or one of machine tests"),
-        ("accuracy", {"SMALL": "", "DATA": "nowhere"}, "or its archive as ARCHIVE="),
+        ("7", {"SMALL": "", "DATA": "nowhere", "ARCHIVE": "none"}, "or its archive as ARCHIVE="),
     ]:
         done = gpu_script(tmp_path, part, **environment)
         assert done.returncode == 2

@@ -108,7 +108,7 @@ class Trainer:
         self.stopwatch = Stopwatch(device)
         self.start_epoch(Progress())
         self.vote = distributed.Vote()
-        self.saved_at, self.saved = -math.inf, None  # when, and at which step of which epoch
+        self.saved_at, self.saved = time.monotonic(), None  # when, and at which step of which epoch
         torch.manual_seed((optimization.seed + distributed.RANK) % 2**63)
 
     def start_epoch(self, progress: Progress) -> None:
@@ -291,13 +291,19 @@ class Trainer:
         self.stopwatch.pause()
 
     def is_save_due(self) -> bool:
-        """Whether enough time has passed: less is enough once an epoch has ended since."""
-        seconds = 60 * self.settings.run.checkpoint_every_minutes
-        has_ended = self.saved is None or self.progress.epoch > self.saved[0]
+        """Whether the last save is long enough ago; the first epoch is saved in any case.
+
+        At the end of an epoch, and after one that was not saved, a minute is enough.
+        """
+        seconds = 60 * self.settings.run.checkpoint_every_minutes or math.inf
         is_at_end = self.progress.epoch_step == 0
-        if has_ended and (is_at_end or seconds > 0):
-            seconds = min(seconds or math.inf, SECONDS_BETWEEN_SAVES)
-        return seconds > 0 and time.monotonic() - self.saved_at > seconds
+        if is_at_end and self.saved is None:
+            return True
+
+        has_ended = self.saved is not None and self.progress.epoch > self.saved[0]
+        if is_at_end or (has_ended and seconds < math.inf):
+            seconds = min(seconds, SECONDS_BETWEEN_SAVES)
+        return time.monotonic() - self.saved_at > seconds
 
     def progress_bar(self) -> ProgressBar:
         progress, batch_size = self.progress, self.settings.optimization.batch_size
