@@ -1,5 +1,6 @@
 """Weight decay, which weights Muon takes, the schedule, and the moving average of the weights."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -69,7 +70,7 @@ def test_muon_is_torchs_up_to_rounding_and_reads_its_state():
     for step in range(6):
         if step == 3:  # as a run that began with torch's and resumes
             found = muon.Muon(ours, **options)
-            found.load_state_dict(expected.state_dict())
+            found.load_state_dict(copy.deepcopy(expected.state_dict()))
         for a, b in zip(theirs, ours, strict=True):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()

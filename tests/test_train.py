@@ -246,9 +246,10 @@ def test_killed_after_epochs_that_were_not_saved_and_resumed(tmp_path, monkeypat
             raise RuntimeError("killed")
         return finish_epoch(self)
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(trainer.Trainer, "finish_epoch", fail)
+    monkeypatch.setattr(trainer.Trainer, "finish_epoch", fail)
+    with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path / "parts", "--epochs", "4")
+    monkeypatch.undo()
     parts = folder_of(tmp_path / "parts")
     assert len(rows_of(parts)) == 2
 
