@@ -86,7 +86,7 @@ def usable_backends(
         reasons["native"] = reason
     if device.type != "cuda":
         reasons["flex"] = "FlexAttention has no backward off CUDA"
-        reasons["tiled"] = reasons["natten"] = "runs on CUDA only"
+        reasons["natten"] = "runs on CUDA only"
     elif not _is_installed("natten"):
         reasons["natten"] = "not installed: pip install natten"
 
