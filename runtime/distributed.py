@@ -159,8 +159,8 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     devices = [device] if device.type == "cuda" else None
 
-    # The blocks are compiled one by one. Dynamo would split each of them once more by DDP's
-    # buckets, and refuses to with FlexAttention or recomputed activations.
+    # The blocks are compiled one by one, so that their gradients are exchanged one by one. Dynamo
+    # would split each block once more, by DDP's buckets.
     torch._dynamo.config.optimize_ddp = False
 
     # The buffers are masks, which are the same on every rank. The switch has two names, by version.
