@@ -85,13 +85,13 @@ base() {
                 --steps 10 --rounds 3 --compile "$mode"
         fi
     done
+    step profile 120 "${MEASURE[@]}" profile "$FOLDER" "${run[@]}" --steps 3 --compile default
     if [ "$SMALL" ]; then
         leave_out tf32 "a mode of CUDA"
     else
         step tf32 150 "${MEASURE[@]}" training "$FOLDER" "${run[@]}" \
             --steps 10 --rounds 3 --compile default --precision tf32
     fi
-    step profile 120 "${MEASURE[@]}" profile "$FOLDER" "${run[@]}" --steps 3 --compile default
 }
 
 training() {
