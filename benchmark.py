@@ -123,7 +123,7 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
     patterns.add_argument(
         "--backends",
         type=json_list(str, BACKENDS),
-        default=["dense", "native", "diagonal", "flex", "local-attention", "natten"],
+        default=[name for name in BACKENDS if name not in ("auto", "uncompiled")],
         metavar="JSON",
         help="what to compare with full attention; those that cannot run here are left out",
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attention import build
 
+DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16)
 PADDING = 16  # floats at the end of the probabilities, which whole vectors may read
 

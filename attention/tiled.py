@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import math
 import os
 
@@ -36,8 +35,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
 MIN_PADDED_HEAD_DIM = 16  # the least that a matrix product takes
 
-NUM_WARPS = 4
-NUM_STAGES = 2
+# Rows of an array that need the registers of eight warps, and those of which only one block fits
+# into shared memory at a time.
+WIDE_BYTES, WIDEST_BYTES = 256, 512
 
 # Older GPUs have no tensor cores for bf16.
 MIN_CAPABILITY = (8, 0)
@@ -52,34 +52,30 @@ def is_interpreted() -> bool:
 
 def error(device_type: str) -> str | None:
     """Why the kernels cannot run on this type of device; None if they can."""
+    if device_type != "cuda" and not (device_type == "cpu" and is_interpreted()):
+        return f"runs on CUDA, not on {device_type}"
     if (reason := _import_error()) is not None:
-        return f"it needs Triton, which cannot be imported: {reason}"
-    if device_type == "cuda" or (device_type == "cpu" and is_interpreted()):
-        return None
-    return f"it runs on CUDA, not on {device_type}"
+        return f"needs Triton, which cannot be imported: {reason}"
+    if device_type == "cuda" and torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        return "needs a GPU of compute capability 8.0 or higher"
+    return None
 
 
 @functools.cache
 def _import_error() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "it is not installed (it comes with torch on Linux)"
     try:
         from attention import tiled_kernels  # noqa: F401
-    except Exception as reason:  # whatever a broken installation raises
-        return utils.first_line(reason)
+    except Exception as reason:  # also whatever a broken installation raises
+        return f"{utils.first_line(reason)} (it comes with torch on Linux)"
     return None
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors [B, T, H, D]: others need another backend."""
-    first = tensors[0]
-    largest = 2**31 - 1  # offsets within an image are int32
-    return (
-        first.dtype in DTYPES
-        and first.shape[-1] <= MAX_HEAD_DIM
-        and all(x.dtype == first.dtype for x in tensors)
-        and all(x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) <= largest for x in tensors)
-    )
+def fits(x: Tensor) -> bool:
+    """Whether the kernels take a tensor [B, T, ..., H, D]: others need another backend."""
+    num_tokens, num_heads, head_dim = x.shape[1], x.shape[-2], x.shape[-1]
+    # Within an image, the kernels count in int32.
+    end = num_tokens * x.stride(1) + num_heads * x.stride(-2)
+    return x.dtype in DTYPES and head_dim <= MAX_HEAD_DIM and end < 2**31
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,16 +126,17 @@ def _launch(name: str, arrays: tuple, rows: tuple, lists: Lists, starts: Tensor)
 def constants(head_dim: int, dtype: torch.dtype) -> dict:
     """What the kernels are compiled for, besides the types of their arguments."""
     padded = max(MIN_PADDED_HEAD_DIM, 2 ** (head_dim - 1).bit_length())
-    # fp32 in three products of TF32, which is as exact to about 1e-6, unless one is allowed.
+    row_bytes = padded * dtype.itemsize
+    # fp32 is exact, and so does without tensor cores, unless TF32 is allowed.
     is_tf32_allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "D": head_dim,
         "P": padded,
         "TILE": TILE,
         "BLOCK": BLOCK,
-        "PRECISION": "tf32" if is_tf32_allowed else "tf32x3",
-        "num_warps": NUM_WARPS,
-        "num_stages": NUM_STAGES,
+        "PRECISION": "tf32" if is_tf32_allowed else "ieee",
+        "num_warps": 8 if row_bytes >= WIDE_BYTES else 4,
+        "num_stages": 1 if row_bytes >= WIDEST_BYTES else 2,
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import attention
 import models
-from attention import build, diagonal
+from attention import diagonal
 from masks import MaskSpec
 from runtime import hardware
 
@@ -24,7 +24,7 @@ FULL = "full SDPA"
 WITHOUT = "no attention"
 BACKENDS = (
     *("auto", "dense", "native", "diagonal", "uncompiled"),
-    *("flex", "local-attention", "natten"),
+    *("flex", "tiled", "varlen", "local-attention", "natten"),
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -78,12 +78,10 @@ def usable_backends(
         if not _is_installed("timm"):
             reasons["timm"] = "not installed: pip install timm"
 
-    if device.type != "cpu":
-        reasons["native"] = "runs on the CPU only"
-    elif (reason := build.error()) is not None:
-        reasons["native"] = reason
+    for name in attention.BACKENDS:
+        if (reason := attention.unusable(name, device.type)) is not None:
+            reasons[name] = reason
     if device.type != "cuda":
-        reasons["flex"] = "FlexAttention has no backward off CUDA"
         reasons["natten"] = "runs on CUDA only"
     elif not _is_installed("natten"):
         reasons["natten"] = "not installed: pip install natten"
@@ -225,7 +223,7 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Let `auto` choose a backend as it would for a long run."""
+    """Let `auto` choose a backend as it would for a long run: by rule, or as measured before."""
     choice = attention.choose_backend(
         compiled, batch_size, num_heads, head_dim, dtype, device, num_calls=10**9
     )

@@ -16,7 +16,18 @@ import attention
 import main
 import masks
 import utils
-from attention import Choice, attend, attend_packed, choice, compile_mask, compiled_mask, diagonal
+from attention import (
+    Choice,
+    attend,
+    attend_packed,
+    choice,
+    compile_mask,
+    diagonal,
+    dispatch,
+    flex,
+    native,
+    timings,
+)
 from models import VisionTransformer
 from runtime import hardware
 
@@ -68,7 +79,7 @@ def assert_matches_oracle(compiled, mask, qkv, tolerance=1e-10):
 @pytest.fixture(autouse=True)
 def no_native_kernel(monkeypatch):
     """As on a GPU, where `auto` measures; test_native.py has the native kernel and the rule."""
-    monkeypatch.setattr(compiled_mask, "NATIVE_DEVICES", ())
+    monkeypatch.setattr(native, "DEVICES", ())
 
 
 @pytest.fixture
@@ -295,7 +306,7 @@ def test_without_a_compiler_the_numbers_are_the_same_and_one_warning_is_printed(
         (
             torch.eye(3).bool(),
             {"backend": "fast"},
-            "unknown backend 'fast'.*dense, native, diagonal, flex",
+            "unknown backend 'fast'.*dense, native, diagonal, flex, tiled, varlen",
         ),
         (torch.eye(3).bool(), {"num_global_tokens": -1}, "at least 0, got -1"),
     ],
@@ -334,7 +345,7 @@ def test_flex_runs_only_on_cuda():
 @pytest.fixture
 def flex_on_the_cpu(monkeypatch):
     """The forward of FlexAttention runs on the CPU too, slowly."""
-    monkeypatch.setattr(compiled_mask, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(flex, "DEVICES", ("cpu",))
 
 
 def test_the_block_mask_of_flex_equals_the_mask(flex_on_the_cpu):
@@ -362,7 +373,7 @@ def test_the_block_mask_is_built_on_arrival_at_a_device_not_in_a_forward(
     def fail(*args, **kwargs):
         pytest.fail("built in a forward")
 
-    monkeypatch.setattr(compiled_mask, "create_block_mask", fail)
+    monkeypatch.setattr(flex, "create_block_mask", fail)
     qkv = random_qkv(21, dtype=torch.float32, head_dim=16).detach()
     forward = torch.compile(lambda x: attend_packed(x, compiled), fullgraph=True, backend="eager")
     torch.testing.assert_close(forward(qkv).double(), oracle(qkv, mask, 1), rtol=1e-5, atol=1e-5)
@@ -403,15 +414,15 @@ def test_masked_attention_on_a_gpu_does_not_use_cudnn(mask_type, allowed, monkey
     """Its backward returns NaN for some masks. Full attention keeps whatever torch would choose."""
     kernels = ("cudnn", "mem_efficient", "math")
     switches = [getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in kernels]
-    sdpa = compiled_mask.F.scaled_dot_product_attention
+    sdpa = dispatch.F.scaled_dot_product_attention
     seen = []
 
     def record(*args, **kwargs):
         seen.append(tuple(enabled() for enabled in switches))
         return sdpa(*args, **kwargs)
 
-    monkeypatch.setattr(compiled_mask, "CUDNN_DEVICES", ("cpu",))
-    monkeypatch.setattr(compiled_mask.F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(dispatch, "CUDNN_DEVICES", ("cpu",))
+    monkeypatch.setattr(dispatch.F, "scaled_dot_product_attention", record)
     mask = masks.build_attention_mask(mask_type, 1, 8, 8)
     compiled = compile_mask(mask, 0, "dense")
     attend_packed(random_qkv(64), compiled)
@@ -419,7 +430,7 @@ def test_masked_attention_on_a_gpu_does_not_use_cudnn(mask_type, allowed, monkey
 
 
 def test_attention_without_cudnn_compiles_without_a_graph_break(monkeypatch):
-    monkeypatch.setattr(compiled_mask, "CUDNN_DEVICES", ("cpu",))
+    monkeypatch.setattr(dispatch, "CUDNN_DEVICES", ("cpu",))
     mask = masks.build_attention_mask("2d_cardinal", 1, 4, 4)
     compiled = compile_mask(mask, 0, "dense")
     qkv = random_qkv(16)
@@ -603,7 +614,7 @@ def test_another_backend_is_chosen_if_dense_attention_does_not_fit(monkeypatch, 
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(compiled_mask.F, "scaled_dot_product_attention", out_of_memory)
+    monkeypatch.setattr(dispatch.F, "scaled_dot_product_attention", out_of_memory)
     compiled = choose(local_mask(), num_calls=1)
     assert (compiled.backend, compiled.choice.timings.keys()) == ("diagonal", {"diagonal"})
 
@@ -663,7 +674,7 @@ def test_what_fits_is_measured_once_even_if_dense_attention_never_fits(measured)
 
 def test_timings_of_other_kernels_are_not_reused(measured, monkeypatch):
     choose(local_mask())
-    monkeypatch.setattr(choice, "_kernels_hash", lambda: "another version")
+    monkeypatch.setattr(timings, "_kernels_hash", lambda: "another version")
     choose(local_mask())
     assert len(measured[0]) == 4
 
