@@ -254,7 +254,7 @@ def choose_by_rule(
     if device.type in native.DEVICES:
         return rule.choose(num_tokens, num_edges, num_diagonals)
     if device.type not in flex.DEVICES or unusable("tiled", device.type) is not None:
-        missing = "Triton's tensor cores"
+        missing = "the tiled backend"
         return rule.choose_uncompiled(num_tokens, num_edges, num_diagonals, missing)
 
     pairs = {"dense": num_tokens**2, "tiled": compiled.tile_lists.num_pairs}

@@ -56,9 +56,15 @@ def error(device_type: str) -> str | None:
         return f"runs on CUDA, not on {device_type}"
     if (reason := _import_error()) is not None:
         return f"needs Triton, which cannot be imported: {reason}"
-    if device_type == "cuda" and torch.cuda.get_device_capability() < MIN_CAPABILITY:
+    if device_type == "cuda" and _capability() < MIN_CAPABILITY:
         return "needs a GPU of compute capability 8.0 or higher"
     return None
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    """Of the GPU; without one, all questions about it are hypothetical."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else MIN_CAPABILITY
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def random_qkv(num_tokens, batch=2, heads=2, head_dim=8, dtype=torch.float64, se
     return qkv.to(dtype).requires_grad_()
 
 
-def local_mask(backend="auto"):
+def local_mask(backend="measure"):
     """A small local mask with a class token: 13 tokens."""
     mask = masks.build_attention_mask("2d_cardinal", 1, 3, 4)
     return compile_mask(mask, 1, backend)
@@ -78,7 +78,7 @@ def assert_matches_oracle(compiled, mask, qkv, tolerance=1e-10):
 
 @pytest.fixture(autouse=True)
 def no_native_kernel(monkeypatch):
-    """As on a GPU, where `auto` measures; test_native.py has the native kernel and the rule."""
+    """As on a GPU; test_native.py has the native kernel, and test_settling.py the rule."""
     monkeypatch.setattr(native, "DEVICES", ())
 
 
@@ -514,27 +514,20 @@ def choose(compiled, num_calls=1000):
     return compiled
 
 
-def test_auto_takes_the_fastest_and_measures_once(measured):
+def test_measure_takes_the_fastest_and_measures_once(measured):
     log, _ = measured
     compiled = choose(local_mask())
     assert compiled.backend == "diagonal"
     assert compiled.choice.timings == {"dense": 1.0, "diagonal": 0.5}
     assert "dense 1000.00 ms, diagonal 500.00 ms" in compiled.choice.reason
-    assert log == [["dense"], ["dense", "diagonal"]]
+    assert log == [["dense", "diagonal"]]
     assert choose(local_mask()).backend == "diagonal"
-    assert len(log) == 2
+    assert len(log) == 1
 
 
-def test_auto_keeps_dense_if_it_is_the_fastest(measured):
+def test_measure_keeps_dense_if_it_is_the_fastest(measured):
     measured[1]["diagonal"] = 2.0
     assert choose(local_mask()).backend == "dense"
-
-
-def test_auto_stays_dense_in_a_short_run_whatever_was_measured_before(measured):
-    choose(local_mask())
-    compiled = choose(local_mask(), num_calls=10)
-    assert compiled.backend == "dense"
-    assert "10.0 s" in compiled.choice.reason
 
 
 def test_a_cache_that_is_not_writable_is_replaced_by_a_temporary_one(
@@ -555,7 +548,7 @@ def test_a_damaged_cache_is_measured_again(measured, tmp_path, damaged):
     for path in (tmp_path / "local-attention-vits").glob("*.json"):
         path.write_text(damaged)
     assert choose(local_mask()).backend == "diagonal"
-    assert len(measured[0]) == 4
+    assert len(measured[0]) == 2
 
 
 @pytest.mark.parametrize("backend", ["dense", "diagonal"])
@@ -566,7 +559,7 @@ def test_a_requested_backend_is_not_measured(measured, backend):
 
 def test_full_attention_and_masks_without_an_alternative_are_not_measured(measured):
     assert choose(compile_mask(None, 1)).backend == "dense"
-    compiled = choose(compile_mask(torch.ones(80, 80, dtype=torch.bool)))
+    compiled = choose(compile_mask(torch.ones(80, 80, dtype=torch.bool), 0, "measure"))
     assert (compiled.backend, measured[0]) == ("dense", [])
     assert "more than 64" in compiled.choice.reason
 
@@ -619,7 +612,7 @@ def test_another_backend_is_chosen_if_dense_attention_does_not_fit(monkeypatch, 
     assert (compiled.backend, compiled.choice.timings.keys()) == ("diagonal", {"diagonal"})
 
     monkeypatch.setattr(diagonal, "attend", out_of_memory)
-    another = compile_mask(masks.build_attention_mask("2d_cardinal", 2, 3, 4), 1)
+    another = compile_mask(masks.build_attention_mask("2d_cardinal", 2, 3, 4), 1, "measure")
     with pytest.raises(RuntimeError, match="out of memory with every backend tried") as caught:
         choose(another, num_calls=1)
     assert utils.says_no_memory(caught.value)
@@ -665,18 +658,18 @@ def test_what_fits_is_measured_once_even_if_dense_attention_never_fits(measured)
     del pretended["dense"]
     for _ in range(2):
         assert choose(local_mask()).backend == "diagonal"
-    assert log == [["dense"], ["diagonal"], ["dense"]]
+    assert log == [["dense", "diagonal"], ["dense"]]
 
     pretended["dense"] = 0.1  # now it fits
     assert choose(local_mask()).backend == "dense"
-    assert log[3:] == [["dense"]]
+    assert log[2:] == [["dense"]]
 
 
 def test_timings_of_other_kernels_are_not_reused(measured, monkeypatch):
     choose(local_mask())
     monkeypatch.setattr(timings, "_kernels_hash", lambda: "another version")
     choose(local_mask())
-    assert len(measured[0]) == 4
+    assert len(measured[0]) == 2
 
 
 def test_a_kernel_that_the_compiler_rejects_runs_uncompiled(compiled_here, monkeypatch, capsys):
@@ -760,17 +753,25 @@ def test_a_checkpoint_evaluates_the_same_with_another_backend(tmp_path):
     assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], rel=1e-5)
 
 
-def test_a_short_run_stays_dense_and_a_resumed_run_keeps_the_recorded_choice(tmp_path, monkeypatch):
+def test_a_run_measures_only_where_asked_and_a_resumed_run_keeps_the_recorded_choice(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = train_digits(tmp_path)
+    monkeypatch.setattr(choice, "_measure", lambda *args: {"dense": 1.0, "diagonal": 0.5})
+    folder = train_digits(tmp_path / "auto")
+    about = utils.read_json(folder / "config.json")["attention"]
+    assert (about["backend"], about["backend_seconds"]) == ("dense", {})
+    assert about["backend_reason"].startswith("by rule")
+
+    folder = train_digits(tmp_path, "--backend", "measure")
     config = utils.read_json(folder / "config.json")
-    assert config["attention"]["backend"] == "dense"
-    assert "less than compiling another" in config["attention"]["backend_reason"]
+    assert config["attention"]["backend"] == "diagonal"
+    assert config["attention"]["backend_reason"].startswith("the fastest measured")
 
     def fail(*args, **kwargs):
         pytest.fail("chosen again")
 
     (folder / "summary.json").unlink()
     monkeypatch.setattr(attention, "choose_backend", fail)
-    train_digits(tmp_path)
+    train_digits(tmp_path, "--backend", "measure")
     assert utils.read_json(folder / "config.json")["attention"] == config["attention"]

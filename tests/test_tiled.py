@@ -114,7 +114,7 @@ def test_without_triton_it_says_so(monkeypatch):
 @needs_triton
 def test_old_gpus_are_refused(monkeypatch):
     for capability, reason in (((7, 5), "compute capability 8.0"), ((8, 0), "None")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda value=capability: value)
+        monkeypatch.setattr(tiled, "_capability", lambda value=capability: value)
         assert reason in str(attention.unusable("tiled", "cuda"))
 
 
