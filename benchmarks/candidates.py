@@ -22,10 +22,8 @@ from runtime import hardware
 
 FULL = "full SDPA"
 WITHOUT = "no attention"
-BACKENDS = (
-    *("auto", "dense", "native", "diagonal", "uncompiled"),
-    *("flex", "tiled", "varlen", "local-attention", "natten"),
-)
+OURS = tuple(name for name in attention.BACKENDS if name not in ("auto", "measure"))
+BACKENDS = ("auto", *OURS, "uncompiled", "local-attention", "natten")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Grid side -> (batch size, heads): about as much as two CPU cores can handle.
