@@ -50,13 +50,9 @@ class TileLists:
 
 
 def find_tiles(mask: Tensor, num_global: int = 0) -> TileLists:
-    """The lists of a bool [N, N] mask on the CPU, after `num_global` tokens that attend to all.
-
-    Global tokens are tiles of their own, and come first: their lists are by far the longest.
-    """
+    """The lists of a bool [N, N] mask on the CPU, after `num_global` tokens that attend to all."""
     patches = find_best_tiles(mask)
-    global_tiles = consecutive(num_global)
-    tokens = torch.cat([global_tiles, torch.where(patches < 0, -1, patches + num_global)])
+    tokens = add_global_tokens(torch.where(patches < 0, -1, patches + num_global), num_global)
 
     allowed = F.pad(mask, (num_global, 0) * 2, value=True)  # [T, T]
     attended = [_list(allowed, tile[tile >= 0]) for tile in tokens]
@@ -98,6 +94,23 @@ def rectangles(num_tokens: int, width: int, shape: tuple[int, int]) -> Tensor:
     grid = F.pad(grid, (0, -width % columns, 0, -len(grid) % rows), value=-1)
     tiles = grid.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [., rows, ., columns]
     return tiles.transpose(1, 2).reshape(-1, TILE)
+
+
+def add_global_tokens(tiles: Tensor, num_global: int) -> Tensor:
+    """The tiles with that of the global tokens first: its list, of all tokens, is the longest.
+
+    They join the fullest tile that has room for them, because its other rows cost nothing then.
+    Without one, they make tiles of their own.
+    """
+    sizes = (tiles >= 0).sum(1)
+    has_room = sizes + num_global <= TILE
+    if not num_global or not has_room.any():
+        return torch.cat([consecutive(num_global), tiles])
+
+    host = int(sizes.where(has_room, -1).argmax())
+    shared = torch.cat([torch.arange(num_global), tiles[host][tiles[host] >= 0]])
+    shared = F.pad(shared, (0, TILE - len(shared)), value=-1)
+    return torch.cat([shared[None], tiles[:host], tiles[host + 1 :]])
 
 
 def find_best_tiles(mask: Tensor) -> Tensor:

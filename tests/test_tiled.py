@@ -84,6 +84,16 @@ def test_a_tile_of_a_1d_window_is_64_tokens_in_a_row():
     assert lists.starts[0].diff().tolist() == [9, 3, 3, 3, 3]  # 257; 64 + 12 or + 24, and 1
 
 
+def test_global_tokens_join_a_tile_that_has_room():
+    lists = find_tiles(masks.build_attention_mask("2d_all_neighbors", 1, 14, 14), 3)
+    fullest = torch.arange(196).view(14, 14)[:8, 8:].flatten() + 3  # cut off to 8x6
+    first = lists.tokens[0, lists.tokens[0] >= 0]
+    assert torch.equal(first, torch.cat([torch.arange(3), fullest]).int())
+    assert len(lists.tokens) == 4
+    assert int(lists.starts[0, 1]) == -(-199 // BLOCK)
+    assert len(find_tiles(masks.build_attention_mask("2d_cardinal", 1, 8, 8), 1).tokens) == 2
+
+
 def test_a_dense_mask_is_not_searched_for_a_grid(monkeypatch):
     monkeypatch.setattr(tiles, "MAX_PAIRS_TO_COUNT", 100)
     monkeypatch.setattr(tiles, "count_blocks", None)
