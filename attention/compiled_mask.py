@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from attention import diagonal, flex, native, rule, timings, windows
+from attention import build, diagonal, flex, native, rule, timings, windows
 from attention.backends import BACKENDS, Choice, unusable
 from attention.neighbors import find_neighbors
 from attention.tiles import TileLists, find_tiles
@@ -109,8 +109,8 @@ class CompiledMask(nn.Module):
         Raises ValueError for `diagonal` if there are too many diagonals, for `varlen` if the mask
         is no 1D window, and for `native` if it cannot be built here.
         """
-        if choice.backend == "native" and (reason := unusable("native", "cpu")) is not None:
-            raise ValueError(f"backend 'native' {reason}; use auto or dense")
+        if choice.backend == "native" and (reason := build.error()) is not None:
+            raise ValueError(f"backend 'native' cannot be used: {reason}; use auto or dense")
         if choice.backend == "diagonal" and not self.offsets:
             raise ValueError(self.too_many_diagonals)
         if choice.backend == "varlen" and self.window is None:

@@ -18,6 +18,9 @@ LOG_2 = tl.constexpr(0.6931471805599453)
 # Less than any score and finite: exp2(-inf - FLOOR) is 0, and not NaN.
 FLOOR = tl.constexpr(-3.0e38)
 
+# Another number of tokens, or of tiles, is no reason to compile again.
+kernel = triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["STARTS"])
+
 
 @triton.jit
 def _read(pointer, tokens, stride, D: tl.constexpr, P: tl.constexpr):
@@ -46,7 +49,7 @@ def _masked(scores, BITS, block, TILE: tl.constexpr, BLOCK: tl.constexpr):
     return tl.where((bits[:, None] & bit[None, :]) != 0, scores, float("-inf"))
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     Q, K, V, OUT, LSE, TOKENS, STARTS, COLUMNS, BITS, num_tokens, scale,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
@@ -87,7 +90,7 @@ def forward_kernel(
     tl.store(LSE + tokens, top + tl.log2(total), mask=tokens >= 0)
 
 
-@triton.jit
+@kernel
 def queries_kernel(
     Q, K, V, OUT, GRAD, DQ, LSE, DELTA, TOKENS, STARTS, COLUMNS, BITS, num_tokens, scale,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
@@ -131,7 +134,7 @@ def queries_kernel(
     _write(DQ, dq * (scale * LOG_2), tokens, dq_token, D, P)
 
 
-@triton.jit
+@kernel
 def keys_kernel(
     Q, K, V, GRAD, DK, DV, LSE, DELTA, TOKENS, STARTS, COLUMNS, BITS, num_tokens, scale,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch, or one without it
+    varlen_attn = None
 
 DEVICES = ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16)  # those of flash attention
@@ -15,20 +19,16 @@ MAX_HEAD_DIM = 256
 
 
 @functools.cache
-def load() -> Callable | None:
-    """`varlen_attn`, if this torch has one that takes windows."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+def is_available() -> bool:
+    """Whether this torch has varlen_attn, and it takes windows."""
+    return varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
 
 
 def error(device_type: str) -> str | None:
     """Why this cannot run on this type of device; None if it can."""
     if device_type not in DEVICES:
         return f"runs on CUDA, not on {device_type}"
-    if load() is None:
+    if not is_available():
         return f"needs varlen_attn with windows, which torch {torch.__version__} does not have"
     return None
 
@@ -56,5 +56,5 @@ def attend(qkv: Tensor, window: tuple[int, int]) -> Tensor:
         0, (num_images + 1) * num_tokens, num_tokens, dtype=torch.int32, device=qkv.device
     )
     q, k, v = qkv.flatten(0, 1).unbind(1)  # each [B * T, H, D]
-    out = load()(q, k, v, ends, ends, num_tokens, num_tokens, window_size=window)
+    out = varlen_attn(q, k, v, ends, ends, num_tokens, num_tokens, window_size=window)
     return out.unflatten(0, (num_images, num_tokens))

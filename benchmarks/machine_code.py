@@ -24,6 +24,7 @@ from attention.tiles import TileLists
 KERNELS = ("forward_kernel", "queries_kernel", "keys_kernel")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ROWS = ("LSE", "DELTA")  # always in fp32
+NOT_SPECIALIZED = {"num_tokens", "STARTS"}
 LISTS = ("TOKENS", "STARTS", "COLUMNS", "BITS")
 
 # Compute capability -> warp instructions per second: multiprocessors * schedulers * clock
@@ -70,7 +71,7 @@ def compile_kernel(name: str, capability: int, dtype: torch.dtype, head_dim: int
         fn=kernel,
         signature=signature,
         constexprs={(place[constant],): value for constant, value in constants.items()},
-        attrs={(place[argument],): aligned for argument in is_aligned - {"num_tokens"}},
+        attrs={(place[argument],): aligned for argument in is_aligned - NOT_SPECIALIZED},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, code = _disassemble(compiled.asm["cubin"], Path(triton.__file__).parent)

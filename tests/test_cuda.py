@@ -130,7 +130,7 @@ def test_tiles_take_separate_inputs():
     torch.testing.assert_close(attention.attend(q, k, v, compiled), expected)
 
 
-@pytest.mark.skipif(windows.load() is None, reason="this torch has no varlen_attn with windows")
+@pytest.mark.skipif(not windows.is_available(), reason="this torch has no varlen_attn with windows")
 def test_windows_of_the_flash_kernel_are_exact():
     mask = masks.build_attention_mask("1d_all_neighbors", 2, 20, 27)
     compare(mask, 0, "varlen", torch.bfloat16, (2, len(mask), 3, 3, 64))

@@ -1,5 +1,7 @@
 """How `auto` settles on a backend without measuring: on any device, and before any compilation."""
 
+import time
+
 import pytest
 import torch
 from test_attention import oracle, random_qkv
@@ -21,6 +23,7 @@ from attention import (
 )
 from attention.compiled_mask import NOT_CHOSEN
 from models import VisionTransformer
+from runtime import hardware
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_native = pytest.mark.skipif(build.error() is not None, reason=str(build.error()))
@@ -152,8 +155,6 @@ def test_a_run_takes_what_was_measured_before_and_measures_nothing(own_cache, mo
 @pytest.mark.parametrize("side", [28, 40])
 def test_a_fresh_mask_is_not_slower_than_dense_attention_from_the_second_call_on(side):
     """By so much that it shows on a machine that is doing other things."""
-    from runtime import hardware
-
     qkv = random_qkv(side**2, heads=4, head_dim=32, dtype=torch.float32)
     seconds = {}
     for backend in ("auto", "dense"):
@@ -202,3 +203,10 @@ def test_estimates_grow_with_heads_and_channels():
     few, many = (rule.estimate({"dense": 10**6}, heads, 64)["dense"] for heads in (12, 120))
     launch = rule.LAUNCH_SECONDS["dense"]
     assert many - launch == pytest.approx(10 * (few - launch))
+
+
+def test_a_duration_is_that_of_one_call():
+    calls = []
+    seconds = hardware.seconds_per_call(lambda: calls.append(time.sleep(0.01)), CPU, 5)
+    assert len(calls) == 5
+    assert 0.01 <= seconds < 0.05

@@ -54,7 +54,8 @@ def pretended(monkeypatch):
             outs.append(oracle(qkv, window)[0].to(q.dtype))
         return torch.cat(outs)
 
-    monkeypatch.setattr(windows, "load", lambda: varlen_attn)
+    monkeypatch.setattr(windows, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(windows, "is_available", lambda: True)
     monkeypatch.setattr(windows, "DEVICES", ("cpu",))
 
 
@@ -72,7 +73,7 @@ def test_a_batch_is_passed_as_sequences(pretended, dtype, head_dim):
 
 
 def test_it_is_one_more_candidate_on_cuda(monkeypatch):
-    monkeypatch.setattr(windows, "load", lambda: print)
+    monkeypatch.setattr(windows, "is_available", lambda: True)
     cuda = torch.device("cuda")
     candidates = {
         (mask_type, num_global): choice.find_candidates(
@@ -86,11 +87,11 @@ def test_it_is_one_more_candidate_on_cuda(monkeypatch):
 
 
 def test_without_it_the_backend_says_so(monkeypatch):
-    monkeypatch.setattr(windows, "load", lambda: None)
+    monkeypatch.setattr(windows, "is_available", lambda: False)
     assert "needs varlen_attn with windows" in attention.unusable("varlen", "cuda")
 
 
-@pytest.mark.skipif(windows.load() is None, reason="this torch has no varlen_attn with windows")
+@pytest.mark.skipif(not windows.is_available(), reason="this torch has no varlen_attn with windows")
 def test_torchs_own_takes_these_arguments():
     """Its fake version, which checks the call; the real one needs a GPU."""
     with FakeTensorMode() as mode:
