@@ -203,8 +203,7 @@ class CompiledMask(nn.Module):
     ) -> None:
         """Decide `auto` for this device: by what was measured before, else by rule.
 
-        A choice that was applied from outside stays, if it can run on the device. Does nothing
-        while a model is being compiled: a mask is settled before, by its arrival on the device.
+        A choice that was applied from outside stays, if it can run on the device.
         """
         if self.requested != "auto" or self.mask is None or device.type == "meta":
             return

@@ -34,7 +34,7 @@ class TileLists:
     starts[0, i + 1], and those in blocks starts[1, i] to starts[1, i + 1] attend to it.
     """
 
-    tokens: Tensor  # [t, TILE]; -1 where a tile is not full
+    tokens: Tensor  # [t, TILE]; -1 at the end of a tile that is not full
     starts: Tensor  # [2, t + 1]
     columns: Tensor  # [n, BLOCK]; the end of a list repeats its last token
     bits: Tensor  # [n, TILE]; bit c of row r: the pair of the tile's r-th token and column c counts
@@ -79,7 +79,7 @@ def _list(allowed: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Which tokens make a tile: each function returns [t, TILE], with -1 where a tile is not full
+# Which tokens make a tile: each function returns [t, TILE], with -1 at the end if it is not full
 
 
 def consecutive(num_tokens: int) -> Tensor:
@@ -93,7 +93,9 @@ def rectangles(num_tokens: int, width: int, shape: tuple[int, int]) -> Tensor:
     grid = torch.arange(num_tokens).view(-1, width)
     grid = F.pad(grid, (0, -width % columns, 0, -len(grid) % rows), value=-1)
     tiles = grid.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [., rows, ., columns]
-    return tiles.transpose(1, 2).reshape(-1, TILE)
+    tiles = tiles.transpose(1, 2).reshape(-1, TILE)
+    padding_last = (tiles < 0).byte().sort(dim=1, stable=True).indices
+    return tiles.gather(1, padding_last)
 
 
 def add_global_tokens(tiles: Tensor, num_global: int) -> Tensor:
