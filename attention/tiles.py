@@ -55,9 +55,9 @@ def find_tiles(mask: Tensor, num_global: int = 0) -> TileLists:
     tokens = add_global_tokens(torch.where(patches < 0, -1, patches + num_global), num_global)
 
     allowed = F.pad(mask, (num_global, 0) * 2, value=True)  # [T, T]
-    attended = [_list(allowed, tile[tile >= 0]) for tile in tokens]
-    attending = [_list(allowed.T.contiguous(), tile[tile >= 0]) for tile in tokens]
-    columns, bits = zip(*attended, *attending, strict=True)
+    kinds = (allowed, allowed.T.contiguous())  # what a token attends to, what attends to it
+    lists = [_list(pairs, tile[tile >= 0]) for pairs in kinds for tile in tokens]
+    columns, bits = zip(*lists, strict=True)
 
     num_blocks = torch.tensor([len(block) for block in columns]).view(2, -1)
     ends = num_blocks.view(-1).cumsum(0).view(2, -1)  # those of the second kind follow the first
@@ -145,8 +145,8 @@ def count_blocks(tiles: Tensor, query: Tensor, key: Tensor) -> int:
     tile_of[tiles[tiles >= 0]] = torch.arange(len(tiles)).repeat_interleave((tiles >= 0).sum(1))
 
     def count(tokens: Tensor, others: Tensor) -> int:
-        listed = torch.zeros(len(tiles), num_tokens, dtype=torch.bool)
-        listed[tile_of[tokens], others] = True
+        listed = torch.zeros(len(tiles), num_tokens, dtype=torch.uint8)
+        listed.view(-1).index_fill_(0, tile_of[tokens] * num_tokens + others, 1)
         return int(((listed.sum(1) + BLOCK - 1) // BLOCK).sum())
 
     return count(query, key) + count(key, query)
