@@ -257,7 +257,8 @@ def choose_by_rule(
         return rule.choose_uncompiled(num_tokens, num_edges, num_diagonals, missing)
 
     pairs = {"dense": num_tokens**2, "tiled": compiled.tile_lists.num_pairs}
-    pairs["flex"] = flex.count_block_pairs(compiled.with_global_tokens(), flex.BLOCK)
+    share = flex.share_of_blocks(compiled.with_global_tokens(), flex.BLOCK)
+    pairs["flex"] = round(share * num_tokens**2)
     if num_diagonals:
         pairs["diagonal"] = num_edges
     return rule.choose_on_gpu(pairs, *shape, num_calls=num_calls)

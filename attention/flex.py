@@ -22,17 +22,17 @@ SMALL_TILES = {
 }
 
 
-def count_block_pairs(allowed: Tensor, block: int) -> int:
-    """How many pairs lie in blocks of a bool [T, T] in which anything is allowed."""
+def share_of_blocks(allowed: Tensor, block: int) -> float:
+    """The share of the blocks of a bool [T, T] in which anything is allowed."""
     padding = -len(allowed) % block
     padded = F.pad(allowed, (0, padding, 0, padding))
     blocks = padded.unflatten(1, (-1, block)).any(2).unflatten(0, (-1, block)).any(1)
-    return int(blocks.sum()) * block**2
+    return blocks.float().mean().item()
 
 
 def pick_block(allowed: Tensor) -> int:
     """The size of the blocks for a bool [T, T]: smaller ones where they leave out more."""
-    small, large = (count_block_pairs(allowed, block) for block in (SMALL_BLOCK, BLOCK))
+    small, large = (share_of_blocks(allowed, block) for block in (SMALL_BLOCK, BLOCK))
     return SMALL_BLOCK if small <= SMALL_BLOCKS_GAIN * large else BLOCK
 
 
