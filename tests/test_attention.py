@@ -460,7 +460,7 @@ def test_rows_of_very_negative_scores_have_finite_gradients_on_cuda(dtype):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("backend", ["dense", "diagonal", "flex"])
+@pytest.mark.parametrize("backend", ["dense", "diagonal", "flex", "tiled"])
 def test_backends_match_the_oracle_on_cuda(backend):
     mask = masks.build_attention_mask("2d_all_neighbors", 1, 12, 15)
     compiled = compile_mask(mask, 1, backend).cuda()
