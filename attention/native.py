@@ -179,10 +179,14 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate_packed(ctx, grad, _):
+    if grad is None:  # nobody used the output
+        return 3 * (None,)
     return _packed_backward_operator(grad, *ctx.saved_tensors), None, None
 
 
 def _differentiate(ctx, grad, _):
+    if grad is None:  # nobody used the output
+        return 5 * (None,)
     return *_backward_operator(grad, *ctx.saved_tensors), None, None
 
 
@@ -203,6 +207,8 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        if grad is None:
+            return 3 * (None,)
         return _packed_backward(grad, *ctx.saved_tensors), None, None
 
 
@@ -215,6 +221,8 @@ class _Separate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        if grad is None:
+            return 5 * (None,)
         return *_backward(grad, *ctx.saved_tensors), None, None
 
 

@@ -220,10 +220,14 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate_packed(ctx, grad, _):
+    if grad is None:  # nobody used the output
+        return 5 * (None,)
     return _packed_backward_operator(grad, *ctx.saved_tensors), *4 * (None,)
 
 
 def _differentiate_separate(ctx, grad, _):
+    if grad is None:  # nobody used the output
+        return 7 * (None,)
     return *_separate_backward_operator(grad, *ctx.saved_tensors), *4 * (None,)
 
 
@@ -244,6 +248,8 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        if grad is None:
+            return 5 * (None,)
         return _packed_backward(grad, *ctx.saved_tensors), *4 * (None,)
 
 
@@ -256,6 +262,8 @@ class _Separate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        if grad is None:
+            return 7 * (None,)
         return *_separate_backward(grad, *ctx.saved_tensors), *4 * (None,)
 
 

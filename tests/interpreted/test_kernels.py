@@ -231,3 +231,11 @@ def test_a_model_trains_like_the_dense_one(pool):
             optimizer.step()
             losses[backend].append(loss.item())
     assert losses["tiled"] == pytest.approx(losses["dense"], rel=1e-5)
+
+
+@pytest.mark.parametrize("apply", [tiled._Packed.apply, tiled._packed_operator])
+def test_an_output_that_nobody_uses_has_no_gradient(apply):
+    lists = find_tiles(masks.build_attention_mask("2d_cardinal", 1, 3, 4)).tensors
+    qkv = random_qkv(12)
+    _, lse = apply(qkv, *lists)
+    assert torch.autograd.grad(lse.sum(), qkv, allow_unused=True) == (None,)
