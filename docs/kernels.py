@@ -102,13 +102,13 @@ def fill(text: str, name: str, content: str) -> str:
 def main() -> None:
     import triton
 
+    contents = {
+        "versions": f"Compiled by Triton {triton.__version__} of torch {torch.__version__}.",
+        "counts": count_table(),
+        "times": time_table(),
+    }
     text = PAGE.read_text(encoding="utf-8")
-    versions = f"Compiled by Triton {triton.__version__} of torch {torch.__version__}."
-    for name, content in (
-        ("versions", versions),
-        ("counts", count_table()),
-        ("times", time_table()),
-    ):
+    for name, content in contents.items():
         text = fill(text, name, content)
     utils.write_text(PAGE, text)
 
