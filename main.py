@@ -268,7 +268,7 @@ def recorded_choice(
     if choice.backend != "diagonal" or was_asked_for or device.type != "cpu":
         return choice
 
-    by_rule = attention.choose_by_rule(model.compiled_mask)
+    by_rule = attention.choose_by_rule(model.compiled_mask, device)
     if by_rule.backend == "diagonal":  # there is no compiler
         return choice
     if distributed.IS_FIRST:

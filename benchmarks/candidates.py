@@ -16,7 +16,7 @@ from torch import Tensor
 
 import attention
 import models
-from attention import build, diagonal
+from attention import diagonal
 from masks import MaskSpec
 from runtime import hardware
 
@@ -80,12 +80,10 @@ def usable_backends(
         if not _is_installed("timm"):
             reasons["timm"] = "not installed: pip install timm"
 
-    if device.type != "cpu":
-        reasons["native"] = "runs on the CPU only"
-    elif (reason := build.error()) is not None:
-        reasons["native"] = reason
+    for name in attention.BACKENDS:
+        if (reason := attention.unusable(name, device.type)) is not None:
+            reasons[name] = reason
     if device.type != "cuda":
-        reasons["flex"] = "FlexAttention has no backward off CUDA"
         reasons["natten"] = "runs on CUDA only"
     elif not _is_installed("natten"):
         reasons["natten"] = "not installed: pip install natten"
@@ -232,7 +230,7 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Let `auto` choose a backend as it would for a long run."""
+    """Let `auto` choose a backend as it would for a long run: by rule, or as measured before."""
     choice = attention.choose_backend(
         compiled, batch_size, num_heads, head_dim, dtype, device, num_calls=10**9
     )
