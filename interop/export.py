@@ -13,13 +13,19 @@ import safetensors.torch
 import torch
 
 from interop.layouts import EPS
-from interop.weight_files import SAFETENSORS, TIMM_ARGUMENTS
+from interop.weight_files import NOTES, SAFETENSORS, TIMM_ARGUMENTS
 from models import VisionTransformer
 from utils import UsageError, UserError, atomic_path, first_line
 
 SUFFIXES = (SAFETENSORS, ".onnx", ".pt2")
 ARCHITECTURE = "vit_base_patch16_224"  # timm's, whose sizes the arguments replace
 NEEDED_FOR_ONNX = ("onnx", "onnxscript")
+
+USE = {
+    SAFETENSORS: f"the arguments of timm.create_model are in its metadata, {TIMM_ARGUMENTS!r}",
+    ".onnx": "run it with onnxruntime: images [B, C, height, width], normalized -> logits",
+    ".pt2": "torch.export.load(...).module() gives the model: images, normalized -> logits",
+}
 
 
 def check_suffix(path: Path) -> None:
@@ -30,17 +36,36 @@ def check_suffix(path: Path) -> None:
         )
 
 
-def write(path: Path, model: VisionTransformer, notes: dict) -> None:
-    """Write the model, in eval mode and on the CPU, whole or not at all.
+def write(path: Path, model: VisionTransformer, state: dict) -> list[str]:
+    """Write a checkpoint's model, whole or not at all -> what to tell the user, line by line.
 
-    `notes` is what else its user must know, for JSON. Raises UsageError for another suffix,
-    UserError where a package is missing or the model cannot be exported.
+    The model is on the CPU, in eval mode, with the `dense` backend: others have operators that no
+    file can hold. Raises UsageError for another suffix, UserError for weights that are not finite
+    and where a package is missing.
     """
     check_suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError("the checkpoint holds weights that are not finite; nothing was exported")
+
+    notes = describe(model, state)
     writers = {SAFETENSORS: _write_safetensors, ".onnx": _write_onnx, ".pt2": _write_pt2}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         writers[path.suffix](temporary, model, notes)
+    return [f"wrote {path}; {USE[path.suffix]}", *caveats(path, model, notes)]
+
+
+def describe(model: VisionTransformer, state: dict) -> dict:
+    """What the user of a file has to know: the images it takes, the classes, the mask."""
+    mask = {name: state["settings"].get(name) for name in ("mask_type", "expansion_step")}
+    return {
+        "img_size": list(model.config["img_size"]),
+        "mean": list(state["data"]["mean"]),
+        "std": list(state["data"]["std"]),
+        "class_names": state["data"]["class_names"],
+        "norm_eps": model.config["norm_eps"],
+        **mask,
+    }
 
 
 def timm_arguments(model: VisionTransformer) -> dict:
@@ -67,19 +92,19 @@ def timm_arguments(model: VisionTransformer) -> dict:
     }
 
 
-def caveats(path: Path, model: VisionTransformer, mask_label: str) -> list[str]:
-    """What differs once another library runs the file."""
+def caveats(path: Path, model: VisionTransformer, notes: dict) -> list[str]:
+    """What differs once timm runs the file."""
     found = []
-    if path.suffix == SAFETENSORS and any(mask is not None for mask in _masks(model)):
-        found.append(f"timm has no masks: give it {mask_label} again, or it attends to everything")
-    if path.suffix == SAFETENSORS and model.config["norm_eps"] != EPS:
+    if path.suffix != SAFETENSORS:
+        return found
+    if notes["mask_type"] != "full":
+        found.append(
+            f"  timm knows no masks: without {notes['mask_type']} again, the model attends to all"
+        )
+    if model.config["norm_eps"] != EPS:
         eps = model.config["norm_eps"]
-        found.append(f"the LayerNorms have eps {eps:g}, timm's {EPS:g} unless told otherwise")
+        found.append(f"  its LayerNorms have eps {eps:g}, timm's have {EPS:g}")
     return found
-
-
-def _masks(model: VisionTransformer) -> list:
-    return [model.compiled_mask.mask]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -91,7 +116,7 @@ def _write_safetensors(path: Path, model: VisionTransformer, notes: dict) -> Non
     metadata = {
         "format": "pt",
         TIMM_ARGUMENTS: json.dumps(timm_arguments(model)),
-        "notes": json.dumps(notes | {"norm_eps": model.config["norm_eps"]}),
+        NOTES: json.dumps(notes),
     }
     safetensors.torch.save_file(state, path, metadata=metadata)
 
@@ -101,7 +126,7 @@ def _write_pt2(path: Path, model: VisionTransformer, notes: dict) -> None:
         model, (example_of(model),), dynamic_shapes=({0: torch.export.Dim("batch")},)
     )
     with open(path, "wb") as file:
-        torch.export.save(program, file, extra_files={"notes": json.dumps(notes)})
+        torch.export.save(program, file, extra_files={NOTES: json.dumps(notes)})
 
 
 def _write_onnx(path: Path, model: VisionTransformer, notes: dict) -> None:
@@ -116,7 +141,7 @@ def _write_onnx(path: Path, model: VisionTransformer, notes: dict) -> None:
         output_names=["logits"],
         verbose=False,
     )
-    program.model.metadata_props.update({key: json.dumps(value) for key, value in notes.items()})
+    program.model.metadata_props[NOTES] = json.dumps(notes)
     # Weights inside the file: a second one beside it would be lost by the renaming.
     program.save(path, external_data=False)
 

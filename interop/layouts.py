@@ -84,7 +84,7 @@ def _read_timm(file: WeightFile) -> Weights:
         origin=file.name,
         source="timm",
         tensors=fold_layer_scale(file.tensors),
-        norm_eps=file.timm_arguments.get("norm_eps", EPS),
+        norm_eps=file.notes.get("norm_eps", EPS),
         num_heads=stated.get("num_heads"),
         img_size=_pair(stated.get("img_size")),
     )

@@ -28,8 +28,9 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_d
 PREFIXES = ("module.", "_orig_mod.")
 NAMES_SHOWN = 3
 
-# In the metadata of a .safetensors file of `eval.py --export`: the arguments for timm, as JSON.
-TIMM_ARGUMENTS = "timm"
+# In the metadata of a .safetensors file of `eval.py --export`, as JSON.
+TIMM_ARGUMENTS = "timm"  # the arguments of timm.create_model
+NOTES = "notes"  # what else one has to know
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class WeightFile:
     tensors: dict[str, Tensor]  # on the CPU, by name
     # What stands in the file or beside it: JSON, {} where there is nothing.
     timm_arguments: dict  # of our own exports
+    notes: dict  # likewise
     config: dict  # config.json, as Hugging Face and timm write it
 
     @property
@@ -69,6 +71,7 @@ def read(path: Path) -> WeightFile:
         sha256=hash_of(path),
         tensors={_without_prefixes(name): value for name, value in tensors.items()},
         timm_arguments=_parse_object(metadata.get(TIMM_ARGUMENTS, "{}")),
+        notes=_parse_object(metadata.get(NOTES, "{}")),
         config=_config_beside(path),
     )
 
@@ -99,7 +102,7 @@ def _load_pickled(path: Path) -> object:
     except pickle.UnpicklingError as error:
         raise UserError(_why_not_unpickled(path)) from error
     except Exception as error:  # a damaged file can raise anything
-        if isinstance(error, OSError) and error.errno is not None or utils.says_no_memory(error):
+        if (isinstance(error, OSError) and error.errno is not None) or utils.says_no_memory(error):
             raise
         raise UserError(f"{path} is no readable file of weights: {first_line(error)}") from error
 

@@ -40,8 +40,7 @@ class Fitted:
     def table(self) -> str:
         width = max(map(len, self.parts))
         rows = [
-            f"  {part:<{width}}  {what:<8}  {detail}"
-            for part, (what, detail) in self.parts.items()
+            f"  {part:<{width}}  {what:<8}  {detail}" for part, (what, detail) in self.parts.items()
         ]
         return "\n".join(row.rstrip() for row in rows)
 
@@ -161,12 +160,12 @@ def _refuse_other_registers(weights: Weights, model: VisionTransformer) -> None:
         for tensors in (weights.tensors, model.state_dict())
     )
     if there and there != here:
-        raise UsageError(f"{weights.origin} has {there} register tokens, the model asked for {here}")
+        raise UsageError(
+            f"{weights.origin} has {there} register tokens, the model asked for {here}"
+        )
 
 
-def _fit_positions(
-    weights: Weights, model: VisionTransformer, fits: dict, fitted: Fitted
-) -> None:
+def _fit_positions(weights: Weights, model: VisionTransformer, fits: dict, fitted: Fitted) -> None:
     positions, ours = weights.tensors["pos_embed"], model.pos_embed.data
     grid = find_grid(weights, model.grid)
     prefix, patches = positions.split([positions.shape[1] - math.prod(grid), math.prod(grid)], 1)
@@ -227,7 +226,9 @@ def fit_patch_embedding(kernel: Tensor, shape: torch.Size, origin: str) -> tuple
     elif (channels, new_channels) == (1, 3):
         kernel = kernel.float().expand(-1, 3, -1, -1) / 3
     elif channels != new_channels:
-        raise UserError(f"{origin} is for images of {channels} channels, the data has {new_channels}")
+        raise UserError(
+            f"{origin} is for images of {channels} channels, the data has {new_channels}"
+        )
     if channels != new_channels:
         done.append(f"{channels} to {new_channels} channels")
 
