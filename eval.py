@@ -8,6 +8,7 @@ python eval.py --compare experiments/cifar10/{full,2d_cardinal_expansion_2}/seed
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from interop import export
 from runtime import distributed, hardware
 from training.checkpoints import load_checkpoint, rebuild_model
 from training.evaluation import evaluate
+from training.settings import Settings
 from utils import UsageError
 
 OF_ANALYZE = ("limit", "images", "patch")  # flags that need --analyze
@@ -188,8 +190,9 @@ def run_evaluation(trained: TrainedModel, args, provenance: dict) -> int:
 
 def run_export(args) -> int:
     state = load_checkpoint(args.checkpoint)
-    for line in export.write(args.export, rebuild_model(state, backend="dense"), state):
-        print(line)
+    model = rebuild_model(state, backend="dense")
+    mask = dataclasses.asdict(Settings.from_dict(state["settings"]).mask)
+    print("\n".join(export.write(args.export, model, state["data"], mask)))
     return 0
 
 

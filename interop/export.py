@@ -36,10 +36,10 @@ def check_suffix(path: Path) -> None:
         )
 
 
-def write(path: Path, model: VisionTransformer, state: dict) -> list[str]:
-    """Write a checkpoint's model, whole or not at all -> what to tell the user, line by line.
+def write(path: Path, model: VisionTransformer, data: dict, mask: dict) -> list[str]:
+    """Write a trained model, whole or not at all -> what to tell the user, line by line.
 
-    The model is on the CPU, in eval mode, with the `dense` backend: others have operators that no
+    `data` is what the checkpoint says about it, `mask` are the settings of the pattern. The model is on the CPU, in eval mode, with the `dense` backend: others have operators that no
     file can hold. Raises UsageError for another suffix, UserError for weights that are not finite
     and where a package is missing.
     """
@@ -47,7 +47,7 @@ def write(path: Path, model: VisionTransformer, state: dict) -> list[str]:
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError("the checkpoint holds weights that are not finite; nothing was exported")
 
-    notes = describe(model, state)
+    notes = describe(model, data, mask)
     writers = {SAFETENSORS: _write_safetensors, ".onnx": _write_onnx, ".pt2": _write_pt2}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -55,16 +55,15 @@ def write(path: Path, model: VisionTransformer, state: dict) -> list[str]:
     return [f"wrote {path}; {USE[path.suffix]}", *caveats(path, model, notes)]
 
 
-def describe(model: VisionTransformer, state: dict) -> dict:
+def describe(model: VisionTransformer, data: dict, mask: dict) -> dict:
     """What the user of a file has to know: the images it takes, the classes, the mask."""
-    mask = {name: state["settings"].get(name) for name in ("mask_type", "expansion_step")}
     return {
         "img_size": list(model.config["img_size"]),
-        "mean": list(state["data"]["mean"]),
-        "std": list(state["data"]["std"]),
-        "class_names": state["data"]["class_names"],
+        "mean": list(data["mean"]),
+        "std": list(data["std"]),
+        "class_names": data["class_names"],
         "norm_eps": model.config["norm_eps"],
-        **mask,
+        "mask": mask,
     }
 
 
@@ -97,10 +96,9 @@ def caveats(path: Path, model: VisionTransformer, notes: dict) -> list[str]:
     found = []
     if path.suffix != SAFETENSORS:
         return found
-    if notes["mask_type"] != "full":
-        found.append(
-            f"  timm knows no masks: without {notes['mask_type']} again, the model attends to all"
-        )
+    mask_type = notes["mask"]["mask_type"]
+    if mask_type != "full":
+        found.append(f"  timm knows no masks: without {mask_type} again, the model attends to all")
     if model.config["norm_eps"] != EPS:
         eps = model.config["norm_eps"]
         found.append(f"  its LayerNorms have eps {eps:g}, timm's have {EPS:g}")

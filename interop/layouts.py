@@ -72,7 +72,7 @@ def recognize(file: WeightFile) -> Weights:
 
 
 def _read_timm(file: WeightFile) -> Weights:
-    about = file.config.get("model_args") or {}
+    about = _stated(file.config, "model_args", dict, {})
     _refuse_other_gelu(file, about.get("act_layer"), str(file.config.get("architecture", "")))
     if "fc_norm.weight" in file.tensors:
         raise UserError(
@@ -84,8 +84,8 @@ def _read_timm(file: WeightFile) -> Weights:
         origin=file.name,
         source="timm",
         tensors=fold_layer_scale(file.tensors),
-        norm_eps=file.notes.get("norm_eps", EPS),
-        num_heads=stated.get("num_heads"),
+        norm_eps=_stated(file.notes, "norm_eps", float, EPS),
+        num_heads=_stated(stated, "num_heads", int),
         img_size=_pair(stated.get("img_size")),
     )
 
@@ -167,8 +167,8 @@ def _read_hugging_face(file: WeightFile) -> Weights:
         origin=file.name,
         source="Hugging Face",
         tensors=_pack_qkv(tensors),
-        norm_eps=file.config.get("layer_norm_eps", EPS_OF_HUGGING_FACE),
-        num_heads=file.config.get("num_attention_heads"),
+        norm_eps=_stated(file.config, "layer_norm_eps", float, EPS_OF_HUGGING_FACE),
+        num_heads=_stated(file.config, "num_attention_heads", int),
         img_size=_pair(file.config.get("image_size")),
         left_out=left_out,
     )
@@ -251,7 +251,14 @@ def _rename(tensors: dict[str, Tensor], rules: list[tuple[str, str]]) -> dict[st
     return renamed
 
 
+def _stated(values: dict, key: str, kind: type, default=None):
+    """A value of somebody's JSON, or the default where it is missing or of another kind."""
+    value = values.get(key)
+    return value if isinstance(value, kind) else default
+
+
 def _pair(size: object) -> tuple[int, int] | None:
-    if isinstance(size, int):
-        return size, size
-    return None if size is None else tuple(size)
+    """(height, width) from one number or two; None for anything else."""
+    sides = [size, size] if isinstance(size, int) else size
+    is_pair = isinstance(sides, list) and [type(side) for side in sides] == [int, int]
+    return tuple(sides) if is_pair else None

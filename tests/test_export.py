@@ -17,10 +17,8 @@ from models import VisionTransformer
 
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 IMG_SIZE = (24, 40)
-STATE = {
-    "settings": {"mask_type": "2d_cardinal", "expansion_step": 1},
-    "data": {"mean": [0.5], "std": [0.2], "class_names": [*"abcdefg"]},
-}
+DATA = {"mean": [0.5], "std": [0.2], "class_names": [*"abcdefg"]}
+SETTINGS = {"mask_type": "2d_cardinal", "expansion_step": 1}
 MASK = masks.generate_2d_attention_mask_cardinal(1, 3, 5)
 
 
@@ -41,8 +39,7 @@ def metadata_of(path):
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_timm_loads_it_strictly(tmp_path, pool):
     model, path = make_model(pool), tmp_path / "model.safetensors"
-    state = STATE | {"settings": {"mask_type": "full", "expansion_step": None}}
-    (line,) = export.write(path, model, state)
+    (line,) = export.write(path, model, DATA, {"mask_type": "full", "expansion_step": None})
     assert str(path) in line
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
@@ -57,16 +54,16 @@ def test_timm_loads_it_strictly(tmp_path, pool):
 
 def test_what_timm_cannot_do_is_said(tmp_path):
     model = make_model(mask=MASK, norm_eps=1e-12)
-    lines = export.write(tmp_path / "model.safetensors", model, STATE)
+    lines = export.write(tmp_path / "model.safetensors", model, DATA, SETTINGS)
     assert "timm knows no masks: without 2d_cardinal again" in lines[1]
     assert "eps 1e-12, timm's have 1e-06" in lines[2]
-    assert len(export.write(tmp_path / "model.pt2", model, STATE)) == 1
+    assert len(export.write(tmp_path / "model.pt2", model, DATA, SETTINGS)) == 1
 
 
 def test_our_own_export_comes_back(tmp_path):
     """With the rectangular grid, the number of heads and the eps, which no state dict says."""
     model, path = make_model(norm_eps=1e-12), tmp_path / "model.safetensors"
-    export.write(path, model, STATE)
+    export.write(path, model, DATA, SETTINGS)
     found, _ = weights.read_pretrained(str(path))
     assert (found.img_size, found.num_heads, found.norm_eps) == (IMG_SIZE, 3, 1e-12)
 
@@ -77,7 +74,7 @@ def test_our_own_export_comes_back(tmp_path):
 @pytest.mark.parametrize(("pool", "mask"), [("cls", MASK), ("mean", MASK), ("cls", None)])
 def test_onnx_runtime_gives_the_same_logits(tmp_path, pool, mask):
     model, path = make_model(pool, mask), tmp_path / "model.onnx"
-    export.write(path, model, STATE)
+    export.write(path, model, DATA, SETTINGS)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -88,13 +85,13 @@ def test_onnx_runtime_gives_the_same_logits(tmp_path, pool, mask):
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
 
     notes = json.loads(session.get_modelmeta().custom_metadata_map["notes"])
-    assert notes["mask_type"] == "2d_cardinal"
+    assert notes["mask"] == SETTINGS
 
 
 @pytest.mark.parametrize(("pool", "mask"), [("cls", MASK), ("mean", None)])
 def test_torch_export_gives_the_same_logits(tmp_path, pool, mask):
     model, path = make_model(pool, mask), tmp_path / "model.pt2"
-    export.write(path, model, STATE)
+    export.write(path, model, DATA, SETTINGS)
     extra = {"notes": ""}
     program = torch.export.load(path, extra_files=extra)
     for number in (1, 2, 5):
@@ -113,7 +110,7 @@ def test_a_mask_is_in_the_graph(tmp_path):
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(utils.UserError, match="needs the packages onnx and onnxscript"):
-        export.write(tmp_path / "model.onnx", make_model(), STATE)
+        export.write(tmp_path / "model.onnx", make_model(), DATA, SETTINGS)
     assert not any(tmp_path.iterdir())
 
 
@@ -127,7 +124,7 @@ def test_a_failed_export_keeps_the_file_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export.safetensors.torch, "save_file", fail)
     with pytest.raises(OSError, match="No space left"):
-        export.write(path, make_model(), STATE)
+        export.write(path, make_model(), DATA, SETTINGS)
     assert path.read_text() == "before"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
@@ -145,4 +142,4 @@ def test_wrong_requests_are_one_line(tmp_path, run_script):
     model = make_model()
     model.head.bias.data[0] = float("nan")
     with pytest.raises(utils.UserError, match="not finite; nothing was exported"):
-        export.write(tmp_path / "model.pt2", model, STATE)
+        export.write(tmp_path / "model.pt2", model, DATA, SETTINGS)

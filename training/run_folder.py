@@ -92,7 +92,7 @@ def refuse_other_settings(folder: Path, found: dict, asked: Settings) -> None:
     result = {key: value for key, value in asked.to_dict().items() if key not in MAY_CHANGE}
     found = complete(found, asked)
     hint = ""
-    if (asked.optimization.epochs or 0) > (found["epochs"] or 0) and not asked.start.path:
+    if (asked.optimization.epochs or 0) > (found["epochs"] or 0):
         last = folder / utils.CHECKPOINT
         hint = f". To train on from its weights, start a new run with --init_from {last}"
     _refuse(folder, "settings", found, result, hint)
@@ -104,21 +104,16 @@ def refuse_other_weights(folder: Path, found: dict | None, asked: Settings) -> N
     `found` is what it has noted, None for drawn weights. A file is the same if its content is,
     wherever it lies; if it is gone, which does not keep a run from resuming, if its path is.
     """
-    there, path = found or {}, asked.start.path
-    if path is None and not there:
-        return
+    there = found or {"file": "none", "sha256": None}
+    path = asked.start.path
+    here = path or "none"
+    is_same = here == there["file"]
+    if path is not None and Path(path).is_file():
+        is_same = weight_files.hash_of(Path(path)) == there["sha256"]
+        here = f"{path} as it is now"
 
-    here, is_same = path or "none", False
-    if there and path is not None:
-        is_there = Path(path).is_file()
-        is_same = path == there.get("file")
-        if is_there:
-            is_same, here = (
-                weight_files.hash_of(Path(path)) == there.get("sha256"),
-                f"{path} as it is now",
-            )
     if not is_same:
-        differing = [f"{there.get('file', 'none')} there, {here} asked for"]
+        differing = [f"{there['file']} there, {here} asked for"]
         identity.refuse_other(folder, "starting weights", differing)
 
 
