@@ -39,9 +39,12 @@ def check_suffix(path: Path) -> None:
 def write(path: Path, model: VisionTransformer, data: dict, mask: dict) -> list[str]:
     """Write a trained model, whole or not at all -> what to tell the user, line by line.
 
-    `data` is what the checkpoint says about it, `mask` are the settings of the pattern. The model is on the CPU, in eval mode, with the `dense` backend: others have operators that no
-    file can hold. Raises UsageError for another suffix, UserError for weights that are not finite
-    and where a package is missing.
+    `data` is what the checkpoint says about it, `mask` are the settings of the pattern. The model
+    is on the CPU, in eval mode, with the `dense` backend: others have operators that no file can
+    hold.
+
+    Raises UsageError for another suffix, UserError for weights that are not finite and where a
+    package is missing.
     """
     check_suffix(path)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):

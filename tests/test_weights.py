@@ -369,7 +369,7 @@ def test_pickles_that_would_run_code_are_refused(tmp_path):
     assert "holds pickled objects (argparse.Namespace), which could run any code" in message
 
     torch.save(make_torchvision(), path)  # a whole model
-    assert "torchvision.models.vision_transformer" in refusal(path)
+    assert "functools.partial" in refusal(path)
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(2)], torch.zeros(2), {"epoch": 3}, {}])
@@ -407,7 +407,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_positions_of_no_known_grid_are_refused(tmp_path):
-    path = save(tmp_path / "vit.pth", make_timm(img_size=(24, 40)))
+    path = save(tmp_path / "vit.pth", make_timm(img_size=(24, 56)))
     assert "make no square grid, and the file does not say which" in refusal(path)
 
 
