@@ -23,7 +23,7 @@ from pipeline import identity, sources
 from report import figures, mask_pictures
 from runtime import distributed, hardware
 from runtime.stopping import StoppedAtOnce, StopRequest
-from training import run_folder
+from training import run_folder, starting
 from training.budget import DEFAULT_EPOCHS
 from training.checkpoints import load_latest
 from training.command_line import parse_args, resolve_settings
@@ -171,7 +171,11 @@ def prepare(
         found = run_folder.read_to_resume(folder), load_latest(folder)
     record, state = distributed.from_first(found)
 
-    model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
+    start = starting.read(settings, state) if distributed.IS_FIRST else None
+    start = distributed.from_first(start)
+    model = build_model(settings, dataset.in_channels, dataset.num_classes, start.norm_eps)
+    start.apply(model, settings.start.freeze)
+    model.to(device)
     if record is None:
         choice = None
         if distributed.IS_FIRST:
@@ -184,10 +188,12 @@ def prepare(
         model.compiled_mask.check_device(device)
 
     provenance = hardware.provenance(argv, device)
-    about_model, about_data = describe_model(model, settings), dataset.describe()
+    about_model = describe_model(model, settings) | start.describe()
+    about_data = dataset.describe()
     config = run_folder.make_config(record, settings, about_model, about_data, provenance)
     if state is not None:  # config.json may have been removed, so check the checkpoint too
         run_folder.refuse_other_settings(folder, state["settings"], settings)
+        run_folder.refuse_other_weights(folder, state.get("weights"), settings)
         run_folder.refuse_other_data(folder, state["data"], config["data"])
 
     trainer = Trainer(model, dataset, settings, config, folder, device, stop)
@@ -200,7 +206,7 @@ def prepare(
         about = f"{config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}"
         if dataset.held_out is not None:
             about += f", evaluated on {len(dataset.held_out)} {EVAL_SPLITS['holdout']}"
-        print(f"{folder}: {about}", flush=True)
+        print("\n".join([f"{folder}: {about}", *start.lines]), flush=True)
         if state is not None:
             place = f"epoch {trainer.progress.epoch} after step {trainer.step}"
             print(f"resuming in {place}", flush=True)
@@ -211,7 +217,9 @@ def prepare(
 # The model
 
 
-def build_model(settings: Settings, in_channels: int, num_classes: int) -> models.VisionTransformer:
+def build_model(
+    settings: Settings, in_channels: int, num_classes: int, norm_eps: float = 1e-6
+) -> models.VisionTransformer:
     """The model with newly drawn weights, which depend on the seed and not on the mask."""
     model = settings.model
     torch.manual_seed(settings.optimization.seed)
@@ -231,6 +239,7 @@ def build_model(settings: Settings, in_channels: int, num_classes: int) -> model
             pool=model.pool,
             attention_mask=settings.mask.spec.build(side, side),
             backend=settings.mask.backend,
+            norm_eps=norm_eps,
         )
 
 
@@ -310,13 +319,16 @@ def dry_run(settings: Settings, folder: Path) -> None:
     in_channels, num_classes = sources.channels_and_classes(
         settings.data.dataset, settings.data.data_dir
     )
-    model = build_model(settings, in_channels, num_classes)
+    start = starting.read(settings, state=None)
+    model = build_model(settings, in_channels, num_classes, start.norm_eps)
+    start.apply(model, settings.start.freeze)
     model.compiled_mask.settle(torch.device(settings.machine.device))
     settings = settings.changed(dataset_name=folder.parents[1].name)
     resolved = {
         "run_folder": str(folder),
         "settings": settings.to_dict(),
         **describe_model(model, settings),
+        **start.describe(),
     }
     print(json.dumps(resolved, indent=2))
 

@@ -45,6 +45,7 @@ class VisionTransformer(nn.Module):
         attention_mask: bool [N, N] over patches in row-major order, True = query i may attend to
             key j. None = full attention.
         backend: how masked attention is computed, see `attention.compile_mask`.
+        norm_eps: added to the variance by each LayerNorm. Weights of others may need another.
 
     Raises ValueError if sizes do not fit together, or if the mask does not fit the patch grid.
     """
@@ -64,6 +65,7 @@ class VisionTransformer(nn.Module):
         pool: str = "cls",
         attention_mask: Tensor | None = None,
         backend: str = "auto",
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -97,6 +99,7 @@ class VisionTransformer(nn.Module):
             "dropout": dropout,
             "drop_path": drop_path,
             "pool": pool,
+            "norm_eps": norm_eps,
         }
         # Save memory: recompute each block's activations in the backward instead of keeping them.
         self.checkpoint_activations = False
@@ -115,10 +118,10 @@ class VisionTransformer(nn.Module):
 
         drop_paths = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, dropout, probability)
+            Block(embed_dim, num_heads, mlp_ratio, dropout, probability, norm_eps)
             for probability in drop_paths
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, num_classes)
         self._init_weights()
 
@@ -167,7 +170,7 @@ class VisionTransformer(nn.Module):
 
         x = self.patch_embed(images)  # [B, N, E]
         if self.cls_token is not None:
-            cls_token = self.cls_token.expand(len(x), -1, -1)  # [B, 1, E]
+            cls_token = self.cls_token.expand(x.shape[0], -1, -1)  # [B, 1, E]
             x = torch.cat([cls_token, x], dim=1)  # [B, T, E]
         x = self.pos_drop(x + self.pos_embed)
 
@@ -247,12 +250,18 @@ class Block(nn.Module):
     """Pre-norm transformer block, [B, T, E] -> [B, T, E]."""
 
     def __init__(
-        self, embed_dim: int, num_heads: int, mlp_ratio: float, dropout: float, drop_path: float
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        dropout: float,
+        drop_path: float,
+        norm_eps: float,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.attn = Attention(embed_dim, num_heads, dropout)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), dropout)
         self.drop_path = StochasticDepth(drop_path) if drop_path else nn.Identity()
 
@@ -298,6 +307,32 @@ def sincos_positions(height: int, width: int, embed_dim: int) -> Tensor:
 
     embedding = torch.cat(waves, dim=1)  # [N, 4 * (E // 4)]
     return F.pad(embedding, (0, embed_dim - 4 * quarter)).float()  # [N, E]
+
+
+def resample_positions(
+    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix: int
+) -> Tensor:
+    """Learned positions [1, prefix + N, E] of one grid (height, width) for the patches of another.
+
+    Bicubic and antialiased (Dosovitskiy et al. 2021, section 3.2, resize them likewise). The
+    `num_prefix` positions before those of the patches have no place on the grid, and stay.
+
+    Raises ValueError if the number of positions does not fit `old_grid`.
+    """
+    num_expected = num_prefix + old_grid[0] * old_grid[1]
+    if pos_embed.ndim != 3 or pos_embed.shape[1] != num_expected:
+        raise ValueError(
+            f"positions of shape {list(pos_embed.shape)} do not fit {num_prefix} prefix tokens and "
+            f"a grid of {old_grid[0]}x{old_grid[1]}; expected [1, {num_expected}, E]"
+        )
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+
+    prefix, positions = pos_embed.split([num_prefix, num_expected - num_prefix], dim=1)
+    positions = positions.float().transpose(1, 2).unflatten(2, old_grid)  # [1, E, h, w]
+    positions = F.interpolate(positions, tuple(new_grid), mode="bicubic", antialias=True)
+    positions = positions.flatten(2).transpose(1, 2)  # [1, new N, E]
+    return torch.cat([prefix, positions.to(pos_embed.dtype)], dim=1)
 
 
 def count_forward_flops(model: VisionTransformer) -> dict[str, int]:

@@ -126,7 +126,23 @@ def _check(args: argparse.Namespace) -> None:
             f"--skip_unreadable is for --dataset {identity.IMAGE_FOLDER}, "
             f"got --dataset {args.dataset}"
         )
+    _check_start(args)
     tracking.check_installed(args.track)
+
+
+def _check_start(args: argparse.Namespace) -> None:
+    if args.pretrained is not None and args.init_from is not None:
+        raise UsageError("--pretrained and --init_from both say what to start from; give one")
+    if args.freeze is None:
+        return
+    if args.pretrained is None and args.init_from is None:
+        raise UsageError(
+            f"--freeze {args.freeze} keeps layers as they are, which needs weights that were "
+            "trained: add --pretrained or --init_from"
+        )
+    depth = args.depth or models.PRESETS[args.model]["depth"]
+    if args.freeze > depth:
+        raise UsageError(f"--freeze {args.freeze}: the model has {depth} blocks")
 
 
 def complete(found: dict, asked: Settings) -> dict:

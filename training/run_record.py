@@ -47,6 +47,8 @@ OPTIONAL = {
     },
     "provenance": {"device": str, "git_commit": str, "versions": dict},
 }
+# Of runs that did not start from drawn weights.
+WEIGHTS = {"weights": {"file": str, "sha256": str, "source": str}}
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class RunRecord:
                 f"{path} has format {config.get('format')!r}, expected {expected}; move it away"
             )
         utils.check_sections(path, config, REQUIRED, OPTIONAL)
+        if config.get("weights") is not None:
+            utils.check_sections(path, config, WEIGHTS)
         if not (config["settings"]["epochs"] or config["settings"].get("minutes")):
             raise UserError(
                 f"{path} says neither epochs nor minutes, so it is damaged; move it away"

@@ -59,6 +59,7 @@ positive = number_type(int, minimum=1)
 at_least_0 = number_type(float, minimum=0)
 above_0 = number_type(float, above=0)
 share = number_type(float, minimum=0, maximum=1)
+rate = number_type(float, above=0, maximum=1)
 fraction = number_type(float, minimum=0, below=1)
 width = number_type(int, minimum=1, maximum=65_536)
 num_blocks = number_type(int, minimum=1, maximum=1000)
@@ -170,6 +171,33 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class StartSettings:
+    title: ClassVar[str] = "starting weights"
+
+    # Runs may name the same file by another path: its content is compared, see run_folder.py.
+    pretrained: str | None = flag(
+        None,
+        "start from a ViT of timm, torchvision or Hugging Face (.safetensors, .pth)",
+        utils.home_path,
+        "FILE",
+        may_change=True,
+    )
+    init_from: str | None = flag(
+        None, "start from the last.pt of another run", utils.home_path, "FILE", may_change=True
+    )
+    freeze: int | None = flag(
+        None,
+        "keep the embeddings and the first N blocks as they are",
+        number_type(int, minimum=0),
+        "N",
+    )
+
+    @property
+    def path(self) -> str | None:
+        return self.pretrained or self.init_from
+
+
+@dataclass(frozen=True)
 class AugmentationSettings:
     title: ClassVar[str] = "augmentation of training images, drawn anew for each"
 
@@ -204,6 +232,9 @@ class OptimizationSettings:
         above_0,
     )
     weight_decay: float = flag(PLAIN["weight_decay"], "* on weight matrices only", at_least_0)
+    layer_decay: float = flag(
+        1.0, "factor on the learning rate, for each layer farther from the head; 1 = off", rate, "D"
+    )
     warmup_fraction: float = flag(0.1, "of the training; then cosine to 0", fraction, "F")
     label_smoothing: float = flag(
         PLAIN["label_smoothing"], "* probability moved off the true class", fraction, "P"
@@ -287,6 +318,7 @@ class Settings:
     data: DataSettings
     recipe: RecipeSettings
     model: ModelSettings
+    start: StartSettings
     augmentation: AugmentationSettings
     optimization: OptimizationSettings
     machine: MachineSettings

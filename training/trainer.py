@@ -180,6 +180,7 @@ class Trainer:
                 "settings": self.settings.to_dict(),
                 "model_config": self.model.config,
                 "data": self.config["data"],
+                "weights": self.config.get("weights"),
                 **vars(self.progress),
             }
             save_checkpoint(self.folder, state)
@@ -449,10 +450,11 @@ class Trainer:
 
         Counts the matrix products of forward and backward (three times the forward's), and only the
         pairs of tokens that the mask allows; what activation checkpointing computes twice counts
-        once (Chowdhery et al. 2022, PaLM, appendix B).
+        once (Chowdhery et al. 2022, PaLM, appendix B). Frozen layers have less of a backward, so
+        with them it is unknown.
         """
         peak = hardware.peak_flops(self.device, self.settings.machine.precision)
-        if peak is None:
+        if peak is None or self.settings.start.freeze is not None:
             return None
         flops = 3 * self.config["attention"]["forward_flops_per_image"] * images_per_second
         return 100 * flops / (peak * distributed.WORLD_SIZE)

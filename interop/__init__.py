@@ -1,0 +1,1 @@
+"""Other libraries: their weights in our model, ours in theirs."""
