@@ -259,6 +259,32 @@ def sincos_positions(height: int, width: int, embed_dim: int) -> Tensor:
     return F.pad(embedding, (0, embed_dim - 4 * quarter)).float()  # [N, E]
 
 
+def resample_positions(
+    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix: int
+) -> Tensor:
+    """Learned positions [1, prefix + N, E] of one grid (height, width) for the patches of another.
+
+    Bicubic and antialiased (Dosovitskiy et al. 2021, section 3.2, resize them likewise). The
+    `num_prefix` positions before those of the patches have no place on the grid, and stay.
+
+    Raises ValueError if the number of positions does not fit `old_grid`.
+    """
+    num_expected = num_prefix + old_grid[0] * old_grid[1]
+    if pos_embed.ndim != 3 or pos_embed.shape[1] != num_expected:
+        raise ValueError(
+            f"positions of shape {list(pos_embed.shape)} do not fit {num_prefix} prefix tokens and "
+            f"a grid of {old_grid[0]}x{old_grid[1]}; expected [1, {num_expected}, E]"
+        )
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+
+    prefix, positions = pos_embed.split([num_prefix, num_expected - num_prefix], dim=1)
+    positions = positions.float().transpose(1, 2).unflatten(2, old_grid)  # [1, E, h, w]
+    positions = F.interpolate(positions, tuple(new_grid), mode="bicubic", antialias=True)
+    positions = positions.flatten(2).transpose(1, 2)  # [1, new N, E]
+    return torch.cat([prefix, positions.to(pos_embed.dtype)], dim=1)
+
+
 def count_forward_flops(model: VisionTransformer) -> dict[str, int]:
     """FLOPs of one image's forward pass: `total`, and `attention` for scores and weighted sums.
 
