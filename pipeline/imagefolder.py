@@ -1,4 +1,4 @@
-"""Read a folder of your own images: `<root>/train/<class>/**` and `<root>/test/<class>/**`.
+"""Read a folder of your own images, laid out as layout.py says.
 
 Any formats and sizes will do. Every image becomes 8-bit RGB: it is rotated by its EXIF orientation,
 transparency is laid over white, of an animation the first frame is taken, and gray of more than
@@ -28,12 +28,12 @@ import utils
 from pipeline import bit_depth, identity
 from pipeline.imagefiles import (
     ImageFiles,
-    list_images,
     names_of_classes,
     read_label,
     readable_formats,
     some_of,
 )
+from pipeline.layout import DEFAULT, Layout
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
@@ -82,7 +82,12 @@ class Header:
     has_unused_channels: bool
 
 
-def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -> Folder:
+def read(
+    root: Path,
+    img_size: tuple[int, int],
+    skip_unreadable: bool = False,
+    layout: Layout = DEFAULT,
+) -> Folder:
     """All images of a folder, for a model that wants `img_size` = (height, width).
 
     Raises UserError, naming the file or folder, if something is missing, empty, damaged or too
@@ -91,7 +96,7 @@ def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -
     Image.MAX_IMAGE_PIXELS = None  # replaces Pillow's limit by ours, which names the file
     warnings.filterwarnings("ignore", module="PIL")  # odd metadata; these name no file
 
-    files = list_images(root)
+    files = layout.list_images(root)
     notes = {}
     _warn_about_layout(root, files, notes)
 

@@ -117,10 +117,15 @@ def _check(args: argparse.Namespace) -> None:
             f"--grad_accumulation {args.grad_accumulation} asks for more micro-batches than "
             f"--batch_size {args.batch_size} has images; use at most {args.batch_size}"
         )
-    if args.skip_unreadable and args.dataset != identity.IMAGE_FOLDER:
+    for name in ("skip_unreadable", "split_folder", "labels"):
+        if getattr(args, name) and args.dataset != identity.IMAGE_FOLDER:
+            raise UsageError(
+                f"--{name} is for --dataset {identity.IMAGE_FOLDER}, got --dataset {args.dataset}"
+            )
+    if args.labels and not args.split_folder:
         raise UsageError(
-            f"--skip_unreadable is for --dataset {identity.IMAGE_FOLDER}, "
-            f"got --dataset {args.dataset}"
+            "--labels says nothing about test images; add --split_folder 0.2 to test on a fifth of "
+            "each class"
         )
     tracking.check_installed(args.track)
 
