@@ -101,11 +101,11 @@ def read(
     _warn_about_layout(root, files, notes)
 
     unreadable: dict[Path, UnreadableError] = {}
-    headers = _read_headers(files, unreadable)
+    headers = read_headers([path for path, _ in files.train + files.test], unreadable)
     has_tiff = any(header.is_tiff for header in headers.values())
 
     with quiet_libraries(has_tiff) as stream:
-        ranges, remarks = _find_ranges(headers, unreadable, stream)
+        ranges, remarks = find_ranges(headers, unreadable, stream)
         size = _stored_size(headers, unreadable, img_size)
         splits = _read_splits(files, size, ranges, unreadable, stream)
 
@@ -116,6 +116,8 @@ def read(
 
     if remarks:
         warn(f"{root}: {'; '.join(remarks)}")
+    if ranges:  # for images to predict later
+        notes["gray_bits"] = {str(stored): used for stored, used in ranges.items()}
     _warn_about_unused_content(root, headers)
 
     if unreadable and not skip_unreadable:
@@ -173,16 +175,15 @@ def _relative(paths: list[Path], root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in paths]
 
 
-def _read_headers(files: ImageFiles, unreadable: dict[Path, UnreadableError]) -> dict[Path, Header]:
+def read_headers(paths: list[Path], unreadable: dict[Path, UnreadableError]) -> dict[Path, Header]:
     """The headers that can be read; the other files are added to `unreadable`."""
-    paths = [path for split in files.splits.values() for path, _ in split]
     headers = _attempt(read_header, paths, "reading headers", unreadable, sys.stderr)
 
     pairs = zip(paths, headers, strict=True)
     return {path: header for path, header in pairs if header is not None}
 
 
-def _find_ranges(
+def find_ranges(
     headers: dict[Path, Header], unreadable: dict[Path, UnreadableError], stream: TextIO
 ) -> tuple[dict[int, int], list[str]]:
     """The range of values of gray images with more than 8 bits, and remarks for the user."""
@@ -262,7 +263,7 @@ def _error_for(unreadable: dict[Path, UnreadableError]) -> UserError:
         error = next(iter(unreadable.values()))
         return UserError(f"{error}, or leave it out with --skip_unreadable")
 
-    reasons = [f"{path} ({_short_reason(unreadable[path])})" for path in sorted(unreadable)]
+    reasons = [f"{path} ({short_reason(unreadable[path])})" for path in sorted(unreadable)]
     return UserError(
         f"{len(unreadable)} images cannot be read: {some_of(reasons, UNREADABLE_SHOWN)}; remove or "
         "replace them, or leave them out with --skip_unreadable"
@@ -293,7 +294,7 @@ def _report_skipped(root: Path, unreadable: dict[Path, UnreadableError], notes: 
     warn(f"{root}: left out {len(names)} {noun} that cannot be read: {examples}")
 
 
-def _short_reason(error: UnreadableError) -> str:
+def short_reason(error: UnreadableError) -> str:
     if error.__cause__ is None:
         return f"more than {MAX_PIXELS // 1_000_000} million pixels"
     return _reason(error.__cause__)
@@ -433,7 +434,6 @@ def map_with_bar(function: Callable, items, title: str, stream: TextIO) -> list:
     for the GIL than the images take.
     """
     chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-    num_threads = min(16, os.cpu_count() or 1)
     is_hidden = not stream.isatty()
     stopping = threading.Event()
     results = []
@@ -442,7 +442,7 @@ def map_with_bar(function: Callable, items, title: str, stream: TextIO) -> list:
         return [function(item) for item in chunk if not stopping.is_set()]
 
     with (
-        ThreadPoolExecutor(num_threads) as pool,
+        ThreadPoolExecutor(num_threads()) as pool,
         tqdm(desc=title, total=len(items), leave=False, disable=is_hidden, file=stream) as bar,
     ):
         try:
@@ -454,6 +454,10 @@ def map_with_bar(function: Callable, items, title: str, stream: TextIO) -> list:
             pool.shutdown(cancel_futures=True)
             raise
     return results
+
+
+def num_threads() -> int:
+    return min(16, os.cpu_count() or 1)
 
 
 @contextlib.contextmanager
