@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ NAME_WIDTH = 16  # columns of text for the name of a class
 @figures.drawing()
 def draw(images: np.ndarray, report: dict) -> Figure:
     """Images uint8 [n, H, W, C] are those of `report["images"]`, see comparison.py."""
-    figure, panels = panels_for(len(images))
+    figure, panels = panels_for(images)
     names = [
         text.label(report[key]["name"], figures.WIDTHS["title"]) for key in ("first", "second")
     ]
@@ -47,7 +48,7 @@ def draw_predictions(
     shown: list[tuple[Path, np.ndarray, Guess]], class_names: list[str], num_images: int
 ) -> Figure:
     """Files with their images uint8 [H, W, C] and what prediction.py says about them."""
-    figure, panels = panels_for(len(shown))
+    figure, panels = panels_for([pixels for _, pixels, _ in shown])
     names = text.labels(class_names, NAME_WIDTH)
     words = f"{len(shown)} of {num_images} images, and the most probable classes of each"
     figure.supxlabel(words, fontsize=8)
@@ -62,12 +63,15 @@ def draw_predictions(
     return figure
 
 
-def panels_for(number: int) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each image, without axes."""
+def panels_for(images: Sequence[np.ndarray]) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each of these images [H, W, C] of one size, without axes."""
+    number, (height, width, _) = len(images), images[0].shape
     num_columns = min(NUM_COLUMNS, number)
     num_rows = -(-number // num_columns)
-    width = max(1.5 * num_columns + 0.2, 6.4)
-    figure = figures.new_figure(width, 2.05 * num_rows + 1.1)
+    panel_height = 1.5 * min(max(height / width, 0.2), 2)
+    figure = figures.new_figure(
+        max(1.5 * num_columns + 0.2, 6.4), (panel_height + 0.55) * num_rows + 1.1
+    )
 
     panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axes in panels:
@@ -76,9 +80,12 @@ def panels_for(number: int) -> tuple[Figure, list[Axes]]:
 
 
 def write_below(axes: Axes, line: int, words: str, color: str) -> None:
-    axes.text(
-        *(0.5, -0.05 - 0.13 * line, words),
-        transform=axes.transAxes,
+    axes.annotate(
+        words,
+        (0.5, 0),
+        xycoords="axes fraction",
+        xytext=(0, -5 - 12 * line),
+        textcoords="offset points",
         horizontalalignment="center",
         verticalalignment="top",
         fontsize=7.5,
