@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from analysis.prediction import Guess
-
 NUM_COLUMNS = 6
 RIGHT, WRONG = "#0072B2", "#D55E00"
 NAME_WIDTH = 16  # columns of text for the name of a class
@@ -45,19 +43,20 @@ def draw(images: np.ndarray, report: dict) -> Figure:
 
 @figures.drawing()
 def draw_predictions(
-    shown: list[tuple[Path, np.ndarray, Guess]], class_names: list[str], num_images: int
+    shown: list[tuple[Path, np.ndarray, list[tuple[int, float]]]],
+    class_names: list[str],
+    num_images: int,
 ) -> Figure:
-    """Files with their images uint8 [H, W, C] and what prediction.py says about them."""
+    """Files, their images uint8 [H, W, C], and (label, probability) of their likeliest classes."""
     figure, panels = panels_for([pixels for _, pixels, _ in shown])
     names = text.labels(class_names, NAME_WIDTH)
     words = f"{len(shown)} of {num_images} images, and the most probable classes of each"
     figure.supxlabel(words, fontsize=8)
 
-    for axes, (path, pixels, guess) in zip(panels, shown, strict=True):
+    for axes, (path, pixels, best) in zip(panels, shown, strict=True):
         draw_image(axes, pixels)
         axes.set_title(text.label(path.name, NAME_WIDTH), fontsize=8)
-        best = list(zip(guess.labels, guess.probabilities, strict=True))[:2]
-        for line, (label, probability) in enumerate(best):
+        for line, (label, probability) in enumerate(best[:2]):
             color = "0.5" if line else "black"
             write_below(axes, line, f"{names[label]} {probability:.0%}", color)
     return figure

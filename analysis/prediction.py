@@ -41,12 +41,8 @@ NAMES_SHOWN = 20
 CLASSES_SHOWN = 10
 
 
-@dataclass
-class Guess:
-    """The TOP classes of a file, or all of fewer, most probable first."""
-
-    labels: list[int]
-    probabilities: list[float]
+# (label, probability) of the TOP classes of a file, or all of fewer, most probable first
+Guess = list[tuple[int, float]]
 
 
 @dataclass
@@ -197,7 +193,7 @@ class Predictor:
 
         best = logits.float().softmax(-1).topk(min(TOP, len(self.class_names)))  # [b, TOP]
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [Guess(labels, probabilities) for labels, probabilities in pairs]
+        return [list(zip(labels, values, strict=True)) for labels, values in pairs]
 
 
 def spread(items: list, number: int) -> list:
@@ -231,15 +227,15 @@ def as_csv(found: Predictions, class_names: list[str]) -> str:
     for path in found.files:
         cells = [""] * (2 * num_classes)
         if guess := found.guesses.get(path):
-            cells[::2] = [class_names[label] for label in guess.labels]
-            cells[1::2] = [f"{probability:.6f}" for probability in guess.probabilities]
+            cells[::2] = [class_names[label] for label, _ in guess]
+            cells[1::2] = [f"{probability:.6f}" for _, probability in guess]
         writer.writerow([path, *cells])
     return lines.getvalue()
 
 
 def describe(found: Predictions, class_names: list[str]) -> str:
     """How many files were taken for what, most frequent first."""
-    counts = Counter(class_names[guess.labels[0]] for guess in found.guesses.values())
+    counts = Counter(class_names[guess[0][0]] for guess in found.guesses.values())
     named = [f"{name} {count}" for name, count in counts.most_common()]
     return f"{len(found.guesses)} images: {some_of(named, CLASSES_SHOWN)}"
 
