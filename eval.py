@@ -196,6 +196,8 @@ def load(
 ) -> TrainedModel:
     given = {name: getattr(args, name) for name in ELSEWHERE}
     elsewhere = {name: value for name, value in given.items() if value is not None}
+    if args.split_folder == 0 and args.labels is None:  # a folder with test/ has class folders
+        elsewhere["labels"] = None
     options = (args.precision, args.backend, size_of(args), elsewhere, earlier)
     return TrainedModel.load(checkpoint, args.split, device, *options)
 

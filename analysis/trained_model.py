@@ -13,6 +13,7 @@ from torch import Tensor
 import data
 import utils
 from models import VisionTransformer
+from pipeline import identity
 from runtime import hardware
 from training.checkpoints import grid_of, load_checkpoint, rebuild_model
 from training.settings import EVAL_SPLITS, Settings
@@ -62,6 +63,12 @@ class TrainedModel:
                 "--split test or train"
             )
 
+        misplaced = [name for name in ("labels", "split_folder") if (elsewhere or {}).get(name)]
+        if misplaced and settings.data.dataset != identity.IMAGE_FOLDER:
+            raise UsageError(
+                f"--{misplaced[0]} is for image folders, but {checkpoint} was trained on "
+                f"{settings.data.dataset}"
+            )
         trained_size, img_size = tuple(state["model_config"]["img_size"]), model.config["img_size"]
         request = image_request(settings.changed(**elsewhere or {}), img_size, split_name)
         if earlier is not None and earlier.request == request:

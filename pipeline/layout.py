@@ -31,6 +31,13 @@ class Layout:
     test_share: float = 0.0  # --split_folder: of each class's images; 0 = the folder has a test/
     labels: str | None = None  # --labels: a path; None = classes are folders
 
+    def __post_init__(self):
+        if self.labels is not None and not self.test_share:
+            raise UsageError(
+                "--labels says nothing about test images; add --split_folder 0.2 to test on a "
+                "fifth of each class"
+            )
+
     def class_names(self, root: Path) -> list[str]:
         """The sorted names of the classes, as in `list_images`, but without looking for images."""
         if self.labels is not None:

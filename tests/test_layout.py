@@ -7,6 +7,7 @@ import image_folders
 import pytest
 from image_folders import make_classes, make_flat, run_arguments
 
+import eval as evaluation
 import main
 import utils
 from pipeline import identity, imagefolder, layout, sources
@@ -242,6 +243,34 @@ def test_a_run_with_labels_resumes_only_on_the_same_labels(tmp_path, run_script)
     code, _, err = run_script(main.main, *moved, "--split_folder", "0.3")
     assert code == 2
     assert "split_folder 0.2 there, 0.3 asked for" in err
+
+
+def test_an_evaluation_reads_the_folder_as_the_training_did_or_as_it_is_told(tmp_path, run_script):
+    root = make_flat(tmp_path / "pets")
+    labels = ["--labels", "labels.csv"]
+    assert main.main(run_arguments(root, tmp_path / "out", *labels)) == 0
+    (checkpoint,) = tmp_path.rglob("last.pt")
+
+    def evaluate(*flags):
+        options = ["--checkpoint", str(checkpoint), "--device", "cpu", *flags]
+        code, _, err = run_script(evaluation.main, *options)
+        return code, err, utils.read_json(checkpoint.with_name("eval_test.json"))
+
+    code, err, report = evaluate()
+    assert (code, err) == (0, "")
+    assert (report["num_images"], report["data_as_trained"]) == (3, True)
+    other = make_classes(tmp_path / "other", 10)
+    code, err, report = evaluate("--data_dir", str(other), "--split_folder", "0.4")
+    assert code == 1
+    assert "no file" in err
+    for split in ("train", "test"):
+        make_classes(tmp_path / "split" / split, 4)
+    code, err, report = evaluate("--data_dir", str(tmp_path / "split"), "--split_folder", "0")
+    assert code == 0
+    assert (report["num_images"], report["data_as_trained"]) == (12, False)
+    code, err, _ = evaluate("--split_folder", "0", *labels)
+    assert code == 2
+    assert "add --split_folder" in err
 
 
 def test_a_sweep_reads_the_folder_as_the_run_does(tmp_path):

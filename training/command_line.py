@@ -14,6 +14,7 @@ import utils
 from attention import diagonal
 from masks import MaskSpec
 from pipeline import augment, identity, sources
+from pipeline.layout import Layout
 from runtime import hardware
 from training import optimizers, tracking
 from training.budget import Budget
@@ -126,11 +127,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--{name} is for --dataset {identity.IMAGE_FOLDER}, got --dataset {args.dataset}"
             )
-    if args.labels and not args.split_folder:
-        raise UsageError(
-            "--labels says nothing about test images; add --split_folder 0.2 to test on a fifth of "
-            "each class"
-        )
+    Layout(args.split_folder, args.labels)  # raises if these do not go together
     tracking.check_installed(args.track)
 
 
