@@ -95,7 +95,7 @@ def find_and_run(
 def find_run(settings: Settings, dataset_name: str | None) -> tuple[Path, dict | None]:
     """The run's folder, and what file names and sizes tell: see `identity.describe`."""
     dataset, data_dir = settings.data.dataset, settings.data.data_dir
-    known = identity.describe(dataset, data_dir)
+    known = identity.describe(dataset, data_dir, settings.data.layout)
     folder = identity.find_run_folder(
         settings.run.output_dir,
         dataset,
@@ -118,11 +118,11 @@ def load_dataset(settings: Settings, device: torch.device) -> data.Dataset:
     return data.load_dataset(
         settings.data.dataset,
         settings.data.data_dir,
-        (settings.model.img_size, settings.model.img_size),
+        settings.model.image_size,
         device,
         None if limit is None else limit * 2**30,
         settings.data.holdout,
-        **({"skip_unreadable": True} if settings.data.skip_unreadable else {}),
+        **settings.data.reading_options,
     )
 
 
@@ -225,9 +225,9 @@ def build_model(
     torch.manual_seed(settings.optimization.seed)
     with utils.usage_errors():
         # In patches; at least 1, so that the model reports an image that is too small.
-        side = max(model.img_size // model.patch_size, 1)
+        grid = [max(side // model.patch_size, 1) for side in model.image_size]
         return models.VisionTransformer(
-            img_size=model.img_size,
+            img_size=model.image_size,
             patch_size=model.patch_size,
             in_channels=in_channels,
             num_classes=num_classes,
@@ -237,7 +237,7 @@ def build_model(
             dropout=model.dropout,
             drop_path=model.drop_path,
             pool=model.pool,
-            attention_mask=settings.mask.spec.build(side, side),
+            attention_mask=settings.mask.spec.build(*grid),
             backend=settings.mask.backend,
             norm_eps=norm_eps,
         )
@@ -317,7 +317,7 @@ def describe_model(model: models.VisionTransformer, settings: Settings) -> dict:
 
 def dry_run(settings: Settings, folder: Path) -> None:
     in_channels, num_classes = sources.channels_and_classes(
-        settings.data.dataset, settings.data.data_dir
+        settings.data.dataset, settings.data.data_dir, settings.data.layout
     )
     start = starting.read(settings, state=None)
     model = build_model(settings, in_channels, num_classes, start.norm_eps)

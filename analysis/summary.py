@@ -85,7 +85,6 @@ def describe_model(model: VisionTransformer) -> dict:
     return {
         "grid": list(model.grid),
         "patch_size": model.config["patch_size"],
-        "img_size": list(model.config["img_size"]),
         "num_layers": model.config["depth"],
         "num_heads": model.config["num_heads"],
         "backend": model.compiled_mask.backend,

@@ -5,6 +5,7 @@ Progress is read from the run folders alone, so several sweeps can share them.
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ from filelock import Timeout
 
 import utils
 from masks import MAX_PATCHES, MaskSpec
-from pipeline import identity
+from pipeline import identity, sizes
+from pipeline.layout import Layout
 from runtime import locks
 from training.run_record import peek
-from training.settings import DEFAULTS
+from training.settings import DEFAULTS, fraction
 
 GRAD_ACCUMULATION = "--grad_accumulation"
 COMPILE = "--compile"
@@ -147,17 +149,20 @@ def choose_masks(args) -> tuple[list[MaskSpec], dict[MaskSpec, MaskSpec]]:
 
 def grid_of(args) -> tuple[int, int] | None:
     """Rows and columns of patches; None if main.py is going to refuse the sizes."""
-    sides = []
+    given = {}
     for flag in ("img_size", "patch_size"):
         value = value_of(f"--{flag}", args.main_options)
-        sides.append(DEFAULTS[flag] if value is None else value)
+        given[flag] = str(DEFAULTS[flag]) if value is None else value
     try:
-        img_size, patch_size = map(int, sides)
-    except ValueError:
+        sides = sizes.sides_of(sizes.parse(given["img_size"]))
+        patch_size = int(given["patch_size"])
+    except (ArgumentTypeError, ValueError):
         return None
-    if patch_size < 1 or img_size < patch_size or (img_size // patch_size) ** 2 > MAX_PATCHES:
+    if patch_size < 1 or min(sides) < patch_size:
         return None
-    return img_size // patch_size, img_size // patch_size
+
+    height, width = (side // patch_size for side in sides)
+    return (height, width) if height * width <= MAX_PATCHES else None
 
 
 def make_plan(args, device: str, masks: list[MaskSpec]) -> list[PlannedRun]:
@@ -168,7 +173,7 @@ def make_plan(args, device: str, masks: list[MaskSpec]) -> list[PlannedRun]:
     """
     data_dir = data_dir_of(args)
     try:
-        data = identity.describe(args.dataset, data_dir)
+        data = identity.describe(args.dataset, data_dir, layout_of(args))
     except utils.UserError as error:
         raise utils.UsageError(str(error)) from error
 
@@ -198,6 +203,16 @@ def make_plan(args, device: str, masks: list[MaskSpec]) -> list[PlannedRun]:
 
 def data_dir_of(args) -> str:
     return utils.home_path(value_of("--data_dir", args.main_options) or identity.DATA_DIR)
+
+
+def layout_of(args) -> Layout:
+    """How main.py will read an image folder."""
+    try:
+        share = fraction(value_of("--split_folder", args.main_options) or "0")
+    except ArgumentTypeError as error:
+        raise utils.UsageError(f"--split_folder: {error}") from error
+    labels = value_of("--labels", args.main_options)
+    return Layout(share, labels and utils.home_path(labels))
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:

@@ -14,6 +14,7 @@ import utils
 from attention import diagonal
 from masks import MaskSpec
 from pipeline import augment, identity, sources
+from pipeline.layout import Layout
 from runtime import hardware
 from training import optimizers, tracking
 from training.budget import Budget
@@ -121,11 +122,12 @@ def _check(args: argparse.Namespace) -> None:
             f"--grad_accumulation {args.grad_accumulation} asks for more micro-batches than "
             f"--batch_size {args.batch_size} has images; use at most {args.batch_size}"
         )
-    if args.skip_unreadable and args.dataset != identity.IMAGE_FOLDER:
-        raise UsageError(
-            f"--skip_unreadable is for --dataset {identity.IMAGE_FOLDER}, "
-            f"got --dataset {args.dataset}"
-        )
+    for name in ("skip_unreadable", "split_folder", "labels"):
+        if getattr(args, name) and args.dataset != identity.IMAGE_FOLDER:
+            raise UsageError(
+                f"--{name} is for --dataset {identity.IMAGE_FOLDER}, got --dataset {args.dataset}"
+            )
+    Layout(args.split_folder, args.labels)  # raises if these do not go together
     _check_start(args)
     tracking.check_installed(args.track)
 

@@ -32,7 +32,7 @@ REQUIRED = {
 OPTIONAL = {
     "settings": {
         "model": str,
-        "img_size": int,
+        "img_size": (int, str),
         "patch_size": int,
         "pool": str,
         "grad_accumulation": int,

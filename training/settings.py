@@ -13,7 +13,8 @@ from typing import Any, ClassVar, get_type_hints
 
 import utils
 from masks import MaskSpec
-from pipeline import identity
+from pipeline import identity, sizes
+from pipeline.layout import Layout
 from training.budget import DEFAULT_EPOCHS, Budget
 from utils import number_type
 
@@ -119,6 +120,19 @@ class DataSettings:
         fraction,
         "F",
     )
+    split_folder: float = flag(
+        0.0,
+        "for imagefolder without test/: fraction of each class to take as test images",
+        fraction,
+        "F",
+    )
+    labels: str | None = flag(  # a path, in data_dir or from here
+        None,
+        "for imagefolder without class folders: CSV with the columns file,class",
+        utils.home_path,
+        "CSV",
+        may_change=True,
+    )
     skip_unreadable: bool = flag(
         False, "for imagefolder: leave out images that cannot be read", may_change=True
     )
@@ -135,6 +149,17 @@ class DataSettings:
     def eval_split(self) -> str:
         """What accuracies are of; a key of EVAL_SPLITS."""
         return "holdout" if self.holdout else "test"
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.split_folder, self.labels)
+
+    @property
+    def reading_options(self) -> dict:
+        """How to read an image folder, for `data.load_dataset`; other data has no options."""
+        if self.dataset != identity.IMAGE_FOLDER:
+            return {}
+        return {"skip_unreadable": self.skip_unreadable, "layout": self.layout}
 
 
 # What a run can be evaluated on, and how messages and reports call it.
@@ -156,7 +181,9 @@ class ModelSettings:
     embed_dim: int = flag(None, "width (default: by preset)", width, "E")
     depth: int = flag(None, "blocks (default: by preset)", num_blocks, "L")
     num_heads: int = flag(None, "heads (default: by preset)", width, "H")
-    img_size: int = flag(224, "images are resized to this side", positive, "PX")  # pixels
+    img_size: int | str = flag(  # pixels: 224, or height x width: "192x320"
+        224, "images are resized to this side, or to height x width like 192x320", sizes.parse, "PX"
+    )
     patch_size: int = flag(16, "side of a patch", positive, "PX")  # pixels
     pool: str = flag(PLAIN["pool"], "* class token (global), or mean of the patches")
     dropout: float = flag(
@@ -168,6 +195,11 @@ class ModelSettings:
         fraction,
         "P",
     )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return sizes.sides_of(self.img_size)
 
 
 @dataclass(frozen=True)
