@@ -25,7 +25,9 @@ class LocalMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
         parts.refuse(attn_mask, self.dropout if self.training else 0.0, is_causal)
-        assert query is key is value and not need_weights, "torchvision's blocks call it so"
+        # torchvision's blocks call it so.
+        assert query is key is value
+        assert not need_weights
 
         qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)  # [B, T, 3 * E]
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, T, 3, H, D]

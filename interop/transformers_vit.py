@@ -71,7 +71,8 @@ def find_parts(model: nn.Module) -> Parts:
             f"not {model_type or type(model).__name__}"
         )
 
-    vit = model.base_model
+    # The model itself, or a part of it below a head.
+    vit = next(module for module in model.modules() if hasattr(module, "embeddings"))
     tokens = [getattr(vit.embeddings, name, None) for name in GLOBAL_TOKENS]
     height, width = pair(vit.config.image_size)
     patch_height, patch_width = pair(vit.config.patch_size)
