@@ -16,6 +16,7 @@ LAYERS = [
     {"masks"},
     {"attention"},
     {"models"},
+    {"interop"},
     {"pipeline"},
     {"data"},
     {"training"},

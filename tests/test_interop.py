@@ -178,7 +178,7 @@ def gradients_of(model, images):
 
 def assert_close(found, expected):
     """Within TOLERANCE of the largest value."""
-    scale = max(1.0, expected.abs().max().item())
+    scale = max(1.0, expected.norm(float("inf")).item())  # 0 for the registers of a model without
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * scale)
 
 
@@ -420,9 +420,7 @@ def test_images_of_another_size(builder, options, num_global, monkeypatch):
     model = builder().eval()
     images = torch.randn(2, 3, 3 * PATCH, 8 * PATCH)
     localize(model, SPEC)
-    with pytest.raises(
-        ValueError, match=r"3x8 patches, but the mask is for 4x[46]; .*grid=\(3, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"3x8 patches, but .* for 4x[46]; .*grid=\(3, 8\)"):
         model(images, **options)
 
     localize(model, SPEC, grid=(3, 8))
