@@ -178,8 +178,8 @@ def gradients_of(model, images):
 
 def assert_close(found, expected):
     """Within TOLERANCE of the largest value."""
-    scale = max(1.0, expected.norm(float("inf")).item())  # 0 for the registers of a model without
-    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * scale)
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * max(1.0, largest))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_outputs_and_gradients_are_those_of_the_masked_model(name, monkeypatch):
     assert gradients.keys() == expected_gradients.keys()
     for parameter, gradient in expected_gradients.items():
         assert_close(gradients[parameter], gradient)
-    assert sum(gradient.abs().max() > 1e-3 for gradient in gradients.values()) > 10
+    assert sum(gradient.abs().sum() > 1e-3 for gradient in gradients.values()) > 10
 
 
 @each_model

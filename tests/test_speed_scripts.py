@@ -66,8 +66,9 @@ def test_interop_benchmark_refuses_what_it_cannot_time(tmp_path, run_script, mon
     code, _, err = run("--model", "no_such_model")
     assert (code, err.count("\n")) == (2, 1)
     assert "timm cannot build 'no_such_model' for 896 px" in err
-    code, _, err = run("--model", "vit_tiny_patch16_224", "--img_size", "50")
-    assert code == 2
+    code, _, err = run("--model", "swin_tiny_patch4_window7_224", "--img_size", "64")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "localize knows VisionTransformer and Eva, not SwinTransformer" in err
 
     tiny = ("--model", "vit_tiny_patch16_224", "--img_size", "32")
     monkeypatch.setattr(interop, "localize", lambda model, spec: wrong(localize(model, spec)))
