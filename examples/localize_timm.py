@@ -1,6 +1,6 @@
 """A ViT of timm with local attention: the same weights, another speed.
 
-    PYTHONPATH=. python examples/localize_timm.py --img_size 448
+    python -m examples.localize_timm --img_size 448
 
 The weights are random here; with `pretrained=True` timm downloads some.
 """

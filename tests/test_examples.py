@@ -1,6 +1,5 @@
 """The examples run, and show what they say."""
 
-import os
 import subprocess
 import sys
 
@@ -40,9 +39,9 @@ def test_the_notebook_runs():
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_the_scripts_run(script):
-    command = [sys.executable, str(script), "--model", "vit_tiny_patch16_224", "--img_size", "64"]
-    environment = {**os.environ, "PYTHONPATH": str(utils.REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", f"examples.{script.stem}", "--img_size", "64"]
+    command += ["--model", "vit_tiny_patch16_224"]
+    done = subprocess.run(command, cwd=utils.REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, full, local = done.stdout.splitlines()
     assert first == "vit_tiny_patch16_224: 4x4 patches, each attends to 5x5 around it"

@@ -22,7 +22,10 @@ LAYERS = [
     {"training"},
     {"report", "sweep", "benchmarks"},
     {"analysis"},
-    {"main", "run_experiments", "plot_result", "eval", "benchmark", "experiments", "docs", "examples"},
+    {
+        *("main", "run_experiments", "plot_result", "eval", "benchmark"),
+        *("experiments", "docs", "examples"),
+    },
 ]
 SCRIPTS = LAYERS[-1]
 # masks.py is also a script: its command line can draw, and only then imports the plotting code.

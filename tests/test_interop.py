@@ -15,7 +15,7 @@ import torchvision
 import transformers
 
 import utils
-from attention import CompiledMask
+from attention import CompiledMask, compile_mask
 from interop import localize, unlocalize
 from masks import MaskSpec, build_attention_mask
 
@@ -328,6 +328,17 @@ def test_copies_and_pickles_compute_the_same(name):
     torch.save(duplicate, file)
     file.seek(0)
     assert torch.equal(output_of(torch.load(file, weights_only=False), images), expected)
+
+
+def test_a_mask_with_a_function_is_pickled_without(monkeypatch):
+    """The block mask of FlexAttention, which only CUDA has."""
+    compiled = compile_mask(SPEC.build(*GRID))
+    compiled.block_mask = lambda: None
+    assert pickle.loads(pickle.dumps(compiled)).block_mask is None
+    assert compiled.block_mask is not None
+
+    monkeypatch.setattr(CompiledMask, "_prepare", lambda self: setattr(self, "block_mask", "new"))
+    assert copy.deepcopy(compiled).block_mask == "new"
 
 
 def test_a_pickle_works_in_another_process(tmp_path):
