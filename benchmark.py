@@ -4,6 +4,7 @@
     python benchmark.py --level model      # whole models
     python benchmark.py --level pipeline   # the data pipeline, compared with PIL and a DataLoader
     python benchmark.py --level training   # training, compared with the bare model and timm
+    python benchmark.py --level interop    # timm's ViT at a high resolution, full and localized
     python benchmark.py --quick            # under a minute
     python benchmark.py --plot FILE.json   # redraw the plots of an earlier measurement
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import masks
 import models
 import utils
-from benchmarks import charts, pipeline, training
+from benchmarks import charts, interop, pipeline, training
 from benchmarks.candidates import (
     BACKENDS,
     DTYPES,
@@ -49,8 +50,9 @@ DESCRIPTIONS = {  # by --level
     "model": "Time whole models by attention pattern and backend, forward and backward.",
     "pipeline": "Images/s of the data pipeline, compared with PIL, torchvision and a DataLoader.",
     "training": "Images/s of training end to end, compared with the bare model and a typical loop.",
+    "interop": "Time timm's ViT at a high resolution, as it is and with local attention.",
 }
-OTHER_LEVELS = {"pipeline": pipeline, "training": training}
+OTHER_LEVELS = {"pipeline": pipeline, "training": training, "interop": interop}
 
 # Largest allowed error against float64, for values around 1: a few units in the last place, which
 # add up in long sums.

@@ -149,6 +149,14 @@ class CompiledMask(nn.Module):
         self._prepare()
         return self
 
+    def __getstate__(self) -> dict:
+        """A block mask holds a function, which cannot be pickled; it is built again."""
+        return {**self.__dict__, "block_mask": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
     def with_global_tokens(self) -> Tensor:
         """The mask over all tokens, bool [T, T].
 
