@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 import attention
-import masks
 import utils
 from analysis import comparison, summary
 from analysis.trained_model import SPLITS, TrainedModel
@@ -67,7 +66,7 @@ def add_what(parser: argparse.ArgumentParser) -> None:
         "with --analyze: row x column of the patch whose receptive field and maps to show "
         "(default: the center, and maps of the class token if there is one)"
     )
-    add("--patch", type=masks.parse_pair, metavar="RxC", help=patch_help)
+    add("--patch", type=utils.parse_pair, metavar="RxC", help=patch_help)
 
     split_help = "images to evaluate on; holdout: those that main.py --holdout kept from training"
     add("--split", choices=SPLITS, default="test", help=split_help)
