@@ -16,11 +16,13 @@ from attention.compiled_mask import (
     compile_mask,
     count_pairs,
 )
+from attention.layers import LayerMasks
 
 __all__ = [
     "BACKENDS",
     "Choice",
     "CompiledMask",
+    "LayerMasks",
     "attend",
     "attend_checked",
     "attend_packed",

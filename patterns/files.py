@@ -22,6 +22,9 @@ def read(path: str | Path) -> np.ndarray:
         raise ValueError(f"cannot read the mask {path}: expected a name ending in {expected}")
     try:
         mask = reader(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"cannot read the mask {path}: {reason}") from error
     except Exception as error:  # a damaged file can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot read the mask {path}: {reason}") from error

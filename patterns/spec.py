@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,24 @@ class MaskSpec:
         for field in fields(self)[1:]:
             if self.mask_type in TYPES and not self.takes(field.name):
                 object.__setattr__(self, field.name, field.default)
+
+    @classmethod
+    def of_flags(cls, mask_type: str, mask_file: str | None, **flags) -> MaskSpec:
+        """The mask that flags ask for; a file implies the mask type `file`.
+
+        Raises ValueError for a flag that would have no effect, except for the step, which has a
+        default.
+        """
+        if mask_file is not None and mask_type == cls.mask_type:
+            mask_type = "file"
+
+        asked = {"mask_file": mask_file, **flags}
+        spec = cls(mask_type, **asked)
+        for name, value in asked.items():
+            has_effect = name == "expansion_step" or spec.takes(name)
+            if not has_effect and value not in (None, getattr(spec, name)):
+                raise ValueError(f"--{name} {value} has no effect on --mask_type {mask_type}")
+        return spec
 
     def takes(self, name: str) -> bool:
         """Whether the mask depends on this field."""
@@ -108,17 +126,29 @@ class MaskSpec:
             words[f"global_{'-'.join(layers)}"] = f"full in layer{plural} {' '.join(layers)}"
         return words
 
-    def flags(self) -> dict[str, str]:
-        """What main.py needs to make it: flag -> value, without the dashes and without defaults."""
+    def to_settings(self) -> dict:
+        """One value per field that JSON can hold; `MaskSpec(**settings)` is the same spec."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["global_layers"] = format_layers(self.global_layers)
-        del values["mask_hash"]
+        return values | {"global_layers": format_layers(self.global_layers)}
+
+    def to_flags(self) -> dict[str, str]:
+        """What main.py needs to make it: flag -> value, without the dashes and without defaults."""
         defaults = {field.name: field.default for field in fields(self)[1:]}
         return {
             name: str(value)
-            for name, value in values.items()
-            if value is not None and value != defaults.get(name)
+            for name, value in self.to_settings().items()
+            if name != "mask_hash" and value is not None and value != defaults.get(name)
         }
+
+    def with_hash(self) -> MaskSpec:
+        """The same with the hash of the file, so that another content is another mask.
+
+        Raises ValueError for a file that holds no mask.
+        """
+        self._check()
+        if self.mask_type != "file":
+            return self
+        return replace(self, mask_hash=files.hash_of(files.read(self.mask_file))[:16])
 
     def num_neighbors(self, num_patches_height: int, num_patches_width: int) -> int:
         """Nominal number of neighbors, the patch itself included, where attention is not full.

@@ -134,10 +134,18 @@ def rebuild_model(state: dict, backend: str = "auto") -> models.VisionTransforme
     """
     config = state["model_config"]
     height, width = (size // config["patch_size"] for size in config["img_size"])
-    mask = Settings.from_dict(state["settings"]).mask.spec.build(height, width)
+    mask = _masks_of(state, height, width, config["depth"])
     model = models.VisionTransformer(**config, attention_mask=mask, backend=backend)
     model.load_state_dict(state.get("average") or state["model"])
     return model.eval()
+
+
+def _masks_of(state: dict, height: int, width: int, depth: int) -> list[torch.Tensor | None]:
+    """The mask of each layer: what the checkpoint holds of a file, or else built anew."""
+    spec = Settings.from_dict(state["settings"]).mask.spec
+    if state.get("mask") is None:
+        return spec.build_layers(height, width, depth)
+    return [None if layer in spec.global_layers else state["mask"] for layer in range(depth)]
 
 
 # --------------------------------------------------------------------------------------------------

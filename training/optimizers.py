@@ -13,7 +13,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from training.settings import OptimizationSettings
 
 OPTIMIZERS = ("adamw", "muon")
-NOT_DECAYED = ("cls_token", "pos_embed")  # vectors (norms and biases) do not decay either
+NOT_DECAYED = (
+    "cls_token",
+    "reg_token",
+    "pos_embed",
+)  # vectors (norms and biases) do not decay either
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:

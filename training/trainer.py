@@ -139,11 +139,19 @@ class Trainer:
                 "ranks": of_ranks,
                 "settings": self.settings.to_dict(),
                 "model_config": self.model.config,
+                "mask": self.mask_from_file(),
                 "data": self.config["data"],
                 **vars(self.progress),
             }
             save_checkpoint(self.folder, state)
         self.saved_at = time.monotonic()
+
+    def mask_from_file(self) -> torch.Tensor | None:
+        """The mask of --mask_file, bool [N, N], so that the model can be rebuilt without it."""
+        if self.settings.mask.mask_type != "file":
+            return None
+        masks = [compiled.mask for compiled in self.model.layer_masks]
+        return next((mask for mask in masks if mask is not None), None)
 
     def load(self, state: dict) -> None:
         """Continue from a saved state, on the same number of processes or another."""
