@@ -91,7 +91,7 @@ def make_parser() -> utils.ArgumentParser:
     at_least_0 = number_type(int, minimum=0, maximum=10_000)
     at_least_1 = number_type(int, minimum=1, maximum=10_000)
     above_0 = number_type(float, above=0)
-    types = json_list(str, [name for name in masks.MASK_TYPES if name != "file"])
+    types = json_list(str, masks.MASK_TYPES)
     edges = json_list(str, masks.EDGES)
 
     def add(name: str, help: str, **kwargs) -> None:

@@ -65,7 +65,7 @@ class TrainedModel:
                 "it again, perhaps with a lower --lr"
             )
         with utils.usage_errors():
-            model.compiled_mask.check_device(device)
+            model.layer_masks.check_device(device)
 
         request = image_request(settings, state["model_config"]["img_size"], split_name, data_dir)
         if earlier is not None and earlier.request == request:
@@ -121,8 +121,8 @@ class TrainedModel:
     def describe_run(self) -> dict:
         """What was trained, for JSON."""
         return {
-            "mask_type": self.settings.mask.mask_type,
-            "expansion_step": self.settings.mask.expansion_step,
+            **self.settings.mask.spec.to_settings(),
+            "num_registers": self.model.config["num_registers"],
             "mask_label": self.settings.mask.spec.label,
             "pool": self.model.config["pool"],
             "run_name": self.settings.run.run_name,

@@ -133,11 +133,15 @@ class MaskSpec:
 
     def to_flags(self) -> dict[str, str]:
         """What main.py needs to make it: flag -> value, without the dashes and without defaults."""
+        values = self.to_settings()
         defaults = {field.name: field.default for field in fields(self)[1:]}
+        del values["mask_hash"]
+        if self.mask_type == "file":  # which the file implies
+            del values["mask_type"]
         return {
             name: str(value)
-            for name, value in self.to_settings().items()
-            if name != "mask_hash" and value is not None and value != defaults.get(name)
+            for name, value in values.items()
+            if value is not None and value != defaults.get(name)
         }
 
     def with_hash(self) -> MaskSpec:
@@ -177,6 +181,7 @@ class MaskSpec:
         self, num_patches_height: int, num_patches_width: int, layer: int = 0
     ) -> np.ndarray | None:
         """The same as a numpy array, for code that must not load torch."""
+        self._check()
         check_integer("layer", layer, minimum=0)
         return self._build_kind(num_patches_height, num_patches_width, self._kind_of(layer))
 
@@ -192,6 +197,7 @@ class MaskSpec:
         self, num_patches_height: int, num_patches_width: int, num_layers: int
     ) -> list[np.ndarray | None]:
         """The same as numpy arrays. Raises ValueError for global layers that do not exist."""
+        self._check()
         beyond = [layer for layer in self.global_layers if layer >= num_layers]
         if beyond:
             raise ValueError(
@@ -258,7 +264,7 @@ class MaskSpec:
         if self.edge not in EDGES:
             raise ValueError(f"unknown edge {self.edge!r}; expected one of {', '.join(EDGES)}")
         if self.mask_type == "file" and not isinstance(self.mask_file, str):
-            raise ValueError("mask type 'file' needs a mask_file, a path")
+            raise ValueError("mask type 'file' needs a mask_file, the path of a mask")
         for layer in self.global_layers:
             check_integer("each of global_layers", layer, minimum=0)
 

@@ -161,4 +161,4 @@ def random_patches(num_neighbors: np.ndarray, seed: int) -> np.ndarray:
 
 
 TYPES = _all_types()
-MASK_TYPES = tuple(TYPES)
+MASK_TYPES = tuple(name for name in TYPES if name != "file")  # which a file implies

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import masks
 import utils
+from masks import PATTERNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,15 +62,17 @@ WIDTHS = {"title": 80, "panel": 20}  # columns of text that fit above a figure, 
 # Style
 
 
-def style_of(mask_type: str, variant: int = 0, num_variants: int = 1) -> dict:
+def style_of(mask_type: str, variant: int = 0, num_variants: int = 1, family: int = 0) -> dict:
     """Color, marker and line style of a mask type, as arguments of `Axes.plot`.
 
     They are the same in every figure, and a pattern appended to `PATTERNS` changes no other
-    pattern's style. Runs of one type (such as its expansion steps) are `variant` 0, 1, ... of
-    `num_variants`: they go from light to dark, each with a line style of its own.
+    pattern's style. Runs of one family (such as its expansion steps) are `variant` 0, 1, ... of
+    `num_variants`: they go from light to dark, each with a line style of its own. Beyond the first
+    `family` of a mask type (such as its dilations), the others are darker, with other markers.
     """
     if mask_type in FIXED:
         style = dict(FIXED[mask_type])
+        number = -1
     else:
         number = _number_of(mask_type)
         style = {
@@ -79,6 +81,10 @@ def style_of(mask_type: str, variant: int = 0, num_variants: int = 1) -> dict:
             "linestyle": LINE_STYLES[number % len(LINE_STYLES)],
         }
 
+    if family:
+        style["color"] = blend(style["color"], "#000000", 0.3 + 0.2 * (family % 2))
+        style["marker"] = MARKERS[(number + family) % len(MARKERS)]
+        style["linestyle"] = LINE_STYLES[(number + family) % len(LINE_STYLES)]
     if num_variants > 1:
         shade = 2 * variant / (num_variants - 1) - 1  # -1 lightest, 0 the color itself, 1 darkest
         toward = "#FFFFFF" if shade < 0 else "#000000"
@@ -89,7 +95,7 @@ def style_of(mask_type: str, variant: int = 0, num_variants: int = 1) -> dict:
 
 def _number_of(mask_type: str) -> int:
     dimensions, _, pattern = mask_type.partition("_")
-    patterns = list(masks.PATTERNS)
+    patterns = list(PATTERNS)
     if pattern in patterns:
         index = patterns.index(pattern)
     else:

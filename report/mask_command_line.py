@@ -101,8 +101,6 @@ def pictured(args) -> dict[str, tuple[str, np.ndarray | None]]:
     """Title -> (mask type, mask) of each pattern in the picture."""
     shown = {}
     for mask_type in args.mask_types or masks.MASK_TYPES:
-        if mask_type == "file":
-            continue
         spec = MaskSpec(mask_type, args.expansion_step, mask_seed=args.mask_seed)
         shown[mask_type] = (mask_type, spec.build_array(*args.grid))
         if TYPES[mask_type].num_kinds > 1:

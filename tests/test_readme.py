@@ -13,6 +13,7 @@ from parsers import parser_of
 
 import masks
 import utils
+from patterns import offsets
 from training.command_line import parse_args, resolve_settings
 from training.settings import RECIPES, strong_lr
 
@@ -116,13 +117,12 @@ PYTHON_BLOCKS = [
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
-def test_python_examples_run(block, monkeypatch):
-    """An example that adds to masks.py has its names; what it adds is gone afterwards."""
-    monkeypatch.setattr(masks, "PATTERNS", dict(masks.PATTERNS))
-    namespace = {name: getattr(masks, name) for name in ("PATTERNS", "Pattern", "by_offset")}
-    exec(block, namespace)
-    for name, pattern in masks.PATTERNS.items():
-        mask = masks._generate_2d_mask(pattern, 2, 12, 13)
+def test_python_examples_run(block):
+    """An example that adds to PATTERNS has its names; what it adds is gone afterwards."""
+    patterns = dict(masks.PATTERNS)
+    exec(block, {"PATTERNS": patterns, "Pattern": masks.Pattern})
+    for name, pattern in patterns.items():
+        mask = offsets.neighborhoods(pattern.offsets, 2, 12, 13)
         assert mask[6 * 13 + 6].sum() == pattern.num_neighbors(2), name
 
 

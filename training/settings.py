@@ -114,8 +114,8 @@ class MaskSettings:
     )
     mask_file: str | None = flag(
         None,
-        "bool [N, N] over the patches: .npy, .pt, or .png with white for True; implies --mask_type "
-        "file",
+        "bool [N, N] over the patches, instead of a mask type: .npy, .pt, or .png with white for "
+        "True",
         utils.home_path,
         "FILE",
         may_change=True,  # what it held is in mask_hash
