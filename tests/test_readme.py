@@ -210,6 +210,14 @@ def test_the_table_of_flags_is_what_the_script_makes_of_the_parser(monkeypatch):
     assert flags.tables_in(TRAINING) == made, "run `python docs/flags.py`"
 
 
+def test_the_table_of_all_patterns_is_what_the_script_makes_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(utils.REPOSITORY / "docs")
+    flags = importlib.import_module("flags")
+    page = flags.PATTERNS_PAGE.read_text(encoding="utf-8")
+    written = page.split(flags.PATTERNS_START)[1].split(flags.PATTERNS_END)[0].strip()
+    assert written == flags.make_pattern_table(), "run `python docs/flags.py`"
+
+
 def test_the_table_of_flags_names_every_flag_once():
     table = TRAINING.split("<!-- flags")[1].split("<!-- end")[0]
     named = re.findall(r"`(--\w+)`", "".join(re.findall(r"^\| (`--[^|]*) \|", table, flags=re.M)))
@@ -230,7 +238,7 @@ def test_the_defaults_of_the_sweep_are_those_of_its_parser(text, header):
         if default.startswith("`"):
             assert str(given) == default.strip("`"), name
         else:
-            assert given in (None, False, [], list(masks.MASK_TYPES)), name
+            assert given in (None, False, [], [()], list(masks.STUDIED)), name
 
 
 def test_every_flag_of_the_sweep_has_a_row():
