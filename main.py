@@ -24,6 +24,7 @@ from report import figures, mask_pictures
 from runtime import distributed, hardware
 from runtime.stopping import StoppedAtOnce, StopRequest
 from training import run_folder
+from training.budget import DEFAULT_EPOCHS
 from training.checkpoints import load_latest
 from training.command_line import parse_args, resolve_settings
 from training.settings import EVAL_SPLITS, Settings
@@ -239,7 +240,8 @@ def choose_backends(
 ) -> list[Choice]:
     """How to compute attention under each of the masks; not counted as training time."""
     config, optimization = model.config, settings.optimization
-    num_steps = optimization.epochs * data.steps_per_epoch(num_train, optimization.batch_size)
+    num_epochs = optimization.epochs or DEFAULT_EPOCHS  # with --minutes, nobody knows
+    num_steps = num_epochs * data.steps_per_epoch(num_train, optimization.batch_size)
     num_passes = num_steps * settings.machine.grad_accumulation
     is_bf16 = settings.machine.precision == "bf16"
 

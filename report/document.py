@@ -63,7 +63,7 @@ def describe_setup(rows: list[Row]) -> str:
         facts.append(f"{size}×{size} images in {patch}×{patch} patches (grid {grid})")
 
     facts.append(f"--pool {model.pool}")
-    facts.append(_plural(first.settings.optimization.epochs, "epoch"))
+    facts.append(str(first.settings.optimization.budget))
     if first.settings.data.holdout:
         facts.append(f"accuracies on {EVAL_SPLITS['holdout']}")
     seeds = {run.seed for row in rows for run in row.runs}
@@ -87,7 +87,7 @@ def findings(results: Study) -> list[str]:
     for run in (run for row in results.rows for run in row.runs):
         if run.state != "done":
             epoch = max(run.curve("eval_accuracy"), default=0)
-            unfinished.append(f"{run.name} (epoch {epoch} of {run.settings.optimization.epochs})")
+            unfinished.append(f"{run.name} (epoch {epoch} of {run.settings.optimization.budget})")
     if unfinished:
         names = ", ".join(unfinished)
         notes.append(f"Unfinished runs, plotted up to their latest epoch: {names}.")

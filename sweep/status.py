@@ -122,9 +122,9 @@ def format_duration(seconds: float) -> str:
 class Pace:
     """How far a run is and how fast it goes, as its folder tells."""
 
-    num_epochs: int = 1  # in all
-    num_done: int = 0
+    share_done: float = 0.0  # of its training
     seconds_per_epoch: float | None = None  # on average over the latest
+    seconds_in_all: float | None = None  # as they went
     written_at: float = 0.0  # when the latest epoch was done, on the clock time.time()
     total_seconds: float | None = None  # of a finished run
 
@@ -136,12 +136,14 @@ class Pace:
             if record is None:
                 return cls()
             rows = read_rows(folder)
+            share_done = share_of(record, rows)
+            share = share_done - share_of(record, rows[:-RECENT])  # that the latest epochs did
             seconds = [number(row, "epoch_seconds") for row in rows[-RECENT:]]
-            is_known = bool(seconds) and None not in seconds
+            is_known = share > 0 and None not in seconds
             return cls(
-                num_epochs=max(1, record.settings.optimization.epochs),
-                num_done=len(rows),
+                share_done=share_done,
                 seconds_per_epoch=statistics.fmean(seconds) if is_known else None,
+                seconds_in_all=sum(seconds) / share if is_known else None,
                 written_at=(folder / utils.METRICS).stat().st_mtime if rows else 0.0,
                 total_seconds=number(record.summary or {}, "total_seconds"),
             )
@@ -150,15 +152,12 @@ class Pace:
 
     @property
     def share_left(self) -> float:
-        """Of the epochs."""
-        return max(0.0, 1 - self.num_done / self.num_epochs)
+        return 1 - self.share_done
 
     @property
     def whole(self) -> float | None:
         """Seconds that the whole run takes or took, without its start."""
-        if self.total_seconds is not None or self.seconds_per_epoch is None:
-            return self.total_seconds
-        return self.num_epochs * self.seconds_per_epoch
+        return self.seconds_in_all if self.total_seconds is None else self.total_seconds
 
     def seconds_left(self, seconds_running: float) -> float | None:
         """Of a run whose process started so long ago; None if it has not shown its pace."""
@@ -167,8 +166,13 @@ class Pace:
         # The latest epoch may be from an earlier process.
         since = min(time.time() - self.written_at, seconds_running)
         of_this_epoch = min(max(0.0, since), self.seconds_per_epoch)
-        num_left = self.num_epochs - self.num_done
-        return max(0.0, num_left * self.seconds_per_epoch - of_this_epoch)
+        return max(0.0, self.share_left * self.seconds_in_all - of_this_epoch)
+
+
+def share_of(record: RunRecord, rows: list[dict]) -> float:
+    """The share of a run's training that these rows of its metrics are."""
+    seconds = sum(number(row, "train_seconds") or 0.0 for row in rows)
+    return record.settings.optimization.budget.share_done(len(rows), seconds)
 
 
 class Forecast:
@@ -200,7 +204,7 @@ class Forecast:
             started = self.started.pop(job, None)
             if job.state == RUNNING:
                 self.started[job] = now
-                self.is_new[job] = self.paces[job.run].num_done == 0
+                self.is_new[job] = self.paces[job.run].share_done == 0
             elif job.state == DONE and started is not None and self.is_new[job]:
                 self.watched[job.run] = now - started
 

@@ -16,11 +16,12 @@ from masks import MaskSpec
 from pipeline import augment, identity, sources
 from runtime import hardware
 from training import optimizers, tracking
+from training.budget import Budget
 from training.settings import FLAGS, MASK_FLAGS, RECIPES, SECTIONS, Settings, strong_lr
 from utils import UsageError
 
 COMPILE = ("off", "auto", "default", "reduce-overhead")
-EPOCHS_WORTH_COMPILING = 10
+WORTH_COMPILING = 10  # epochs, or minutes
 
 # The choices of a flag come from the module that implements them.
 CHOICES = {
@@ -98,7 +99,10 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
     device = hardware.pick_device(args.device).type
     settings["device"] = device
     settings["precision"] = hardware.resolve_precision(args.precision, torch.device(device))
-    settings["compile"] = resolve_compile(args.compile, device, args.epochs)
+
+    budget = Budget.resolve(args.epochs, args.minutes)
+    settings["epochs"] = budget.epochs
+    settings["compile"] = resolve_compile(args.compile, device, budget)
 
     if args.run_name is None:
         settings["run_name"] = Settings.from_dict(settings).default_run_name
@@ -134,13 +138,14 @@ def complete(found: dict, asked: Settings) -> dict:
     return resolve_settings(parse_args(arguments)).to_dict() | found
 
 
-def resolve_compile(mode: str, device: str, epochs: int) -> str:
+def resolve_compile(mode: str, device: str, budget: Budget) -> str:
     """Turn `auto` into "default" where compiling soon pays, else into "off".
 
-    It pays on CUDA in runs of many epochs. Raises UsageError where torch.compile does not work.
+    It pays on CUDA in long runs. Raises UsageError where torch.compile does not work.
     """
     if mode == "auto":
-        may_pay = device == "cuda" and epochs >= EPOCHS_WORTH_COMPILING
+        is_long = (budget.epochs or budget.minutes) >= WORTH_COMPILING
+        may_pay = device == "cuda" and is_long
         return "default" if may_pay and diagonal.can_compile(device) else "off"
 
     if mode != "off" and (error := diagonal.compile_error(device)) is not None:

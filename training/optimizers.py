@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -66,18 +67,25 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int) -> float:
     """Linear warmup, then cosine to zero (Loshchilov & Hutter 2017)."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    angle = math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return falling_cosine(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+def lr_factor_by_clock(share_done: float, warmup_fraction: float) -> float:
+    """The same where it is time that passes: after `share_done` of the training, in [0, 1]."""
+    if share_done < warmup_fraction:
+        return share_done / warmup_fraction
+    return falling_cosine(math.pi * (share_done - warmup_fraction) / (1 - warmup_fraction))
+
+
+def falling_cosine(angle: float) -> float:
+    """From 1 at 0 to 0 at pi."""
     return 0.5 * (1 + math.cos(angle))
 
 
 def build_schedulers(
-    optimizers: list[torch.optim.Optimizer], warmup_fraction: float, total_steps: int
+    optimizers: list[torch.optim.Optimizer], factor: Callable[[int], float]
 ) -> list[LambdaLR]:
-    warmup_steps = round(warmup_fraction * total_steps)
-
-    def factor(step: int) -> float:
-        return lr_factor(step, total_steps, warmup_steps)
-
+    """`factor`: steps that are done -> learning rate of the next step, as a share of its peak."""
     return [LambdaLR(optimizer, factor) for optimizer in optimizers]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runtime import distributed, hardware
+from training.budget import Budget
 
 SECONDS_BETWEEN_LOOKS = 1.0  # between updates of the bar, each of which waits for the device
 
@@ -34,6 +35,11 @@ class Progress:
     def next_epoch(self, finished: dict) -> Progress:
         """The progress at the start of the next epoch; `finished` is the row of this one."""
         return Progress([*self.history, finished], self.epoch + 1)
+
+    @property
+    def train_seconds(self) -> float:
+        """Of the epoch so far, as far as the clock was read."""
+        return self.compile_seconds + self.timed_seconds
 
     def images_per_second(self, num_images: int) -> float:
         """Of the epoch; steps that compile count only if all of its `num_images` were in them."""
@@ -74,6 +80,13 @@ class Stopwatch:
         yield
         self.sizes_seen.add(num_images)
         self.progress.compile_seconds += self._read()
+
+    def now(self) -> float:
+        """Seconds of training in this epoch, between `start` and `pause`.
+
+        Does not wait for the device, which may be some steps behind.
+        """
+        return self.progress.train_seconds + time.perf_counter() - self.last_reading
 
     def _count_ordinary_steps(self) -> None:
         """Those since the last reading."""
@@ -133,7 +146,7 @@ def mean_loss(losses: Tensor) -> float:
     return distributed.WORLD_SIZE * losses.mean().item()
 
 
-def format_epoch(row: dict, num_epochs: int) -> str:
+def format_epoch(row: dict, budget: Budget) -> str:
     """A row of metrics.jsonl as one line of text."""
     utilization, compiling = "", ""
     if row["flops_utilization"] is not None:
@@ -142,7 +155,7 @@ def format_epoch(row: dict, num_epochs: int) -> str:
         compiling = f", {row['compile_seconds']:.1f} s of it the first steps"
 
     return (
-        f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}"
+        f"epoch {budget.name_of(row['epoch'])}"
         f" | train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f}%"
         f" | eval loss {row['eval_loss']:.4f}, accuracy {row['eval_accuracy']:5.2f}%"
         f" | {row['train_images_per_second']:.0f} images/s{utilization}"

@@ -161,7 +161,8 @@ def summarize(history: list[dict], config: dict) -> dict:
 
     steady = history[1:] or history  # the first epoch contains warm-up and compilation
     num_train = config["data"]["num_train"]
-    train_seconds = sum(num_train / row["train_images_per_second"] for row in steady)
+    images = [row.get("train_images", num_train) for row in steady]
+    seconds = sum(n / row["train_images_per_second"] for n, row in zip(images, steady, strict=True))
 
     return {
         "format": FORMAT,
@@ -169,6 +170,6 @@ def summarize(history: list[dict], config: dict) -> dict:
         "best": {"epoch": best["epoch"], "eval_accuracy": best["eval_accuracy"]},
         "epochs": len(history),
         "total_seconds": sum(row["epoch_seconds"] for row in history),
-        "train_images_per_second": len(steady) * num_train / train_seconds,
+        "train_images_per_second": sum(images) / seconds,
         "peak_memory_bytes": None if None in peaks else max(peaks),
     }

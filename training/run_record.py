@@ -23,7 +23,7 @@ REQUIRED = {
         "run_name": str,
         "seed": int,
         "dataset": str,
-        "epochs": int,
+        "epochs": (int, type(None)),
     },
     "attention": {"num_neighbors_nominal": int, "num_neighbors_mean": (int, float)},
     "data": {"label": str},
@@ -44,6 +44,7 @@ OPTIONAL = {
         "pool": str,
         "grad_accumulation": int,
         "holdout": (int, float),
+        "minutes": (int, float),
     },
     "attention": {
         "grid": list,
@@ -79,6 +80,10 @@ class RunRecord:
                 f"{path} has format {config.get('format')!r}, expected {expected}; move it away"
             )
         utils.check_sections(path, config, REQUIRED, OPTIONAL)
+        if not (config["settings"]["epochs"] or config["settings"].get("minutes")):
+            raise UserError(
+                f"{path} says neither epochs nor minutes, so it is damaged; move it away"
+            )
         return cls(folder, config)
 
     @cached_property

@@ -16,6 +16,7 @@ import utils
 from masks import MaskSpec
 from patterns.spec import format_layers, parse_layers
 from pipeline import identity
+from training.budget import DEFAULT_EPOCHS, Budget
 from utils import number_type
 
 # Defaults by --recipe; a flag that is given overrides them.
@@ -217,14 +218,22 @@ class AugmentationSettings:
     mix: float = flag(PLAIN["mix"], "* share of the batches with MixUp or CutMix", share, "P")
     mixup_alpha: float = flag(0.8, "of the beta distribution; 0 = no MixUp", at_least_0, "A")
     cutmix_alpha: float = flag(1.0, "of the beta distribution; 0 = no CutMix", at_least_0, "A")
-    mix_off: float = flag(0.1, "fraction of the epochs, at the end, without mixing", share, "F")
+    mix_off: float = flag(0.1, "fraction of the training, at the end, without mixing", share, "F")
 
 
 @dataclass(frozen=True)
 class OptimizationSettings:
     title: ClassVar[str] = "optimization"
 
-    epochs: int = flag(50, "passes over the training images", positive, "N")
+    epochs: int | None = flag(  # None where `minutes` are given
+        None, f"passes over the training images (default: {DEFAULT_EPOCHS})", positive, "N"
+    )
+    minutes: float | None = flag(
+        None,
+        "train for so long instead, not counting evaluations; the schedule goes by the clock",
+        above_0,
+        "M",
+    )
     batch_size: int = flag(PLAIN["batch_size"], "* images per step, over all GPUs", positive, "N")
     optimizer: str = flag("adamw", "muon: for the matrices of the blocks")
     lr: float = flag(
@@ -233,7 +242,7 @@ class OptimizationSettings:
         above_0,
     )
     weight_decay: float = flag(PLAIN["weight_decay"], "* on weight matrices only", at_least_0)
-    warmup_fraction: float = flag(0.1, "of all steps; then cosine to 0", fraction, "F")
+    warmup_fraction: float = flag(0.1, "of the training; then cosine to 0", fraction, "F")
     label_smoothing: float = flag(
         PLAIN["label_smoothing"], "* probability moved off the true class", fraction, "P"
     )
@@ -242,6 +251,10 @@ class OptimizationSettings:
         0.0, "decay of the weights' moving average, which is then evaluated; 0 = off", fraction, "D"
     )
     seed: int = flag(0, "of weights, data order, dropout", number_type(int, minimum=0, below=2**63))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.epochs, self.minutes)
 
 
 @dataclass(frozen=True)
@@ -252,8 +265,8 @@ class MachineSettings:
     precision: str = flag("auto", "auto: bf16 on CUDA from compute capability 8.0 on")
     compile: str = flag(
         "auto",
-        "torch.compile the model; auto: on CUDA, from 10 epochs on; reduce-overhead: with CUDA "
-        "graphs",
+        "torch.compile the model; auto: on CUDA, from 10 epochs or minutes on; "
+        "reduce-overhead: with CUDA graphs",
     )
     grad_accumulation: int = flag(
         1, "micro-batches per step, to save memory", positive, "N", may_change=True

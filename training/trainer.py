@@ -24,6 +24,7 @@ import utils
 from runtime import distributed, hardware
 from runtime.stopping import StopRequest
 from training import optimizers
+from training.budget import Budget, trained_seconds
 from training.checkpoints import rng_state, save_checkpoint, set_rng_state
 from training.evaluation import evaluate
 from training.progress import Progress, ProgressBar, Stopwatch, format_epoch
@@ -47,13 +48,16 @@ def micro_batch_size(settings: Settings) -> int:
 
 
 def augmentation_of_epoch(
-    settings: AugmentationSettings, epoch: int, num_epochs: int
+    settings: AugmentationSettings, budget: Budget, epoch: int, seconds_before: float
 ) -> data.Augmentation:
-    """What is done to the training images; in the last epochs they are not mixed."""
+    """What is done to the training images; in the last epochs they are not mixed.
+
+    `seconds_before`: of training, in the epochs before.
+    """
     names = [field.name for field in fields(data.Augmentation)]
     augmentation = data.Augmentation(**{name: getattr(settings, name) for name in names})
 
-    is_mixed = epoch <= num_epochs - round(settings.mix_off * num_epochs)
+    is_mixed = budget.is_mixed(epoch, seconds_before, settings.mix_off)
     return augmentation if is_mixed else replace(augmentation, mix=0.0)
 
 
@@ -79,12 +83,11 @@ class Trainer:
 
         self.num_images = len(dataset.train)
         self.steps_per_epoch = data.steps_per_epoch(self.num_images, optimization.batch_size)
-        self.num_epochs = optimization.epochs
+        self.budget = optimization.budget
+        self.seconds = 0.0  # of training so far, see `read_clock`
 
         self.optimizers = optimizers.build_optimizers(model, optimization)
-        self.schedulers = optimizers.build_schedulers(
-            self.optimizers, optimization.warmup_fraction, self.num_epochs * self.steps_per_epoch
-        )
+        self.schedulers = optimizers.build_schedulers(self.optimizers, self.lr_factor)
         self.average = None
         if optimization.ema:
             self.average = optimizers.WeightAverage(model, optimization.ema)
@@ -110,6 +113,30 @@ class Trainer:
     def step(self) -> int:
         """Steps of the run that are done."""
         return (self.progress.epoch - 1) * self.steps_per_epoch + self.progress.epoch_step
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs are finished, or the time is up; the same on all processes."""
+        return self.budget.share_done(len(self.progress.history), self.seconds) >= 1
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate after so many steps, as a share of its peak."""
+        warmup_fraction = self.settings.optimization.warmup_fraction
+        if self.budget.minutes is not None:
+            share_done = self.budget.share_done(0, self.seconds)
+            return optimizers.lr_factor_by_clock(share_done, warmup_fraction)
+
+        total_steps = self.budget.epochs * self.steps_per_epoch
+        return optimizers.lr_factor(step, total_steps, round(warmup_fraction * total_steps))
+
+    def read_clock(self, seconds_of_epoch: float) -> None:
+        """Note how long the run has trained, if that decides how it goes on.
+
+        All processes go by the clock of the first, so that they agree.
+        """
+        if self.budget.minutes is not None:
+            seconds = trained_seconds(self.progress.history) + seconds_of_epoch
+            self.seconds = distributed.from_first(seconds)
 
     # ----------------------------------------------------------------------------------------------
     # State
@@ -162,6 +189,7 @@ class Trainer:
             for mine, saved in zip(getattr(self, name), state[name], strict=True):
                 mine.load_state_dict(saved)
         self.progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
+        self.read_clock(self.progress.train_seconds)
 
         ranks = state["ranks"]
         if len(ranks) == distributed.WORLD_SIZE:
@@ -178,7 +206,7 @@ class Trainer:
     # Training
 
     def train(self, on_epoch: Callable[[dict], None] = lambda row: None) -> list[dict]:
-        """Train to the last epoch -> the rows of metrics.jsonl.
+        """Train to the last epoch, or until the time is up -> the rows of metrics.jsonl.
 
         `on_epoch` is called with each new row, once that is saved, on the first process. Raises
         Stopped if asked to stop; everything is saved then.
@@ -186,7 +214,7 @@ class Trainer:
         self.write_metrics()  # the checkpoint is the truth, the log follows it
         hardware.reset_peak_memory(self.device)  # forget the peak of choosing a backend
 
-        while self.progress.epoch <= self.num_epochs:
+        while not self.is_done or self.progress.epoch_step:
             self.train_epoch()
             row = self.finish_epoch()
             self.start_epoch(self.progress.next_epoch(row))
@@ -194,9 +222,9 @@ class Trainer:
             self.write_metrics()
 
             if distributed.IS_FIRST:
-                print(format_epoch(row, self.num_epochs), flush=True)
+                print(format_epoch(row, self.budget), flush=True)
                 on_epoch(row)
-            if self.progress.epoch <= self.num_epochs:
+            if not self.is_done:
                 self.stop_if_asked()
         return self.progress.history
 
@@ -210,7 +238,12 @@ class Trainer:
             utils.write_json_lines(self.folder / utils.METRICS, self.progress.history)
 
     def train_epoch(self) -> None:
-        """Train the rest of the epoch; save now and then, and when asked to stop."""
+        """Train the rest of the epoch, or until the time is up.
+
+        Saves now and then, and when asked to stop.
+        """
+        if self.is_done:  # asked to stop in the evaluation of the last epoch
+            return
         progress, optimization = self.progress, self.settings.optimization
         batches = data.train_batches(
             dataset=self.dataset,
@@ -218,7 +251,10 @@ class Trainer:
             seed=optimization.seed,
             epoch=progress.epoch,
             augmentation=augmentation_of_epoch(
-                self.settings.augmentation, progress.epoch, self.num_epochs
+                self.settings.augmentation,
+                self.budget,
+                progress.epoch,
+                trained_seconds(progress.history),
             ),
             start_step=progress.epoch_step,
             rank=distributed.RANK,
@@ -235,7 +271,7 @@ class Trainer:
                     progress.epoch_step += 1
                 bar.update(progress.epoch_step, size, self.losses, self.num_correct)
 
-                if progress.epoch_step == self.steps_per_epoch:
+                if progress.epoch_step == self.steps_per_epoch or self.is_done:
                     break
                 if distributed.any_rank(self.is_save_due() or self.stop.reason is not None):
                     self.stopwatch.pause()
@@ -251,7 +287,7 @@ class Trainer:
     def progress_bar(self) -> ProgressBar:
         progress, batch_size = self.progress, self.settings.optimization.batch_size
         return ProgressBar(
-            title=f"epoch {progress.epoch}/{self.num_epochs}",
+            title=f"epoch {self.budget.name_of(progress.epoch).strip()}",
             num_images=self.num_images,
             num_done=min(self.num_images, progress.epoch_step * batch_size),
             num_steps=self.steps_per_epoch,
@@ -291,10 +327,12 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(
                 self.model.parameters(), self.settings.optimization.grad_clip
             )
-        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+        for optimizer in self.optimizers:
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad()
+        self.read_clock(self.stopwatch.now())
+        for scheduler in self.schedulers:
+            scheduler.step()
         if self.average:
             self.average.update(self.step + 1)
 
@@ -322,20 +360,22 @@ class Trainer:
         distributed.sum_over_ranks(losses, num_correct)
         losses = losses.cpu().double()
         self.check_losses(losses)
-        steps = range(self.steps_per_epoch)
-        sizes = torch.tensor([self.size_of_batch(step) for step in steps], dtype=torch.float64)
+        sizes = [self.size_of_batch(step) for step in range(progress.epoch_step)]
+        num_images = sum(sizes)  # all, unless the time was up before
+        losses = losses[: progress.epoch_step]
 
         result = self.evaluate()
-        rate = progress.images_per_second(self.num_images)
-        train_seconds = progress.compile_seconds + progress.timed_seconds
+        rate = progress.images_per_second(num_images)
         return {
             "epoch": progress.epoch,
             "step": self.step,
-            "train_loss": (losses @ sizes).item() / self.num_images,
-            "train_accuracy": 100 * num_correct.item() / self.num_images,
+            "train_images": num_images,
+            "train_loss": (losses @ losses.new_tensor(sizes)).item() / num_images,
+            "train_accuracy": 100 * num_correct.item() / num_images,
             "lr": self.schedulers[0].get_last_lr()[0],
             "train_images_per_second": rate,
-            "epoch_seconds": train_seconds + result["seconds"],
+            "epoch_seconds": progress.train_seconds + result["seconds"],
+            "train_seconds": progress.train_seconds,
             "compile_seconds": progress.compile_seconds,
             "flops_utilization": self.flops_utilization(rate),
             "eval_split": self.settings.data.eval_split,
@@ -350,7 +390,7 @@ class Trainer:
         if losses.isfinite().all():
             return
         first_bad = int((~losses.isfinite()).nonzero()[0])
-        step = self.step - self.steps_per_epoch + first_bad + 1
+        step = self.step - self.progress.epoch_step + first_bad + 1
         raise UserError(
             f"the loss became {losses[first_bad].item()} at step {step} "
             f"(epoch {self.progress.epoch}); {REMEDIES}"
