@@ -243,8 +243,11 @@ class MaskSpec:
                 f"the grid has {height}x{width} patches, at most {MAX_PATCHES:,} are supported; "
                 "use smaller images or larger patches"
             )
-        build = self._type().build
-        return None if kind is None or build is None else build(self, height, width, kind)
+        mask_type = self._type()
+        if kind is None or mask_type.build is None:
+            return None
+        values = {name: getattr(self, name) for name in mask_type.takes}
+        return mask_type.build(height, width, kind, **values)
 
     def _type(self) -> MaskType:
         """Raises ValueError for an unknown name."""

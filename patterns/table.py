@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from patterns import files
 from patterns.offsets import PATTERNS, Pattern, neighborhoods, windows_1d
-
-if TYPE_CHECKING:
-    from patterns.spec import MaskSpec
 
 
 @dataclass(frozen=True)
@@ -25,8 +21,8 @@ class MaskType:
     about: str  # what a patch attends to
     formula: str  # nominal number of neighbors
     takes: tuple[str, ...]  # fields of MaskSpec
-    # (spec, height, width, layer) -> bool [N, N]; None for full attention
-    build: Callable[[MaskSpec, int, int, int], np.ndarray] | None
+    # (height, width, layer, each field by its name) -> bool [N, N]; None for full attention
+    build: Callable[..., np.ndarray] | None
     # step -> nominal number of neighbors; None: the largest number on the grid
     num_neighbors: Callable[[int], int] | None = None
     num_kinds: int = 1  # layers take turns in so many masks
@@ -35,13 +31,12 @@ class MaskType:
 def types_of(name: str, pattern: Pattern) -> dict[str, MaskType]:
     """The mask types of a set of offsets: `2d_<name>` and its 1D twin."""
 
-    def build_1d(spec: MaskSpec, height: int, width: int, layer: int) -> np.ndarray:
-        number = pattern.num_neighbors(spec.expansion_step)
-        return windows_1d(number, height * width, spec.dilation, spec.edge)
+    def build_1d(height, width, layer, expansion_step, dilation, edge) -> np.ndarray:
+        number = pattern.num_neighbors(expansion_step)
+        return windows_1d(number, height * width, dilation, edge)
 
-    def build_2d(spec: MaskSpec, height: int, width: int, layer: int) -> np.ndarray:
-        where = (height, width, spec.dilation, spec.edge)
-        return neighborhoods(pattern.offsets, spec.expansion_step, *where)
+    def build_2d(height, width, layer, expansion_step, dilation, edge) -> np.ndarray:
+        return neighborhoods(pattern.offsets, expansion_step, height, width, dilation, edge)
 
     shared = {
         "formula": pattern.formula,
@@ -55,32 +50,36 @@ def types_of(name: str, pattern: Pattern) -> dict[str, MaskType]:
     return types
 
 
-def _build_axial(spec: MaskSpec, height: int, width: int, layer: int) -> np.ndarray:
+def _build_axial(height: int, width: int, layer: int, dilation: int) -> np.ndarray:
     def is_in_line(dy: np.ndarray, dx: np.ndarray, step: int) -> np.ndarray:
         return (dy == 0) | (dx == 0)
 
-    return neighborhoods(is_in_line, 0, height, width, spec.dilation)
+    return neighborhoods(is_in_line, 0, height, width, dilation)
 
 
-def _build_windows(spec: MaskSpec, height: int, width: int, layer: int) -> np.ndarray:
-    return swin_windows(2 * spec.expansion_step + 1, height, width, layer)
+def _build_windows(height: int, width: int, layer: int, expansion_step: int) -> np.ndarray:
+    return swin_windows(2 * expansion_step + 1, height, width, layer)
 
 
-def _build_random(spec: MaskSpec, height: int, width: int, layer: int) -> np.ndarray:
+def _build_random(
+    height: int, width: int, layer: int, expansion_step: int, edge: str, mask_seed: int
+) -> np.ndarray:
     square = PATTERNS["all_neighbors"].offsets
-    matched = neighborhoods(square, spec.expansion_step, height, width, edge=spec.edge)
-    return random_patches(matched.sum(1), spec.mask_seed)
+    matched = neighborhoods(square, expansion_step, height, width, edge=edge)
+    return random_patches(matched.sum(1), mask_seed)
 
 
-def _build_from_file(spec: MaskSpec, height: int, width: int, layer: int) -> np.ndarray:
-    mask = files.read(spec.mask_file)
+def _build_from_file(
+    height: int, width: int, layer: int, mask_file: str, mask_hash: str | None
+) -> np.ndarray:
+    mask = files.read(mask_file)
     if len(mask) != height * width:
         raise ValueError(
-            f"the mask {spec.mask_file} is for {len(mask)} patches, but the grid of "
+            f"the mask {mask_file} is for {len(mask)} patches, but the grid of "
             f"{height}x{width} has {height * width}"
         )
-    if spec.mask_hash is not None and not files.hash_of(mask).startswith(spec.mask_hash):
-        raise ValueError(f"the mask {spec.mask_file} has changed since it was first used")
+    if mask_hash is not None and not files.hash_of(mask).startswith(mask_hash):
+        raise ValueError(f"the mask {mask_file} has changed since it was first used")
     return mask
 
 
