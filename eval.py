@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 import attention
-import masks
 import utils
 from analysis import comparison, prediction, summary
 from analysis.trained_model import SPLITS, TrainedModel
@@ -74,7 +73,7 @@ def add_what(parser: argparse.ArgumentParser) -> None:
         "with --analyze: row x column of the patch whose receptive field and maps to show "
         "(default: the center, and maps of the class token if there is one)"
     )
-    add("--patch", type=masks.parse_pair, metavar="RxC", help=patch_help)
+    add("--patch", type=utils.parse_pair, metavar="RxC", help=patch_help)
 
     export_help = (
         "write the model for others: .safetensors (timm), .onnx (ONNX Runtime), .pt2 (torch.export)"

@@ -6,6 +6,7 @@ Shapes: B batch, N patches, G global tokens, T = G + N tokens, H heads, D head d
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,9 +105,9 @@ def _is_installed(package: str) -> bool:
 
 
 def masks_of(args) -> list[MaskSpec]:
-    return [
-        MaskSpec(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps
-    ]
+    """Each mask type at each step, or once if it has no step."""
+    specs = itertools.product(args.mask_types, args.expansion_steps)
+    return list(dict.fromkeys(itertools.starmap(MaskSpec, specs)))
 
 
 def shapes_on(device: torch.device) -> dict[int, tuple[int, int]]:
@@ -380,9 +381,10 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
     images = torch.randn(batch_size, 3, img_size, img_size, generator=generator).to(device)
     labels = torch.arange(batch_size, device=device) % config.get("num_classes", 10)
 
-    def build(mask: Tensor | None, backend: str) -> models.VisionTransformer:
+    def build(spec: MaskSpec, backend: str) -> models.VisionTransformer:
         torch.manual_seed(0)
-        model = models.VisionTransformer(**config, attention_mask=mask, backend=backend)
+        masks = spec.build_layers(grid, grid, config["depth"])
+        model = models.VisionTransformer(**config, attention_mask=masks, backend=backend)
         if args.compile != "off":
             model.compile_blocks(args.compile)
         return model.to(device)
@@ -413,9 +415,9 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
             check=(lambda: model_error(step, model, reference)) if has_reference else None,
         )
 
-    full = build(None, "dense")
+    full = build(MaskSpec(), "dense")
     full_flops = models.count_forward_flops(full)
-    bare = without_attention(build(None, "dense"))
+    bare = without_attention(build(MaskSpec(), "dense"))
     bare_ceiling = full_flops["total"] / (full_flops["total"] - full_flops["attention"])
     candidates = [
         candidate(FULL, MaskSpec(), grid * grid, full),
@@ -429,15 +431,14 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
 
     our_backends = [name for name in backends if name in attention.BACKENDS]
     for spec in masks_of(args):
-        mask = spec.build(grid, grid)
-        num_neighbors_mean = int(mask.sum()) / len(mask)
-        reference = build(mask, "dense")
+        reference = build(spec, "dense")
+        num_neighbors_mean = reference.layer_masks.mean_neighbors(grid * grid)
         ceiling = full_flops["total"] / models.count_forward_flops(reference)["total"]
         for backend in our_backends:
-            model = build(mask, backend)
+            model = build(spec, backend)
             if backend == "auto":
                 choose_for_model(model, batch_size, DTYPES[args.dtype], device)
-            if backend in ("auto", model.compiled_mask.backend):
+            if backend in ("auto", model.layer_masks.backend):
                 candidates.append(
                     candidate(backend, spec, num_neighbors_mean, model, reference, ceiling)
                 )
@@ -449,7 +450,8 @@ def choose_for_model(
 ) -> None:
     num_heads = model.config["num_heads"]
     head_dim = model.config["embed_dim"] // num_heads
-    choose(model.compiled_mask, batch_size, num_heads, head_dim, dtype, device)
+    for compiled in model.layer_masks.different:
+        choose(compiled, batch_size, num_heads, head_dim, dtype, device)
 
 
 def model_error(step: Callable, model: torch.nn.Module, reference: torch.nn.Module) -> float:

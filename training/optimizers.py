@@ -15,7 +15,11 @@ from training.muon import Muon
 from training.settings import OptimizationSettings
 
 OPTIMIZERS = ("adamw", "muon")
-NOT_DECAYED = ("cls_token", "pos_embed")  # vectors (norms and biases) do not decay either
+NOT_DECAYED = (
+    "cls_token",
+    "reg_token",
+    "pos_embed",
+)  # vectors (norms and biases) do not decay either
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:

@@ -179,6 +179,7 @@ class Trainer:
                 "ranks": of_ranks,
                 "settings": self.settings.to_dict(),
                 "model_config": self.model.config,
+                "mask": self.mask_from_file(),
                 "data": self.config["data"],
                 "weights": self.config.get("weights"),
                 **vars(self.progress),
@@ -186,6 +187,13 @@ class Trainer:
             save_checkpoint(self.folder, state)
         self.saved_at, self.saved = time.monotonic(), self.place
         self.vote = distributed.Vote()  # what was voted on before is done
+
+    def mask_from_file(self) -> torch.Tensor | None:
+        """The mask of --mask_file, bool [N, N], so that the model can be rebuilt without it."""
+        if self.settings.mask.mask_type != "file":
+            return None
+        masks = [compiled.mask for compiled in self.model.layer_masks]
+        return next((mask for mask in masks if mask is not None), None)
 
     def load(self, state: dict) -> None:
         """Continue from a saved state, on the same number of processes or another."""
