@@ -325,7 +325,7 @@ def largest_error(
     part_grad = part(grad)  # [b, T, h, D]
     part_grad[:, rows] = torch.randn(part_grad[:, rows].shape, generator=generator).to(part_grad)
     # The rounding of `grad` must not count as an error of what is computed from it.
-    part_grad = part_grad.to(grad.dtype).double()
+    part_grad = part_grad.to(grad.dtype).to(torch.float64)
     grad[images, :, heads] = part_grad.to(grad)
     out = attend(qkv)
     (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
