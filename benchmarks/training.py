@@ -31,6 +31,7 @@ from tqdm import tqdm
 import models
 import utils
 from benchmarks import pipeline
+from pipeline import sizes
 from runtime import hardware
 from runtime.stopping import StopRequest
 from training.command_line import COMPILE, resolve_settings
@@ -44,6 +45,7 @@ MATRIX_SIZE = {"cuda": 8192}
 SMALL_MATRIX = 2048
 
 PRECISIONS = ("fp32", "bf16")
+COMPILE_MODES = [mode for mode in COMPILE if mode != "auto"]
 
 # Beginnings of the names of loops in the report.
 OURS = "this repository"
@@ -60,12 +62,17 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
         parser.add_argument(flag, default=default, help=help, **options)
 
     side = pipeline.SIDE
-    compile_modes = [mode for mode in COMPILE if mode != "auto"]
     add("--model", "vit_tiny", "size preset", choices=models.PRESETS)
-    add("--img_size", side, f"resize {side}x{side} images to this", type=positive, metavar="PX")
+    add(
+        "--img_size",
+        side,
+        f"resize {side}x{side} images to this, or to height x width",
+        type=sizes.parse,
+        metavar="PX",
+    )
     add("--patch_size", 4, "side of a patch", type=positive, metavar="PX")
     add("--batch_size", 128, "images per step", type=positive, metavar="N")
-    add("--compile", "off", "torch.compile mode of our and the bare model", choices=compile_modes)
+    add("--compile", "off", "torch.compile mode of our and the bare model", choices=COMPILE_MODES)
     add("--steps", 4, "steps per epoch", type=positive)
     add("--rounds", 7, "timed rounds", type=at_least_3)
     add("--workers", 2, "processes of the DataLoader", type=not_negative)
@@ -85,7 +92,7 @@ def our_loop(
     flags += ["--checkpoint_every_minutes", "0", *options]
     settings = resolve_settings(parse_run(flags))
 
-    dataset = pipeline.dataset_of(pixels, args.img_size, device)
+    dataset = pipeline.dataset_of(pixels, sizes.sides_of(args.img_size), device)
     folder = Path(tempfile.gettempdir())
     model = build_ours(args).to(device)
     trainer = Trainer(model, dataset, settings, {}, folder, device, StopRequest())
@@ -99,7 +106,8 @@ def our_loop(
 
 def build_ours(args) -> models.VisionTransformer:
     preset = models.PRESETS[args.model]
-    return models.VisionTransformer(args.img_size, args.patch_size, dropout=0.1, **preset)
+    img_size = sizes.sides_of(args.img_size)
+    return models.VisionTransformer(img_size, args.patch_size, dropout=0.1, **preset)
 
 
 def bare_loop(model: torch.nn.Module, batches, precision: str, device: torch.device) -> Callable:
@@ -120,7 +128,8 @@ def bare_loop(model: torch.nn.Module, batches, precision: str, device: torch.dev
 def timm_model(args) -> torch.nn.Module:
     from timm.models import VisionTransformer
 
-    size = {"img_size": args.img_size, "patch_size": args.patch_size, **models.PRESETS[args.model]}
+    size = {"img_size": sizes.sides_of(args.img_size), "patch_size": args.patch_size}
+    size |= models.PRESETS[args.model]
     return VisionTransformer(num_classes=10, proj_drop_rate=0.1, pos_drop_rate=0.1, **size)
 
 
@@ -137,7 +146,8 @@ def build_loops(args, device: torch.device) -> dict[str, Callable]:
     shape = (args.steps * args.batch_size, 3, pipeline.SIDE, pipeline.SIDE)
     pixels = torch.randint(256, shape, dtype=torch.uint8)
 
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    img_size = sizes.sides_of(args.img_size)
+    images = torch.randn(args.batch_size, 3, *img_size, device=device)
     labels = torch.arange(args.batch_size, device=device) % 10
     batches = [(images, labels)] * args.steps
 
@@ -145,7 +155,7 @@ def build_loops(args, device: torch.device) -> dict[str, Callable]:
     for precision in PRECISIONS:
         model = build_ours(args).to(device)
         if args.compile != "off":
-            model = torch.compile(model, mode=args.compile, dynamic=False)
+            model.compile_blocks(args.compile)
         loops[f"{BARE}, {precision}"] = bare_loop(model, batches, precision, device)
 
         for recipe in RECIPES:
@@ -154,7 +164,7 @@ def build_loops(args, device: torch.device) -> dict[str, Callable]:
             name = f"{OURS}, {recipe}, {precision}"
             loops[name] = our_loop(args, pixels, precision, options, device)
 
-    loader = pipeline.pil_loader(pixels, args.img_size, args.workers, device, args.batch_size)
+    loader = pipeline.pil_loader(pixels, img_size, args.workers, device, args.batch_size)
     loops[USUAL] = bare_loop(timm_model(args).to(device), loader, "fp32", device)
     return loops
 

@@ -185,6 +185,21 @@ def test_every_parameter_gets_a_gradient(images, pool):
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize(("size", "channels"), [((12, 20), 3), ((4, 8), 1), ((20, 4), 2)])
+def test_the_patch_embedding_is_a_convolution_without_overlap(size, channels):
+    embed = models.PatchEmbedding(4, channels, 6).double()
+    images = torch.randn(2, channels, *size, dtype=torch.float64, requires_grad=True)
+    found = embed(images)  # [B, N, E]
+    expected = embed.proj(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+
+    inputs = (images, embed.proj.weight, embed.proj.bias)
+    grad = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    )
+
+
 def test_dropout_acts_only_in_training(images):
     model = VisionTransformer(**{**SMALL, "dropout": 0.5})
     model.train()
@@ -213,6 +228,39 @@ def test_positions_tell_patches_apart_and_are_similar_for_neighbors():
     assert center[2, 2] == pytest.approx(center[1, 3].item(), abs=1e-6)
 
     assert models.sincos_positions(2, 3, 7).shape == (6, 7)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("old", "new"), [((4, 4), (3, 5)), ((3, 5), (6, 10)), ((6, 10), (5, 3)), ((3, 5), (5, 3))]
+)
+def test_positions_are_resampled_as_timm_does(old, new, num_prefix):
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randn(1, num_prefix + old[0] * old[1], 6, generator=generator)
+    ours = models.resample_positions(positions, old, new, num_prefix)
+    theirs = timm.layers.resample_abs_pos_embed(positions, list(new), list(old), num_prefix)
+    assert ours.shape == (1, num_prefix + new[0] * new[1], 6)
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(ours[:, :num_prefix], positions[:, :num_prefix])
+
+
+def test_resampled_positions_keep_rows_apart_from_columns():
+    rows, columns = torch.meshgrid(torch.arange(3.0), torch.arange(5.0), indexing="ij")
+    positions = torch.stack([rows, columns], -1).view(1, 15, 2)  # [1, N, (row, column)]
+    new = models.resample_positions(positions, (3, 5), (9, 20), 0).view(9, 20, 2)
+    assert torch.allclose(new[..., 0], new[:, :1, 0]), "the row must not depend on the column"
+    assert torch.allclose(new[..., 1], new[:1, :, 1]), "the column must not depend on the row"
+    assert new[0, 0, 0] < 0.5 < 1.5 < new[-1, 0, 0]
+    assert new[0, 0, 1] < 0.5 < 3.5 < new[0, -1, 1]
+
+    half = positions.bfloat16()
+    assert models.resample_positions(half, (3, 5), (3, 5), 0) is half
+    assert models.resample_positions(half, (3, 5), (4, 4), 0).dtype == torch.bfloat16
+
+
+def test_positions_of_another_grid_are_refused():
+    with pytest.raises(ValueError, match=r"\[1, 16, 8\].*1 prefix tokens.*4x5.*\[1, 21, E\]"):
+        models.resample_positions(torch.zeros(1, 16, 8), (4, 5), (2, 2), 1)
 
 
 @pytest.mark.parametrize("pool", models.POOLS)

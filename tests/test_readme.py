@@ -13,6 +13,7 @@ from parsers import parser_of
 
 import masks
 import utils
+from patterns import offsets
 from report import comparison, overview, results, table
 from training.command_line import parse_args, resolve_settings
 from training.settings import RECIPES, strong_lr
@@ -117,13 +118,12 @@ PYTHON_BLOCKS = [
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
-def test_python_examples_run(block, monkeypatch):
-    """An example that adds to masks.py has its names; what it adds is gone afterwards."""
-    monkeypatch.setattr(masks, "PATTERNS", dict(masks.PATTERNS))
-    namespace = {name: getattr(masks, name) for name in ("PATTERNS", "Pattern", "by_offset")}
-    exec(block, namespace)
-    for name, pattern in masks.PATTERNS.items():
-        mask = masks._generate_2d_mask(pattern, 2, 12, 13)
+def test_python_examples_run(block):
+    """An example that adds to PATTERNS has its names; what it adds is gone afterwards."""
+    patterns = dict(masks.PATTERNS)
+    exec(block, {"PATTERNS": patterns, "Pattern": masks.Pattern})
+    for name, pattern in patterns.items():
+        mask = offsets.neighborhoods(pattern.offsets, 2, 12, 13)
         assert mask[6 * 13 + 6].sum() == pattern.num_neighbors(2), name
 
 
@@ -211,6 +211,14 @@ def test_the_table_of_flags_is_what_the_script_makes_of_the_parser(monkeypatch):
     assert flags.tables_in(TRAINING) == made, "run `python docs/flags.py`"
 
 
+def test_the_table_of_all_patterns_is_what_the_script_makes_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(utils.REPOSITORY / "docs")
+    flags = importlib.import_module("flags")
+    page = flags.PATTERNS_PAGE.read_text(encoding="utf-8")
+    written = page.split(flags.PATTERNS_START)[1].split(flags.PATTERNS_END)[0].strip()
+    assert written == flags.make_pattern_table(), "run `python docs/flags.py`"
+
+
 def test_the_table_of_flags_names_every_flag_once():
     table = TRAINING.split("<!-- flags")[1].split("<!-- end")[0]
     named = re.findall(r"`(--\w+)`", "".join(re.findall(r"^\| (`--[^|]*) \|", table, flags=re.M)))
@@ -231,7 +239,7 @@ def test_the_defaults_of_the_sweep_are_those_of_its_parser(text, header):
         if default.startswith("`"):
             assert str(given) == default.strip("`"), name
         else:
-            assert given in (None, False, [], list(masks.MASK_TYPES)), name
+            assert given in (None, False, [], [()], list(masks.STUDIED)), name
 
 
 def test_every_flag_of_the_sweep_has_a_row():

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from training.muon import Muon
 from training.settings import OptimizationSettings
 
 OPTIMIZERS = ("adamw", "muon")
-NOT_DECAYED = ("cls_token", "pos_embed")  # vectors (norms and biases) do not decay either
+NOT_DECAYED = (
+    "cls_token",
+    "reg_token",
+    "pos_embed",
+)  # vectors (norms and biases) do not decay either
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -29,9 +34,8 @@ def build_optimizers(
     Frozen parameters are left out. With `layer_decay`, layers farther from the head have smaller
     learning rates, see `layer_of`; the first group of the first optimizer has that of the head.
 
-    Muon (Jordan et al. 2024) orthogonalizes the update of a matrix. Its update is scaled here to
-    the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so that
-    both share one learning rate and weight decay.
+    Muon (Jordan et al. 2024) orthogonalizes the update of a matrix. Both share one learning rate
+    and weight decay.
     """
     parameters = {  # in a fixed order: states are saved by position
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -55,13 +59,8 @@ def build_optimizers(
     optimizers = [torch.optim.AdamW(groups, lr=settings.lr, fused=True)]
 
     if by_muon:
-        muon = torch.optim.Muon(
-            groups_by_layer(by_muon, depth, settings, settings.weight_decay),
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        optimizers.append(muon)
+        groups = groups_by_layer(by_muon, depth, settings, settings.weight_decay)
+        optimizers.append(Muon(groups, settings.lr, settings.weight_decay))
     return optimizers
 
 

@@ -47,8 +47,10 @@ def read_to_resume(folder: Path) -> RunRecord | None:
     """The run to resume, or None if there is none yet. Raises UserError for an older format."""
     record = RunRecord.read(folder, formats=(FORMAT,))
     if record is not None:
-        needed = {"attention": {"backend": str, "backend_reason": str}}
-        utils.check_sections(folder / utils.CONFIG, record.config, needed)
+        needed = {"backend": str, "backend_reason": str}
+        path, about = folder / utils.CONFIG, record.config["attention"]
+        for mask in about.get("masks") or [about]:
+            utils.check_sections(path, {"attention": mask}, {"attention": needed})
     return record
 
 
@@ -163,9 +165,16 @@ def make_config(
 
     found = record.config
     refuse_other_data(record.folder, found["data"], data)
-    config["attention"]["backend_seconds"] = found["attention"].get("backend_seconds")
+    _keep_timings(config["attention"], found["attention"])
     earlier = found["resumed"] if isinstance(found.get("resumed"), list) else []
     return config | {"provenance": found["provenance"], "resumed": [*earlier, provenance]}
+
+
+def _keep_timings(about: dict, found: dict) -> None:
+    """What the choice of a backend was based on, which is not measured again."""
+    pairs = zip(about.get("masks", [about]), found.get("masks", [found]), strict=True)
+    for mask, mask_found in pairs:
+        mask["backend_seconds"] = mask_found.get("backend_seconds")
 
 
 def summarize(history: list[dict], config: dict) -> dict:

@@ -31,8 +31,15 @@ REQUIRED = {
 }
 OPTIONAL = {
     "settings": {
+        "dilation": int,
+        "edge": str,
+        "mask_seed": int,
+        "mask_file": str,
+        "mask_hash": str,
+        "global_layers": str,
+        "num_registers": int,
         "model": str,
-        "img_size": int,
+        "img_size": (int, str),
         "patch_size": int,
         "pool": str,
         "grad_accumulation": int,
@@ -44,6 +51,7 @@ OPTIONAL = {
         "attention_share_of_flops": float,
         "backend": str,
         "backend_reason": str,
+        "masks": list,
     },
     "provenance": {"device": str, "git_commit": str, "versions": dict},
 }
