@@ -189,7 +189,7 @@ def test_all_mask_types_in_one_picture(tmp_path):
     assert per_line < len(by_type) < 2 * per_line, "two blocks of three lines"
     firsts = [*figure.axes[:per_line], *figure.axes[3 * per_line :][: len(by_type) - per_line]]
     assert [axes.get_title() for axes in firsts] == list(by_type)
-    counts = [f"{n} neighbors" for n in (24, 5, 9, 5, 5, 9, 5, 9, 3, 9)]
+    counts = [f"{n} neighbors" for n in (24, 5, 9, 5, 5, 9, 5, 9, 9, 9)]
     assert [axes.get_xlabel() for axes in firsts] == counts
 
     figures.save_as(figure, tmp_path / "masks.v2")
