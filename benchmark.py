@@ -4,6 +4,7 @@
     python benchmark.py --level model      # whole models
     python benchmark.py --level pipeline   # the data pipeline, compared with PIL and a DataLoader
     python benchmark.py --level training   # training, compared with the bare model and timm
+    python benchmark.py --level interop    # timm's ViT at a high resolution, full and localized
     python benchmark.py --quick            # under a minute
     python benchmark.py --plot FILE.json   # redraw the plots of an earlier measurement
 
@@ -27,13 +28,14 @@ from tqdm import tqdm
 import masks
 import models
 import utils
-from benchmarks import charts, pipeline, training
+from benchmarks import charts, interop, pipeline, training
 from benchmarks.candidates import (
     BACKENDS,
     DTYPES,
     Candidate,
     attention_candidates,
     model_candidates,
+    shapes_on,
     usable_backends,
 )
 from benchmarks.memory import PEAK_MEMORY_IS, peak_memory_of
@@ -42,13 +44,15 @@ from runtime import hardware
 from utils import UserError, json_list, number_type
 
 FORMAT = 1
+COMPILE = training.COMPILE_MODES
 DESCRIPTIONS = {  # by --level
     "attention": "Time attention patterns and backends, forward and backward.",
     "model": "Time whole models by attention pattern and backend, forward and backward.",
     "pipeline": "Images/s of the data pipeline, compared with PIL, torchvision and a DataLoader.",
     "training": "Images/s of training end to end, compared with the bare model and a typical loop.",
+    "interop": "Time timm's ViT at a high resolution, as it is and with local attention.",
 }
-OTHER_LEVELS = {"pipeline": pipeline, "training": training}
+OTHER_LEVELS = {"pipeline": pipeline, "training": training, "interop": interop}
 
 # Largest allowed error against float64, for values around 1: a few units in the last place, which
 # add up in long sums.
@@ -109,7 +113,7 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
     patterns.add_argument(
         "--mask_types",
         type=json_list(str, masks.MASK_TYPES[1:]),
-        default=list(masks.MASK_TYPES[1:]),
+        default=list(masks.STUDIED[1:]),
         metavar="JSON",
         help="attention patterns",
     )
@@ -123,7 +127,7 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
     patterns.add_argument(
         "--backends",
         type=json_list(str, BACKENDS),
-        default=["dense", "native", "diagonal", "flex", "local-attention", "natten"],
+        default=[name for name in BACKENDS if name not in ("auto", "uncompiled")],
         metavar="JSON",
         help="what to compare with full attention; those that cannot run here are left out",
     )
@@ -132,9 +136,9 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
     sizes.add_argument(
         "--grids",
         type=json_list(int),
-        default=[14, 28, 56, 112],
         metavar="JSON",
-        help="sides of the patch grids, in patches",
+        help="sides of the patch grids, in patches (default: 14, 28, 56, 112; on CUDA 14, 28, 64, "
+        "128)",
     )
     sizes.add_argument(
         "--class_token",
@@ -160,7 +164,15 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
         "--model", choices=models.PRESETS, default="vit_tiny", help="size preset for --level model"
     )
     sizes.add_argument("--depth", type=positive, help="blocks of the model (default: by preset)")
-    sizes.add_argument("--dtype", choices=DTYPES, default="fp32", help="data type of q, k and v")
+    sizes.add_argument(
+        "--dtype", choices=DTYPES, help="data type of q, k and v (default: fp32; on CUDA bf16)"
+    )
+    sizes.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="off",
+        help="torch.compile mode of whole models, as in main.py",
+    )
 
     protocol = parser.add_argument_group("measuring")
     protocol.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
@@ -176,6 +188,13 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
 
 
 def check_arguments(parser: utils.ArgumentParser, args) -> None:
+    """Fill in what depends on the device; refuse what doesn't go together."""
+    device = hardware.pick_device(args.device)
+    args.grids = args.grids or list(shapes_on(device))
+    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    if args.compile != "off" and args.level != "model":
+        parser.error(f"argument --compile: for --level model, got --level {args.level}")
+
     largest = max(args.grids)
     if largest**2 > masks.MAX_PATCHES:
         limit = math.isqrt(masks.MAX_PATCHES)
@@ -244,7 +263,8 @@ def measure_candidates(
             "grid": grid,
             "num_patches": grid * grid,
             "num_sequences": candidate.num_sequences,
-            **vars(candidate.mask),  # mask_type, expansion_step
+            "mask_type": candidate.mask.mask_type,
+            "expansion_step": candidate.mask.expansion_step,
             "num_neighbors_mean": candidate.num_neighbors_mean,
             "backend": candidate.backend,
             "milliseconds": quartiles(1e3 * seconds[:, index]),

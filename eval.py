@@ -9,6 +9,7 @@ python eval.py --checkpoint experiments/pets/full/seed_0/last.pt --predict photo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,13 +17,15 @@ from pathlib import Path
 import torch
 
 import attention
-import masks
 import utils
 from analysis import comparison, prediction, summary
 from analysis.trained_model import SPLITS, TrainedModel
+from interop import export
 from pipeline import sizes
 from runtime import distributed, hardware
+from training.checkpoints import load_checkpoint, rebuild_model
 from training.evaluation import evaluate
+from training.settings import Settings
 from utils import UsageError
 
 OF_ANALYZE = ("limit", "images", "patch")  # flags that need --analyze
@@ -70,8 +73,12 @@ def add_what(parser: argparse.ArgumentParser) -> None:
         "with --analyze: row x column of the patch whose receptive field and maps to show "
         "(default: the center, and maps of the class token if there is one)"
     )
-    add("--patch", type=masks.parse_pair, metavar="RxC", help=patch_help)
+    add("--patch", type=utils.parse_pair, metavar="RxC", help=patch_help)
 
+    export_help = (
+        "write the model for others: .safetensors (timm), .onnx (ONNX Runtime), .pt2 (torch.export)"
+    )
+    add("--export", type=Path, metavar="FILE", help=export_help)
     predict_help = (
         "classes of these images, and of those in and below these folders, as a CSV and a picture; "
         "needs no other data"
@@ -150,6 +157,10 @@ def check_flags(args) -> None:
     """Raise UsageError for flags that do not go together."""
     if args.analyze and args.compare:
         raise UsageError("--analyze looks at one --checkpoint; leave out --compare")
+    if args.export:
+        export.check_suffix(args.export)
+        if args.analyze or args.compare:
+            raise UsageError("--export writes one --checkpoint; leave out --analyze and --compare")
     given = [name for name in OF_ANALYZE if getattr(args, name) is not None]
     if given and not args.analyze:
         raise UsageError(f"--{given[0]} needs --analyze")
@@ -183,6 +194,8 @@ def main(argv=None) -> int:
 
     if args.compare:
         return run_comparison(args, device, provenance)
+    if args.export:
+        return run_export(args)
     if args.predict:
         return run_prediction(args, device)
     trained = load(args.checkpoint, args, device)
@@ -216,6 +229,14 @@ def run_evaluation(trained: TrainedModel, args, provenance: dict) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     utils.write_text(output, format_json(report))
     print(f"{describe(report)}\nwrote {output}")
+    return 0
+
+
+def run_export(args) -> int:
+    state = load_checkpoint(args.checkpoint)
+    model = rebuild_model(state, backend="dense")
+    mask = dataclasses.asdict(Settings.from_dict(state["settings"]).mask)
+    print("\n".join(export.write(args.export, model, state["data"], mask)))
     return 0
 
 

@@ -63,6 +63,9 @@ class TrainedModel:
                 "--split test or train"
             )
 
+        precision = hardware.resolve_precision(precision or settings.machine.precision, device)
+        hardware.set_precision(precision)
+
         misplaced = [name for name in ("labels", "split_folder") if (elsewhere or {}).get(name)]
         if misplaced and settings.data.dataset != identity.IMAGE_FOLDER:
             raise UsageError(
@@ -89,7 +92,7 @@ class TrainedModel:
             is_as_trained=is_as_trained,
             split_name=split_name,
             device=device,
-            precision=hardware.resolve_precision(precision or settings.machine.precision, device),
+            precision=precision,
             trained_size=trained_size,
         )
 
@@ -135,8 +138,8 @@ class TrainedModel:
     def describe_run(self) -> dict:
         """What was trained, for JSON."""
         return {
-            "mask_type": self.settings.mask.mask_type,
-            "expansion_step": self.settings.mask.expansion_step,
+            **self.settings.mask.spec.to_settings(),
+            "num_registers": self.model.config["num_registers"],
             "mask_label": self.settings.mask.spec.label,
             "pool": self.model.config["pool"],
             "run_name": self.settings.run.run_name,
@@ -154,7 +157,7 @@ def load_model(
     state = load_checkpoint(checkpoint)
     with utils.usage_errors():
         model = rebuild_model(state, backend, img_size).to(device)
-        model.compiled_mask.check_device(device)
+        model.layer_masks.check_device(device)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(
             f"{checkpoint} holds weights that are not finite, so it cannot be evaluated; train it "
@@ -179,7 +182,7 @@ def describe_resizing(state: dict, model: VisionTransformer) -> str:
 
     done = f"positions interpolated from the {by(grid_of(trained))} grid to {by(model.grid)}"
     spec = Settings.from_dict(state["settings"]).mask.spec
-    if model.compiled_mask.mask is not None:
+    if any(compiled.mask is not None for compiled in model.layer_masks.different):
         done += f", the mask {spec.label} rebuilt for it"
     return f"{sizes}: {done}"
 

@@ -278,9 +278,11 @@ def _run(function: Callable, qkv: Tensor, *arguments):
     *_, offsets, num_global = arguments
     configuration = (tuple(offsets), num_global, qkv.shape, qkv.dtype, qkv.device)
     kernel = _KERNELS.get((function, configuration))
-    if kernel is None:
-        return _run_first(function, configuration, *arguments)
-    return kernel(*arguments)
+    # Compiled code is compiled again under another autocast or grad mode.
+    with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
+        if kernel is None:
+            return _run_first(function, configuration, *arguments)
+        return kernel(*arguments)
 
 
 def _run_first(function: Callable, configuration: tuple, *arguments):
@@ -356,9 +358,12 @@ def _(grad, qkv, out, p, global_p, offsets, num_global):
 def _save_for_backward(ctx, inputs, output) -> None:
     qkv, _, ctx.offsets, ctx.num_global = inputs
     ctx.save_for_backward(qkv, *output)
+    ctx.set_materialize_grads(False)  # nobody differentiates the probabilities
 
 
 def _differentiate(ctx, grad, grad_p, grad_global_p):
+    if grad is None:  # nobody used the output
+        return 4 * (None,)
     grad_qkv = _attend_backward(grad, *ctx.saved_tensors, ctx.offsets, ctx.num_global)
     return grad_qkv, None, None, None
 

@@ -108,12 +108,12 @@ def differences(found: dict, data: dict) -> list[str]:
     return differing
 
 
-def refuse_other(folder: Path, what: str, differing: list[str]) -> None:
+def refuse_other(folder: Path, what: str, differing: list[str], hint: str = "") -> None:
     """Raise UsageError if the folder's run has other `what` (settings, data) than asked for."""
     if differing:
         raise UsageError(
             f"{folder} holds a run with other {what}: {'; '.join(differing)}. Choose another "
-            "--dataset_name, --run_name or --output_dir, or remove the folder"
+            f"--dataset_name, --run_name or --output_dir, or remove the folder{hint}"
         )
 
 

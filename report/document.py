@@ -147,6 +147,10 @@ def reading_notes(rows: list[Row]) -> list[str]:
             "to it. That links all patches within two layers and blurs the comparison. "
             "`--pool mean` has no class token and is the strict version."
         )
+    if any(row.num_registers for row in rows):
+        notes.append(
+            "Registers are global tokens too. Runs are compared with full attention with as many."
+        )
 
     attention = rows[0].runs[0].config["attention"]
     share = attention.get("attention_share_of_flops")

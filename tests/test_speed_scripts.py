@@ -4,7 +4,8 @@ import pytest
 
 import benchmark
 import utils
-from benchmarks import pipeline, training
+from benchmarks import interop, pipeline, training
+from interop import localize
 
 
 def test_training_benchmark_relates_each_loop_to_the_others(tmp_path):
@@ -27,6 +28,58 @@ def test_without_timm_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(utils.UserError, match=r"pip install -r requirements-dev\.txt"):
         benchmark.main(["--level", "training", "--output", str(tmp_path / "training.json")])
+
+
+def test_interop_benchmark_times_both_models(tmp_path, capsys):
+    output = tmp_path / "interop.json"
+    options = "--level interop --device cpu --model vit_tiny_patch16_224 --img_size 64 --rounds 3"
+    options += " --expansion_step 1"
+    assert benchmark.main([*options.split(), "--output", str(output)]) == 0
+
+    report = utils.read_json(output)
+    assert (report["num_tokens"], report["num_neighbors_mean"]) == (17, 100 / 16)
+    assert report["largest_error"] < 1e-4
+    rows = {(row["model"], row["pass"]): row for row in report["rows"]}
+    assert len(rows) == 4
+    for one_pass in interop.PASSES:
+        assert rows["full", one_pass]["speedup"] == {"q1": 1, "median": 1, "q3": 1}
+        assert rows["localized", one_pass]["milliseconds"]["median"] > 0
+    forward, both = (rows["full", one_pass]["milliseconds"] for one_pass in interop.PASSES)
+    assert both["median"] > forward["median"]
+
+    # Per layer: 2 * 12 * 192**2 for each token, and 4 * 192 for each pair of tokens. Before and
+    # after: the patches of 768 values, and the head of 1,000 classes.
+    pairs = 100 + 2 * 16 + 1
+    others = 12 * 17 * 24 * 192**2 + 2 * 16 * 768 * 192 + 2 * 1000 * 192
+    flops = [others + 12 * 4 * 192 * number for number in (17**2, pairs)]
+    assert report["ceiling"] == pytest.approx(flops[0] / flops[1])
+    assert "arithmetic alone allows 1.0" in capsys.readouterr().out
+
+
+def test_interop_benchmark_refuses_what_it_cannot_time(tmp_path, run_script, monkeypatch):
+    def run(*options):
+        output = ["--output", str(tmp_path / "interop.json")]
+        return run_script(
+            benchmark.main, "--level", "interop", "--device", "cpu", *options, *output
+        )
+
+    code, _, err = run("--model", "no_such_model")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "timm cannot build 'no_such_model' for 896 px" in err
+    code, _, err = run("--model", "swin_tiny_patch4_window7_224", "--img_size", "64")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "localize knows VisionTransformer and Eva, not SwinTransformer" in err
+
+    tiny = ("--model", "vit_tiny_patch16_224", "--img_size", "32")
+    monkeypatch.setattr(interop, "localize", lambda model, spec: wrong(localize(model, spec)))
+    code, _, err = run(*tiny)
+    assert code == 1
+    assert "is off by" in err
+
+
+def wrong(model):
+    model.head.weight.data.mul_(1.1)
+    return model
 
 
 def test_pipeline_benchmark_compares_like_with_like(tmp_path, monkeypatch, capsys):

@@ -139,7 +139,7 @@ def rebuild_model(
     config = state["model_config"]
     trained_grid = grid_of(config)
     config = config | {"img_size": tuple(img_size or config["img_size"])}
-    mask = Settings.from_dict(state["settings"]).mask.spec.build(*grid_of(config))
+    mask = _masks_of(state, *grid_of(config), config["depth"])
     model = models.VisionTransformer(**config, attention_mask=mask, backend=backend)
 
     weights = state.get("average") or state["model"]
@@ -156,6 +156,14 @@ def grid_of(config: dict) -> tuple[int, int]:
     """Rows and columns of patches, at least 1, so that the model reports what is too small."""
     height, width = (max(side // config["patch_size"], 1) for side in config["img_size"])
     return height, width
+
+
+def _masks_of(state: dict, height: int, width: int, depth: int) -> list[torch.Tensor | None]:
+    """The mask of each layer: what the checkpoint holds of a file, or else built anew."""
+    spec = Settings.from_dict(state["settings"]).mask.spec
+    if state.get("mask") is None:
+        return spec.build_layers(height, width, depth)
+    return [None if layer in spec.global_layers else state["mask"] for layer in range(depth)]
 
 
 # --------------------------------------------------------------------------------------------------
