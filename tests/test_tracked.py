@@ -28,7 +28,8 @@ WRITTEN = {
         "label.txt",
         "rows.jsonl",
     ),
-    *("eval_test.json", "tracking.json"),
+    *("eval_test.json", "eval_test_384x384.json", "tracking.json"),
+    *("predictions.csv", "predictions.png"),
 }
 # The user's own folders, and those that a run or an installation makes.
 OF_THE_USER = {
