@@ -1,6 +1,7 @@
 # make demo          run the whole comparison on a small dataset that needs no download, and plot it
 # make test          lint, then run all tests
 # make test-lowest   run all tests with the lowest allowed versions (Python 3.10 to 3.12)
+# make figures       rebuild every picture and table of README and docs from the committed logs
 # make faults        kill runs, fill disks, damage files, try random command lines: ~16 minutes
 # make lint          check code and formatting with ruff
 # make format        let ruff fix and format
@@ -14,7 +15,7 @@ BIN = $(VENV)/bin
 DEMO_DIR = experiments/demo
 LOWEST = .venv-lowest
 
-.PHONY: demo test test-lowest faults lint format clean
+.PHONY: demo test test-lowest figures faults lint format clean
 
 # One run at a time and the speed of attention on its own, so that no figure of speed is disturbed.
 demo: $(VENV)/installed
@@ -28,6 +29,17 @@ test: $(VENV)/installed-dev lint
 
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python -m pytest
+
+# Reports of other levels than attention and model have no pictures.
+figures: $(VENV)/installed
+	$(BIN)/python masks.py --expansion_step 2 --grid 14x14 --picture docs/masks.png
+	set -e; for report in experiments/benchmark/attention_*.json experiments/benchmark/model_*.json; do \
+		$(BIN)/python benchmark.py --plot $$report; done
+	set -e; for results in experiments/logs/*/results.md; do \
+		$(BIN)/python plot_result.py --results_path $$(dirname $$results); done
+	$(BIN)/python experiments/overview.py
+	$(BIN)/python docs/speed_tables.py
+	$(BIN)/python docs/result_tables.py
 
 faults: $(VENV)/installed-dev
 	FAULTS=long $(BIN)/python -m pytest tests/faults

@@ -35,6 +35,7 @@ from benchmarks.candidates import (
     Candidate,
     attention_candidates,
     model_candidates,
+    shapes_on,
     usable_backends,
 )
 from benchmarks.memory import PEAK_MEMORY_IS, peak_memory_of
@@ -43,6 +44,7 @@ from runtime import hardware
 from utils import UserError, json_list, number_type
 
 FORMAT = 1
+COMPILE = training.COMPILE_MODES
 DESCRIPTIONS = {  # by --level
     "attention": "Time attention patterns and backends, forward and backward.",
     "model": "Time whole models by attention pattern and backend, forward and backward.",
@@ -125,7 +127,7 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
     patterns.add_argument(
         "--backends",
         type=json_list(str, BACKENDS),
-        default=["dense", "native", "diagonal", "flex", "local-attention", "natten"],
+        default=[name for name in BACKENDS if name not in ("auto", "uncompiled")],
         metavar="JSON",
         help="what to compare with full attention; those that cannot run here are left out",
     )
@@ -134,9 +136,9 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
     sizes.add_argument(
         "--grids",
         type=json_list(int),
-        default=[14, 28, 56, 112],
         metavar="JSON",
-        help="sides of the patch grids, in patches",
+        help="sides of the patch grids, in patches (default: 14, 28, 56, 112; on CUDA 14, 28, 64, "
+        "128)",
     )
     sizes.add_argument(
         "--class_token",
@@ -162,7 +164,15 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
         "--model", choices=models.PRESETS, default="vit_tiny", help="size preset for --level model"
     )
     sizes.add_argument("--depth", type=positive, help="blocks of the model (default: by preset)")
-    sizes.add_argument("--dtype", choices=DTYPES, default="fp32", help="data type of q, k and v")
+    sizes.add_argument(
+        "--dtype", choices=DTYPES, help="data type of q, k and v (default: fp32; on CUDA bf16)"
+    )
+    sizes.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="off",
+        help="torch.compile mode of whole models, as in main.py",
+    )
 
     protocol = parser.add_argument_group("measuring")
     protocol.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
@@ -178,6 +188,13 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
 
 
 def check_arguments(parser: utils.ArgumentParser, args) -> None:
+    """Fill in what depends on the device; refuse what doesn't go together."""
+    device = hardware.pick_device(args.device)
+    args.grids = args.grids or list(shapes_on(device))
+    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    if args.compile != "off" and args.level != "model":
+        parser.error(f"argument --compile: for --level model, got --level {args.level}")
+
     largest = max(args.grids)
     if largest**2 > masks.MAX_PATCHES:
         limit = math.isqrt(masks.MAX_PATCHES)

@@ -10,6 +10,8 @@ Legend for shapes:
 
 from __future__ import annotations
 
+import types
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,6 +100,8 @@ class VisionTransformer(nn.Module):
         }
         # Save memory: recompute each block's activations in the backward instead of keeping them.
         self.checkpoint_activations = False
+        self.run_block = run_block  # or compiled, see compile_blocks
+        self.replays_graphs = False
 
         # One compiled mask, shared by all blocks.
         num_global_tokens = 1 if pool == "cls" else 0
@@ -145,7 +149,22 @@ class VisionTransformer(nn.Module):
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    def compile_blocks(self, mode: str) -> None:
+        """Compile the blocks with torch.compile, in the mode "default" or "reduce-overhead".
+
+        The blocks are alike and share one compiled function, so there is one block to compile
+        instead of `depth`. Each has its own backward, so that in a parallel run its gradients are
+        on their way while those of earlier blocks are being computed.
+        """
+        # Dynamo limits recompilations per code object, so each model gets its own.
+        own = types.FunctionType(run_block.__code__.replace(), globals(), run_block.__name__)
+        self.run_block = torch.compile(own, mode=mode, dynamic=False)
+        self.replays_graphs = mode == "reduce-overhead"
+
     def forward(self, images: Tensor) -> Tensor:
+        if self.replays_graphs:  # the results of the step before may be overwritten now
+            torch.compiler.cudagraph_mark_step_begin()
+
         x = self.patch_embed(images)  # [B, N, E]
         if self.cls_token is not None:
             cls_token = self.cls_token.expand(len(x), -1, -1)  # [B, 1, E]
@@ -155,27 +174,38 @@ class VisionTransformer(nn.Module):
         # Once for all blocks, which then call `attention.attend_checked`.
         self.compiled_mask.check(x.shape[1], x.device)
 
+        recomputes = self.checkpoint_activations and self.training
         for block in self.blocks:
-            if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, self.compiled_mask, use_reentrant=False)
-            else:
-                x = block(x, self.compiled_mask)
+            x = self.run_block(block, x, self.compiled_mask, recomputes)
 
         x = self.norm(x)
         x = x.mean(dim=1) if self.cls_token is None else x[:, 0]  # [B, E]
         return self.head(x)  # [B, num_classes]
 
 
+def run_block(block: Block, x: Tensor, compiled: CompiledMask, recomputes: bool) -> Tensor:
+    """[B, T, E] -> [B, T, E]; `recomputes` activations in the backward instead of keeping them."""
+    if recomputes:
+        return checkpoint(block, x, compiled, use_reentrant=False)
+    return block(x, compiled)
+
+
 class PatchEmbedding(nn.Module):
-    """[B, C, height, width] -> [B, N, E]: one linear map of each patch, in row-major order."""
+    """[B, C, height, width] -> [B, N, E]: one linear map of each patch, in row-major order.
+
+    The weights are those of a convolution, as in other ViTs, but patches do not overlap: cutting
+    them out and one matrix product do the same, without cuDNN's changes of layout.
+    """
 
     def __init__(self, patch_size: int, in_channels: int, embed_dim: int):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.proj(images)  # [B, E, grid height, grid width]
-        return x.flatten(2).transpose(1, 2)  # [B, N, E]
+        side = self.proj.kernel_size[0]  # P
+        x = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, C, rows, P, columns, P]
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, C * P * P]
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # [B, N, E]
 
 
 class Attention(nn.Module):
@@ -224,7 +254,7 @@ class Block(nn.Module):
         self.attn = Attention(embed_dim, num_heads, dropout)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), dropout)
-        self.drop_path = stochastic_depth(drop_path) if drop_path else nn.Identity()
+        self.drop_path = StochasticDepth(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, compiled: CompiledMask) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), compiled))
@@ -232,11 +262,22 @@ class Block(nn.Module):
         return x
 
 
-def stochastic_depth(probability: float) -> nn.Module:
-    """Skip a branch with this probability, drawn per image."""
-    from torchvision.ops import StochasticDepth  # deferred: takes a second to import
+class StochasticDepth(nn.Module):
+    """Skip a branch with a probability, drawn per image: [B, T, E] -> [B, T, E].
 
-    return StochasticDepth(probability, mode="row")
+    torchvision has the same with the probability as a number, which is part of what is compiled:
+    each block would be compiled for itself.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.register_buffer("survival", torch.tensor(1 - probability), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        survives = torch.bernoulli(self.survival.expand(len(x)))  # [B], 0 or 1
+        return x * (survives / self.survival).to(x.dtype)[:, None, None]
 
 
 def sincos_positions(height: int, width: int, embed_dim: int) -> Tensor:

@@ -67,6 +67,9 @@ class TrainedModel:
         with utils.usage_errors():
             model.compiled_mask.check_device(device)
 
+        precision = hardware.resolve_precision(precision or settings.machine.precision, device)
+        hardware.set_precision(precision)
+
         request = image_request(settings, state["model_config"]["img_size"], split_name, data_dir)
         if earlier is not None and earlier.request == request:
             dataset = dataclasses.replace(earlier.dataset)
@@ -86,7 +89,7 @@ class TrainedModel:
             is_as_trained=is_as_trained,
             split_name=split_name,
             device=device,
-            precision=hardware.resolve_precision(precision or settings.machine.precision, device),
+            precision=precision,
         )
 
     @property

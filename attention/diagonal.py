@@ -278,9 +278,11 @@ def _run(function: Callable, qkv: Tensor, *arguments):
     *_, offsets, num_global = arguments
     configuration = (tuple(offsets), num_global, qkv.shape, qkv.dtype, qkv.device)
     kernel = _KERNELS.get((function, configuration))
-    if kernel is None:
-        return _run_first(function, configuration, *arguments)
-    return kernel(*arguments)
+    # Compiled code is compiled again under another autocast or grad mode.
+    with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
+        if kernel is None:
+            return _run_first(function, configuration, *arguments)
+        return kernel(*arguments)
 
 
 def _run_first(function: Callable, configuration: tuple, *arguments):

@@ -22,14 +22,16 @@ from runtime import hardware
 
 FULL = "full SDPA"
 WITHOUT = "no attention"
-BACKENDS = (
-    *("auto", "dense", "native", "diagonal", "uncompiled"),
-    *("flex", "local-attention", "natten"),
-)
+OURS = tuple(name for name in attention.BACKENDS if name not in ("auto", "measure"))
+BACKENDS = ("auto", *OURS, "uncompiled", "local-attention", "natten")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Grid side -> (batch size, heads): about as much as two CPU cores can handle.
-SHAPES = {14: (8, 12), 28: (2, 12), 56: (1, 12), 112: (1, 3)}
+# Device -> grid side -> (batch size, heads): about as much as two CPU cores can handle, and enough
+# to keep a large GPU busy.
+SHAPES = {
+    "cpu": {14: (8, 12), 28: (2, 12), 56: (1, 12), 112: (1, 3)},
+    "cuda": {14: (128, 12), 28: (32, 12), 64: (8, 12), 128: (2, 12)},
+}
 PATCH_SIZE = 4  # of the models; their images have PATCH_SIZE * grid pixels per side
 NUM_CHECKED_ROWS = 32
 
@@ -109,10 +111,15 @@ def masks_of(args) -> list[MaskSpec]:
     ]
 
 
-def shape_of(args, grid: int) -> tuple[int, int]:
+def shapes_on(device: torch.device) -> dict[int, tuple[int, int]]:
+    return SHAPES.get(device.type, SHAPES["cpu"])
+
+
+def shape_of(args, grid: int, device: torch.device) -> tuple[int, int]:
     """(batch size, heads) of a grid: the flags if given, else those of the nearest in SHAPES."""
-    nearest = min(SHAPES, key=lambda known: abs(known - grid))
-    batch_size, num_heads = SHAPES[nearest]
+    shapes = shapes_on(device)
+    nearest = min(shapes, key=lambda known: abs(known - grid))
+    batch_size, num_heads = shapes[nearest]
     return args.batch_size or batch_size, args.num_heads or num_heads
 
 
@@ -127,7 +134,7 @@ def attention_candidates(
 
     All on one packed qkv [B, T, 3, H, D], or with `--separate` on q, k and v, each [B, H, T, D].
     """
-    batch_size, num_heads = shape_of(args, grid)
+    batch_size, num_heads = shape_of(args, grid, device)
     num_global = int(args.class_token)
     num_patches = grid * grid
 
@@ -289,34 +296,54 @@ def natten_peer(mask: Tensor) -> Callable:
 # Checking attention
 
 
-def largest_error(attend: Callable, qkv: Tensor, mask: Tensor | None, num_global: int) -> float:
+def largest_error(
+    attend: Callable,
+    qkv: Tensor,
+    mask: Tensor | None,
+    num_global: int,
+    of_one_image: bool | None = None,
+) -> float:
     """Largest error of outputs and gradients against dense attention in float64.
 
     Only some rows are compared and receive a gradient: a float64 matrix of all rows would be large.
+    With `of_one_image`, the default on CUDA, where batches are large, these are rows of the last
+    image's first and last head.
     """
-    batch_size, num_tokens = qkv.shape[:2]
+    num_tokens = qkv.shape[1]
+    on_cuda = qkv.device.type == "cuda"
+    where = qkv.device if on_cuda else torch.device("cpu")  # Apple's GPUs have no float64
+    images, heads = slice(None), slice(None)
+    if on_cuda if of_one_image is None else of_one_image:
+        images, heads = slice(-1, None), sorted({0, qkv.shape[3] - 1})
+
+    def part(x: Tensor) -> Tensor:
+        """What is compared of [B, T, ..., H, D]."""
+        return x.detach()[images][..., heads, :].to(where, torch.float64)
+
     rows = checked_rows(num_tokens)
     generator = torch.Generator().manual_seed(1)
     grad = torch.zeros_like(qkv[:, :, 0])  # [B, T, H, D]
-    grad_rows = torch.randn(batch_size, len(rows), *qkv.shape[3:], generator=generator)
-    grad[:, rows] = grad_rows.to(grad)
+    part_grad = part(grad)  # [b, T, h, D]
+    part_grad[:, rows] = torch.randn(part_grad[:, rows].shape, generator=generator).to(part_grad)
+    # The rounding of `grad` must not count as an error of what is computed from it.
+    part_grad = part_grad.to(grad.dtype).double()
+    grad[images, :, heads] = part_grad.to(grad)
     out = attend(qkv)
     (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
 
-    # On the CPU, because Apple's GPUs have no float64.
-    exact_qkv = qkv.detach().cpu().double().requires_grad_()
-    q, k, v = exact_qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-    scores = q[:, :, rows] @ k.transpose(-1, -2) / qkv.shape[-1] ** 0.5  # [B, H, rows, T]
+    exact_qkv = part(qkv).requires_grad_()
+    q, k, v = exact_qkv.permute(2, 0, 3, 1, 4)  # each [b, h, T, D]
+    scores = q[:, :, rows] @ k.transpose(-1, -2) / qkv.shape[-1] ** 0.5  # [b, h, rows, T]
     if mask is not None:
         allowed = torch.ones(len(rows), num_tokens, dtype=torch.bool)
         is_patch = rows >= num_global
         allowed[is_patch, num_global:] = mask[rows[is_patch] - num_global]
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    exact = (scores.softmax(-1) @ v).transpose(1, 2)  # [B, rows, H, D]
-    (exact_grad,) = torch.autograd.grad(exact, exact_qkv, grad[:, rows].cpu().double())
+        scores = scores.masked_fill(~allowed.to(where), float("-inf"))
+    exact = (scores.softmax(-1) @ v).transpose(1, 2)  # [b, rows, h, D]
+    (exact_grad,) = torch.autograd.grad(exact, exact_qkv, part_grad[:, rows])
 
-    output_error = (out[:, rows].cpu().double() - exact).abs().max()
-    gradient_error = (grad_qkv.cpu().double() - exact_grad).abs().max()
+    output_error = (part(out)[:, rows] - exact).abs().max()
+    gradient_error = (part(grad_qkv) - exact_grad).abs().max()
     return largest([output_error, gradient_error])
 
 
@@ -342,7 +369,7 @@ def checked_rows(num_tokens: int) -> Tensor:
 
 def model_candidates(args, grid: int, backends: list[str], device: torch.device) -> list[Candidate]:
     """Standard ViTs with a class token: ours, with full attention and each pattern, and timm's."""
-    batch_size, _ = shape_of(args, grid)
+    batch_size, _ = shape_of(args, grid, device)
     img_size = PATCH_SIZE * grid
     config = {"img_size": img_size, "patch_size": PATCH_SIZE, "dropout": 0.0}
     config |= models.PRESETS[args.model]
@@ -358,6 +385,8 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
     def build(mask: Tensor | None, backend: str) -> models.VisionTransformer:
         torch.manual_seed(0)
         model = models.VisionTransformer(**config, attention_mask=mask, backend=backend)
+        if args.compile != "off":
+            model.compile_blocks(args.compile)
         return model.to(device)
 
     def step(model: torch.nn.Module) -> Tensor:
@@ -396,6 +425,8 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
     ]
     if "timm" in backends:
         twin = timm_twin(full).to(device)
+        if args.compile != "off":
+            twin = torch.compile(twin, mode=args.compile, dynamic=False)
         candidates.append(candidate("timm", MaskSpec(), grid * grid, twin, full))
 
     our_backends = [name for name in backends if name in attention.BACKENDS]

@@ -44,6 +44,7 @@ MATRIX_SIZE = {"cuda": 8192}
 SMALL_MATRIX = 2048
 
 PRECISIONS = ("fp32", "bf16")
+COMPILE_MODES = [mode for mode in COMPILE if mode != "auto"]
 
 # Beginnings of the names of loops in the report.
 OURS = "this repository"
@@ -60,12 +61,11 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
         parser.add_argument(flag, default=default, help=help, **options)
 
     side = pipeline.SIDE
-    compile_modes = [mode for mode in COMPILE if mode != "auto"]
     add("--model", "vit_tiny", "size preset", choices=models.PRESETS)
     add("--img_size", side, f"resize {side}x{side} images to this", type=positive, metavar="PX")
     add("--patch_size", 4, "side of a patch", type=positive, metavar="PX")
     add("--batch_size", 128, "images per step", type=positive, metavar="N")
-    add("--compile", "off", "torch.compile mode of our and the bare model", choices=compile_modes)
+    add("--compile", "off", "torch.compile mode of our and the bare model", choices=COMPILE_MODES)
     add("--steps", 4, "steps per epoch", type=positive)
     add("--rounds", 7, "timed rounds", type=at_least_3)
     add("--workers", 2, "processes of the DataLoader", type=not_negative)
@@ -145,7 +145,7 @@ def build_loops(args, device: torch.device) -> dict[str, Callable]:
     for precision in PRECISIONS:
         model = build_ours(args).to(device)
         if args.compile != "off":
-            model = torch.compile(model, mode=args.compile, dynamic=False)
+            model.compile_blocks(args.compile)
         loops[f"{BARE}, {precision}"] = bare_loop(model, batches, precision, device)
 
         for recipe in RECIPES:

@@ -1,5 +1,6 @@
 """The measurements of experiments/gpu.sh that no other script makes.
 
+    gpu.py backends           prints the names of the sparse backends, for gpu.sh
     gpu.py ceilings FOLDER    versions; the rates of a copy and of matrix products
     gpu.py full FOLDER        full attention: torch's choice of kernel, cuDNN, FlashAttention-2
     gpu.py attention FOLDER   masked attention, with one backend after the other
@@ -121,7 +122,7 @@ def copy_rate(rounds: int, device: torch.device) -> dict:
 
 
 def matmul_rate(precision: str, rounds: int, device: torch.device) -> dict:
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    hardware.set_precision(precision)
     product, flops = training.matrix_product("bf16" if precision == "bf16" else "fp32", device)
     return {"flops_per_second": flops / seconds_of_rounds(product, rounds, device)}
 
@@ -149,7 +150,7 @@ def measure_full(rows: Rows, folder: Path, args, device: torch.device) -> None:
 
 def full_row(args, grid: int, device: torch.device) -> dict:
     """With torch's own choice of kernel, whose name belongs to any claim about the speed."""
-    batch_size, num_heads = candidates.shape_of(args, grid)
+    batch_size, num_heads = candidates.shape_of(args, grid, device)
     shape = (batch_size, num_heads, grid * grid, args.head_dim)
     dtype = candidates.DTYPES[args.dtype]
     q = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
@@ -200,7 +201,7 @@ def masked_row(args, grid: int, spec: MaskSpec, backend: str, device: torch.devi
 
 def row_of(args, grid: int, measured: list[candidates.Candidate], device: torch.device) -> dict:
     """The row of the last candidate, checked against the first one and timed in turns with it."""
-    batch_size, num_heads = candidates.shape_of(args, grid)
+    batch_size, num_heads = candidates.shape_of(args, grid, device)
     shape = {
         "dtype": args.dtype,
         "batch_size": batch_size,
@@ -211,11 +212,12 @@ def row_of(args, grid: int, measured: list[candidates.Candidate], device: torch.
 
 
 # --------------------------------------------------------------------------------------------------
-# Training, with the flags of benchmark.py --level training: the loop of main.py in bf16
+# Training, with the flags of benchmark.py --level training: the loop of main.py
 
 
 def measure_training(rows: Rows, folder: Path, args, device: torch.device) -> None:
-    rows.add(f"{args.model} at {args.img_size} px, {args.compile}", training_row, args, device)
+    title = f"{args.model} at {args.img_size} px, {args.compile}, {args.precision}"
+    rows.add(title, training_row, args, device)
 
 
 def training_row(args, device: torch.device) -> dict:
@@ -228,8 +230,8 @@ def training_row(args, device: torch.device) -> dict:
     rate = num_images / statistics.median(seconds)
     flops_per_image = models.count_forward_flops(training.build_ours(args))["total"]
     flops = 3 * flops_per_image * rate  # the backward pass takes twice as many as the forward pass
-    peak = hardware.peak_flops(device, "bf16")
-    matmul_peak = matmul_rate("bf16", args.rounds, device)["flops_per_second"]
+    peak = hardware.peak_flops(device, args.precision)
+    matmul_peak = matmul_rate(args.precision, args.rounds, device)["flops_per_second"]
     return {
         "batch_size": args.batch_size,
         "num_steps": args.steps * args.rounds,
@@ -286,14 +288,20 @@ def build_epoch(args, device: torch.device) -> Callable[[], None]:
     num_images = args.steps * args.batch_size
     shape = (num_images, 3, pipeline.SIDE, pipeline.SIDE)
     pixels = torch.randint(256, shape, dtype=torch.uint8)
-    return training.our_loop(args, pixels, "bf16", ["--recipe", "plain"], device)
+    return training.our_loop(args, pixels, args.precision, ["--recipe", "plain"], device)
 
 
 # --------------------------------------------------------------------------------------------------
 
 
 def training_args(argv: list[str]) -> argparse.Namespace:
-    return benchmark.parse_args(["--level", "training", *argv])
+    """With a flag of its own, `--precision`."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16")
+    own, others = parser.parse_known_args(argv)
+    return argparse.Namespace(
+        **vars(benchmark.parse_args(["--level", "training", *others])), **vars(own)
+    )
 
 
 COMMANDS = {
@@ -307,6 +315,11 @@ COMMANDS = {
 
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["backends"]:
+        names = set(candidates.OURS) - {"native"}  # which is for CPUs
+        # The diagonals last, as compiling them takes the longest.
+        print(json.dumps(sorted(names, key=lambda name: (name == "diagonal", name))))
+        return 0
     if len(argv) < 2 or argv[0] not in COMMANDS:
         raise utils.UsageError(
             f"expected one of {', '.join(COMMANDS)} and a folder, got {' '.join(argv) or 'nothing'}"

@@ -5,11 +5,11 @@ Shapes: b images in the batch, C channels, H x W pixels as stored, h x w as the 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from runtime import hardware
 
 
 def crop_padding(images: Tensor) -> int:
@@ -37,9 +37,14 @@ def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: in
 
 def normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """uint8 [b, C, H, W] -> float32 with zero mean and unit variance."""
-    mean = hardware.to_device(torch.tensor(mean).view(-1, 1, 1), images.device)
-    std = hardware.to_device(torch.tensor(std).view(-1, 1, 1), images.device)
-    return images.float().sub_(255 * mean).div_(255 * std)
+    mean, std = (_on_device(tuple(values), images.device) for values in (mean, std))
+    return images.float().sub_(mean).div_(std)
+
+
+@functools.cache
+def _on_device(of_channels: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers in units of [0, 1], one per channel, in those of uint8: [C, 1, 1], copied once."""
+    return 255 * torch.tensor(of_channels).view(-1, 1, 1).to(device)
 
 
 def resize(images: Tensor, img_size: tuple[int, int]) -> Tensor:

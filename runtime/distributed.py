@@ -63,7 +63,14 @@ except UsageError:  # check_environment reports it; an import should not fail
     RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 
 IS_FIRST = RANK == 0  # the rank that writes and prints
-TIMEOUT = timedelta(minutes=60)  # the first rank may be compiling and measuring backends
+
+# A rank that the others wait for counts as lost after this long: while gradients are exchanged, and
+# otherwise, as the first rank may be compiling and measuring backends.
+TIMEOUT = timedelta(minutes=10)
+PATIENCE = timedelta(minutes=60)
+
+# What the ranks tell each other on their CPUs; the default group exchanges what devices compute.
+_hosts: dist.ProcessGroup | None = None
 
 
 def check_environment() -> None:
@@ -107,11 +114,13 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         yield device
         return
 
+    global _hosts
     on_gpu = device.type == "cuda"
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        _hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield torch.device("cuda", LOCAL_RANK) if on_gpu else device
-        dist.barrier()  # nobody leaves while another rank still talks to it
+        dist.barrier(_hosts)  # nobody leaves while another rank still talks to it
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
@@ -150,6 +159,10 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     devices = [device] if device.type == "cuda" else None
 
+    # The blocks are compiled one by one, so that their gradients are exchanged one by one. Dynamo
+    # would split each block once more, by DDP's buckets.
+    torch._dynamo.config.optimize_ddp = False
+
     # The buffers are masks, which are the same on every rank. The switch has two names, by version.
     parameters = inspect.signature(DistributedDataParallel).parameters
     is_new = "forward_sync_buffers" in parameters
@@ -171,12 +184,35 @@ def sum_over_ranks(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+class Vote:
+    """Whether a flag is set on any rank, known one call later: no rank waits for the slowest one.
+
+    All ranks must call it the same number of times, and start anew with a new one together.
+    """
+
+    def __init__(self):
+        self.earlier: tuple[Tensor, dist.Work] | None = None
+
+    def cast(self, flag: bool) -> bool:
+        """Vote; returns what was voted in the call before. In a single process: the flag."""
+        if WORLD_SIZE == 1:
+            return flag
+        earlier = self.earlier
+        votes = torch.tensor(int(flag))
+        self.earlier = votes, dist.all_reduce(votes, group=_hosts, async_op=True)
+        if earlier is None:
+            return False
+        votes, work = earlier
+        work.wait()
+        return votes.item() > 0
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
     if WORLD_SIZE == 1:
         return flag
     votes = torch.tensor(int(flag))
-    dist.all_reduce(votes)
+    dist.all_reduce(votes, group=_hosts)
     return votes.item() > 0
 
 
@@ -185,7 +221,7 @@ def from_first(value):
     if WORLD_SIZE == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=_hosts, device=torch.device("cpu"))
     return box[0]
 
 
@@ -194,5 +230,5 @@ def from_all(value) -> list:
     if WORLD_SIZE == 1:
         return [value]
     values = [None] * WORLD_SIZE
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_hosts)
     return values

@@ -24,7 +24,7 @@ import utils
 from utils import OutOfMemoryError, UsageError, UserError
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
 
 def pick_device(name: str) -> torch.device:
@@ -101,16 +101,29 @@ def device_errors(grad_accumulation: int) -> Iterator[None]:
 def resolve_precision(precision: str, device: torch.device) -> str:
     """`auto` is bf16 on devices with fast bf16 matrix products, else fp32.
 
-    CUDA devices have them from compute capability 8.0.
+    CUDA devices have them from compute capability 8.0. Raises UsageError for tf32 elsewhere.
     """
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError(
+            f"--precision tf32 is a mode of NVIDIA's GPUs, got device {device.type}; use fp32"
+        )
     if precision != "auto":
         return precision
     has_fast_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return "bf16" if has_fast_bf16 else "fp32"
 
 
+def set_precision(precision: str) -> None:
+    """Have fp32 matrix products of the whole process computed in fp32, or with "tf32" in TF32.
+
+    TF32 rounds their inputs to 10 bits of mantissa, as many as fp16 has, and keeps fp32's range.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    if precision == "fp32":
+    """Matrix products and attention in bf16 if that is the precision; else changes nothing."""
+    if precision != "bf16":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
@@ -131,21 +144,22 @@ PEAK_BF16_FLOPS = {
     "L40S": 362e12,
     "L4": 121e12,
 }
+SHARE_OF_BF16 = {"bf16": 1.0, "tf32": 0.5}
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The most FLOP/s that the device can reach in bf16.
+    """The most FLOP/s that the device can reach in bf16 or tf32.
 
-    None for other precisions, unknown devices, and MIG slices.
+    None for fp32, unknown devices, and MIG slices.
     """
-    if device.type != "cuda" or precision != "bf16":
+    if device.type != "cuda" or precision not in SHARE_OF_BF16:
         return None
     name = torch.cuda.get_device_name(device)
     if re.search(r"\bMIG\b", name):  # only a slice of the card
         return None
     for part, peak in PEAK_BF16_FLOPS.items():
         if re.search(rf"\b{part}\b", name):
-            return peak
+            return SHARE_OF_BF16[precision] * peak
     return None
 
 

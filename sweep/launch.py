@@ -185,9 +185,9 @@ class Pool:
         if "CUDA_VISIBLE_DEVICES" not in os.environ:
             # The numbers are nvidia-smi's. If the user has set them, so is their order.
             environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-        if not slot:
-            # Runs on the CPU share its cores.
-            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
+        # Runs share the cores: each process gets as many threads and compilers as it has cores.
+        for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+            environment.setdefault(name, str(self.threads))
         return environment
 
     def _collect(self) -> None:

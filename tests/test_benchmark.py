@@ -68,6 +68,59 @@ def test_plots_are_redrawn_from_the_json(report, monkeypatch):
     assert (report.parent / "report_memory.png").exists(), "one that fails does not stop the others"
 
 
+@pytest.mark.parametrize("wrong", [(0, 3), (2, 3), (1, 3), (2, 1)])
+def test_on_one_image_and_two_heads_an_error_is_found_there(wrong):
+    """Image 2 of three, heads 0 and 3 of four: what a GPU compares of its larger batches."""
+    mask = masks.build_attention_mask("2d_cardinal", 1, 3, 3)
+    compiled = attention.compile_mask(mask, 1, "dense")
+    qkv = torch.randn(3, 10, 3, 4, 8, requires_grad=True)
+    image, head = wrong
+
+    def attend(qkv, error=0.0):
+        out = attention.attend_packed(qkv, compiled)
+        where = torch.zeros_like(out)
+        where[image, :, head] = error
+        return out + where
+
+    def error_of(function):
+        return candidates.largest_error(function, qkv, mask, 1, of_one_image=True)
+
+    assert error_of(attend) < 1e-5
+    found = error_of(lambda qkv: attend(qkv, 0.5))
+    assert found == pytest.approx(0.5 if wrong == (2, 3) else 0, abs=1e-5)
+
+
+def test_defaults_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(hardware, "pick_device", lambda name: torch.device("cuda"))
+    args = benchmark.parse_args([])
+    assert (args.dtype, args.grids) == ("bf16", [14, 28, 64, 128])
+    assert candidates.shape_of(args, 64, torch.device("cuda")) == (8, 12)
+    args = benchmark.parse_args(["--dtype", "fp32", "--grids", "[7]", "--batch_size", "3"])
+    assert (args.dtype, args.grids) == ("fp32", [7])
+    assert candidates.shape_of(args, 7, torch.device("cuda")) == (3, 12)
+
+
+def test_only_models_are_compiled(run_script):
+    code, _, error = run_script(benchmark.main, "--device", "cpu", "--compile", "default")
+    assert code == utils.EXIT_USAGE
+    assert "--compile: for --level model, got --level attention" in error
+
+
+def test_compiled_models_are_checked_and_timed(monkeypatch):
+    compiled = []
+
+    def compile(function, mode, dynamic):
+        compiled.append(mode)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    args = benchmark.parse_args([*LIGHT, "--level", "model", "--model", "vit_micro"])
+    args.compile = "default"
+    made = candidates.model_candidates(args, 3, ["dense", "timm"], CPU)
+    assert len(compiled) > len(made)  # the references, too
+    assert all(c.check() < 1e-4 for c in made if c.check is not None)
+
+
 def test_class_token_and_peers(tmp_path):
     args = benchmark.parse_args([*LIGHT, "--class_token"])
     made = candidates.attention_candidates(args, 3, ["dense", "uncompiled", "local-attention"], CPU)

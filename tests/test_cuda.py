@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import attention
 import masks
 from models import VisionTransformer
+from runtime import hardware
 
 pytestmark = pytest.mark.cuda
 
@@ -67,15 +68,30 @@ def test_a_compiled_model_trains_like_the_eager_one(backend, mode):
     for compiles in (False, True):
         torch.manual_seed(0)
         model = VisionTransformer(**sizes, dropout=0.0, attention_mask=mask, backend=backend).cuda()
-        forward = torch.compile(model, mode=mode, dynamic=False) if compiles else model
+        if compiles:
+            model.compile_blocks(mode)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
         losses[compiles] = []
         for _ in range(4):
-            torch.compiler.cudagraph_mark_step_begin()
-            loss = F.cross_entropy(forward(images), labels)
+            loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses[compiles].append(loss.item())
+
+            with torch.no_grad():  # an evaluation between the steps
+                logits = model.eval()(images)
+                losses[compiles].append(F.cross_entropy(logits, labels).item())
+            model.train()
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
+def test_tf32_is_coarser_than_fp32():
+    x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ x.double()
+    errors = {}
+    for precision in ("tf32", "fp32"):
+        hardware.set_precision(precision)
+        errors[precision] = ((x.cuda() @ x.cuda()).cpu() - exact).abs().max().item()
+    assert errors["fp32"] < 1e-3 < errors["tf32"] < 0.5

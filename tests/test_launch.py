@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from processes import alive, wait_for
@@ -38,6 +39,22 @@ def test_a_gpu_responds_if_nvidia_smi_finds_it(tmp_path, monkeypatch, exit_code,
         script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus.responds("3") is answer
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(["0", "1", "0", "1"], "4"), (["", ""], "8")])
+def test_runs_on_one_machine_share_its_cores(monkeypatch, slots, expected):
+    """On GPUs as well: each run compiles and launches from CPU cores."""
+    names = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+    for name in (*names, "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(launch.gpus, "responds", lambda gpu: True)
+    pool = launch.Pool([], slots, launch.Rules(Path("main.py")), None, None)
+    environment = pool._environment(slots[0])
+    assert [environment[name] for name in names] == [expected] * 2
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert pool._environment(slots[0])["OMP_NUM_THREADS"] == "3"
 
 
 def test_exit_codes_in_words():

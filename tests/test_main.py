@@ -139,6 +139,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch
         if num_saved == saved_epochs:
             raise KilledError
 
+    monkeypatch.setattr(trainer, "SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(trainer, "save_checkpoint", save_and_die)
     with pytest.raises(KilledError):
         run(tmp_path, *LOCAL)

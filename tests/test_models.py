@@ -185,6 +185,21 @@ def test_every_parameter_gets_a_gradient(images, pool):
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize(("size", "channels"), [((12, 20), 3), ((4, 8), 1), ((20, 4), 2)])
+def test_the_patch_embedding_is_a_convolution_without_overlap(size, channels):
+    embed = models.PatchEmbedding(4, channels, 6).double()
+    images = torch.randn(2, channels, *size, dtype=torch.float64, requires_grad=True)
+    found = embed(images)  # [B, N, E]
+    expected = embed.proj(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+
+    inputs = (images, embed.proj.weight, embed.proj.bias)
+    grad = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    )
+
+
 def test_dropout_acts_only_in_training(images):
     model = VisionTransformer(**{**SMALL, "dropout": 0.5})
     model.train()

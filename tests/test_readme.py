@@ -13,6 +13,7 @@ from parsers import parser_of
 
 import masks
 import utils
+from report import comparison, overview, results, table
 from training.command_line import parse_args, resolve_settings
 from training.settings import RECIPES, strong_lr
 
@@ -159,7 +160,7 @@ def test_the_contents_of_a_page_are_complete(page):
 
 
 def test_the_readme_is_short_and_links_to_every_page():
-    assert len(DOCUMENTS[README].encode()) <= 11_400
+    assert len(DOCUMENTS[README].encode()) <= 12_000
     assert {"attention", "benchmarks", "training"} <= {page.stem for page in PAGES}
     for page in PAGES:
         assert f"]({name_of(page)})" in DOCUMENTS[README]
@@ -294,14 +295,40 @@ def test_the_sample_line_has_the_keys_of_a_run(tmp_path):
 # Measured numbers, against the logs and reports that they are from
 
 
-def test_the_results_of_the_readme_are_those_of_the_logs():
-    results = (utils.REPOSITORY / "experiments/logs/digits/results.md").read_text(encoding="utf-8")
-    logged = {row[0]: row for row in rows_of(results, "| mask ")}
-    rows = rows_of(DOCUMENTS[README], "| mask |")
-    n = re.search(r"\| mask \|.*(\(n = \d+\))", DOCUMENTS[README])[1]
-    assert len(rows) == len(logged)
-    for mask, nominal, mean, accuracy, *others in rows:
-        assert logged[mask][1:7] == [nominal, mean, f"{accuracy} {n}", *others]
+@pytest.fixture
+def result_tables(monkeypatch):
+    monkeypatch.syspath_prepend(utils.REPOSITORY / "docs")
+    return importlib.import_module("result_tables")
+
+
+@pytest.mark.parametrize("document", [README, EXPERIMENTS], ids=name_of)
+def test_the_tables_of_results_are_those_of_the_logs(document, result_tables):
+    text = DOCUMENTS[document]
+    assert len(result_tables.TABLE.findall(text)) == text.count("\n| mask ")
+    assert result_tables.fill_tables(text) == text, "run python docs/result_tables.py"
+
+
+def test_a_table_of_results_is_filled_from_its_report(result_tables):
+    table = result_tables.TABLE.search(DOCUMENTS[README])[0]
+    spoiled = re.sub(r"\d\.\d", "0.0", table)
+    assert spoiled != table
+    assert result_tables.fill_tables(spoiled) == table
+
+
+REPORTS = sorted(utils.REPOSITORY.glob("experiments/logs/*/results.md"))
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=name_of)
+def test_the_reports_are_what_the_logs_say(report):
+    """The table of results.md, made anew from the logs beside it."""
+    runs = results.group_by_pattern(results.load_runs(report.parent))
+    assert table.format_table(comparison.study(runs)).strip() in report.read_text(encoding="utf-8")
+
+
+def test_the_overview_is_what_the_logs_say(monkeypatch):
+    monkeypatch.syspath_prepend(utils.REPOSITORY / "experiments")
+    made = overview.format_differences(importlib.import_module("overview").load())
+    assert (utils.REPOSITORY / "experiments/logs/overview.md").read_text(encoding="utf-8") == made
 
 
 @pytest.mark.parametrize("text", [DOCUMENTS[README], BENCHMARKS], ids=["README", "benchmarks"])

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -93,9 +94,10 @@ def test_the_gpu_script_ends_what_hangs(tmp_path):
     hanging.chmod(0o755)
     done = gpu_script(tmp_path, "base", PYTHON=str(hanging), PART_SECONDS="1")
     assert done.returncode == 1
-    off, default, graphs, profile = utils.read_json_lines(tmp_path / "gpu" / "rows.jsonl")
+    off, default, graphs, profile, tf32 = utils.read_json_lines(tmp_path / "gpu" / "rows.jsonl")
     assert [row["exit_code"] for row in (off, default, profile)] == [124] * 3
     assert graphs["left_out"] == "CUDA graphs need CUDA"
+    assert tf32["left_out"] == "a mode of CUDA"
     assert (tmp_path / "gpu" / "base-default.txt").read_text() == "not started\n"
 
 
@@ -105,12 +107,32 @@ def test_the_gpu_script_lists_its_parts_and_refuses_others(tmp_path):
     assert "7  accuracy" in listed.stdout
     for part, environment, words in [
         ("8", {}, "no part is called 8; expected 1 to 7 or one of machine tests"),
-        ("accuracy", {"SMALL": "", "DATA": "nowhere"}, "or its archive as ARCHIVE="),
+        ("7", {"SMALL": "", "DATA": "nowhere", "ARCHIVE": "none"}, "or its archive as ARCHIVE="),
     ]:
         done = gpu_script(tmp_path, part, **environment)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
         assert words in done.stderr
+
+
+def test_the_gpu_script_unpacks_its_images_whole(tmp_path):
+    image = tmp_path / "made" / "cifar10-jpeg" / "train" / "cat" / "0001.jpg"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"an image")
+    archive = tmp_path / "cifar10-jpeg.tar.xz"
+    with tarfile.open(archive, "w:xz") as packed:
+        packed.add(tmp_path / "made" / "cifar10-jpeg", "cifar10-jpeg")
+
+    only_tar = tmp_path / "python"  # which fails when it should train
+    only_tar.write_text(f'#!/bin/sh\n[ "$2" = tarfile ] && exec {sys.executable} "$@"\nexit 3\n')
+    only_tar.chmod(0o755)
+    places = {"ARCHIVE": str(archive), "DATA": str(tmp_path / "data" / "images")}
+    done = gpu_script(tmp_path, "accuracy", SMALL="", PYTHON=str(only_tar), **places)
+    assert "failed in part accuracy: sweep (exit code 3)" in done.stdout
+    folder = tmp_path / "data" / "images"
+    assert (folder / "train" / "cat" / "0001.jpg").read_bytes() == b"an image"
+    assert (folder / "label.txt").read_text() == "CIFAR-10 (JPEG q75 copy)\n"
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_a_failing_candidate_on_a_gpu_costs_no_other_its_row(tmp_path, monkeypatch, capsys):

@@ -222,6 +222,24 @@ def test_a_slice_does_not_have_the_peak_rate_of_the_whole_card(monkeypatch):
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert hardware.peak_flops(torch.device("cuda"), "bf16") == peak
+        assert hardware.peak_flops(torch.device("cuda"), "tf32") == (peak and peak / 2)
+        assert hardware.peak_flops(torch.device("cuda"), "fp32") is None
+
+
+def test_tf32_is_a_mode_of_cuda():
+    assert hardware.resolve_precision("tf32", torch.device("cuda")) == "tf32"
+    with pytest.raises(utils.UsageError, match="got device cpu; use fp32"):
+        hardware.resolve_precision("tf32", torch.device("cpu"))
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        hardware.set_precision("tf32")
+        assert torch.get_float32_matmul_precision() == "high"
+        assert not torch.is_autocast_enabled("cpu")
+        hardware.set_precision("fp32")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("visible", [None, "1,0"])

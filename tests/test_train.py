@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -20,6 +21,7 @@ from models import VisionTransformer
 from runtime import distributed
 from runtime.stopping import PARENT, StopRequest
 from training import checkpoints, run_folder, trainer
+from training.settings import Settings
 
 DIGITS = [
     *("--dataset", "digits", "--model", "vit_micro", "--img_size", "8", "--patch_size", "2"),
@@ -190,6 +192,72 @@ def test_checkpoints_are_also_saved_within_an_epoch(tmp_path, monkeypatch):
     assert saved == [*((1, step) for step in range(1, 12)), (2, 0)]
 
 
+def saves_of(monkeypatch, output, *arguments):
+    """Where a run saves: (epoch, steps done in it)."""
+    saved = []
+
+    def note(folder, state):
+        saved.append((state["epoch"], state["epoch_step"]))
+
+    monkeypatch.setattr(trainer, "save_checkpoint", note)
+    assert run(output, "--epochs", "4", *arguments) == 0
+    return saved
+
+
+def test_epochs_of_less_than_a_minute_are_not_all_saved(tmp_path, monkeypatch):
+    """The first and the last one are."""
+    assert saves_of(monkeypatch, tmp_path / "short") == [(2, 0), (5, 0)]
+    monkeypatch.setattr(trainer, "SECONDS_BETWEEN_SAVES", 1e-9)
+    assert saves_of(monkeypatch, tmp_path / "no_more", "--checkpoint_every_minutes", "0") == [
+        *((epoch, 0) for epoch in (2, 3, 4, 5)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "saved", "seconds_ago", "minutes", "is_due"),
+    [
+        ((1, 3), None, 61, 10, False),
+        ((1, 3), None, 601, 10, True),
+        ((2, 0), None, 1, 10, True),  # the first epoch
+        ((3, 0), (2, 0), 59, 10, False),
+        ((3, 0), (2, 0), 61, 10, True),
+        ((3, 5), (2, 0), 59, 10, False),
+        ((3, 5), (2, 0), 61, 10, True),  # epoch 2 was not saved
+        ((3, 5), (3, 1), 61, 10, False),
+        ((3, 5), (2, 0), 999, 0, False),  # never within an epoch
+        ((3, 0), (2, 0), 61, 0, True),
+        ((3, 0), (2, 0), 31, 0.5, True),
+    ],
+)
+def test_when_a_save_is_due(place, saved, seconds_ago, minutes, is_due):
+    settings = Settings.from_dict({"checkpoint_every_minutes": minutes})
+    progress = SimpleNamespace(epoch=place[0], epoch_step=place[1])
+    of_run = SimpleNamespace(settings=settings, progress=progress, saved=saved)
+    of_run.saved_at = time.monotonic() - seconds_ago
+    assert trainer.Trainer.is_save_due(of_run) is is_due
+
+
+def test_killed_after_epochs_that_were_not_saved_and_resumed(tmp_path, monkeypatch, capsys):
+    assert run(tmp_path / "whole", "--epochs", "4") == 0
+    finish_epoch = trainer.Trainer.finish_epoch
+
+    def fail(self):
+        if self.progress.epoch == 3:
+            raise RuntimeError("killed")
+        return finish_epoch(self)
+
+    monkeypatch.setattr(trainer.Trainer, "finish_epoch", fail)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "parts", "--epochs", "4")
+    monkeypatch.undo()
+    parts = folder_of(tmp_path / "parts")
+    assert len(rows_of(parts)) == 2
+
+    assert run(tmp_path / "parts", "--epochs", "4") == 0
+    assert "resuming in epoch 2 after step 12" in capsys.readouterr().out
+    assert_same_run(parts, folder_of(tmp_path / "whole"))
+
+
 def test_a_checkpoint_holds_the_average_and_the_model_is_rebuilt_from_it(tmp_path):
     run(tmp_path, "--ema", "0.9")
     folder = folder_of(tmp_path)
@@ -207,8 +275,8 @@ def test_muon_and_drop_path_are_in_the_checkpoint(tmp_path):
     assert state["model_config"]["drop_path"] == 0.2
 
     blocks = checkpoints.rebuild_model(state).blocks
-    probabilities = [getattr(block.drop_path, "p", 0.0) for block in blocks]
-    assert probabilities == pytest.approx([0, 0.2 / 3, 0.4 / 3, 0.2])
+    survival = [getattr(block.drop_path, "survival", torch.ones(())).item() for block in blocks]
+    assert survival == pytest.approx([1, 1 - 0.2 / 3, 1 - 0.4 / 3, 0.8])
 
 
 def test_stochastic_depth_skips_whole_images():

@@ -12,6 +12,19 @@ from torch import Tensor, nn
 from runtime import distributed, hardware
 
 
+def padded_forward(model: nn.Module, images: Tensor, size: int) -> Tensor:
+    """Logits [b, classes] of images [b, C, height, width], in a batch of at least `size` images.
+
+    What is added is empty and dropped again: it has no part in a loss or gradient. So the smaller
+    batches of an epoch have the same shape as the others, and nothing is compiled for them.
+    """
+    num_images = len(images)
+    if num_images < size:
+        empty = images.new_zeros(size - num_images, *images.shape[1:])
+        images = torch.cat([images, empty])
+    return model(images)[:num_images]
+
+
 @torch.no_grad()  # inference_mode would recompile the kernels
 def evaluate(
     model: nn.Module,
@@ -19,11 +32,13 @@ def evaluate(
     num_classes: int,
     device: torch.device,
     precision: str,
+    padded_size: int = 0,
 ) -> dict:
     """Run the model over batches of (images [B, C, height, width], labels int64 [B]).
 
     In a parallel run each process evaluates its own batches, and all return the combined result.
-    Nothing waits for the device until the end.
+    Nothing waits for the device until the end. Batches of fewer images than `padded_size` are
+    padded, see `padded_forward`.
 
     Returns `loss` (mean cross-entropy, nats), `top1_accuracy`, `top5_accuracy` (percent; None with
     5 classes or fewer), `per_class_accuracy` (percent; None for a class without images),
@@ -39,7 +54,7 @@ def evaluate(
 
     for images, labels in batches:
         with hardware.autocast(device, precision):
-            logits = model(images)
+            logits = padded_forward(model, images, padded_size)
         logits = logits.float()  # [B, classes]
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
 

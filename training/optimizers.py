@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from training.muon import Muon
 from training.settings import OptimizationSettings
 
 OPTIMIZERS = ("adamw", "muon")
@@ -26,9 +27,8 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW with weight decay on matrices only; with "muon", Muon for the matrices of the blocks.
 
-    Muon (Jordan et al. 2024) orthogonalizes the update of a matrix. Its update is scaled here to
-    the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so that
-    both share one learning rate and weight decay.
+    Muon (Jordan et al. 2024) orthogonalizes the update of a matrix. Both share one learning rate
+    and weight decay.
     """
     parameters = dict(model.named_parameters())  # in a fixed order: states are saved by position
     by_muon = {}
@@ -49,13 +49,7 @@ def build_optimizers(
     optimizers = [torch.optim.AdamW(groups, lr=settings.lr, fused=True)]
 
     if by_muon:
-        muon = torch.optim.Muon(
-            list(by_muon.values()),
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        optimizers.append(muon)
+        optimizers.append(Muon(list(by_muon.values()), settings.lr, settings.weight_decay))
     return optimizers
 
 

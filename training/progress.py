@@ -51,13 +51,13 @@ class Progress:
 class Stopwatch:
     """Adds the time of the steps to a Progress.
 
-    A process's first step with each batch size compiles kernels for it, and is counted apart. The
-    clock is read only around these steps and at pauses, as each reading waits for the device.
+    A process's first step with each shape compiles kernels for it, and is counted apart. The clock
+    is read only around these steps and at pauses, as each reading waits for the device.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sizes_seen: set[int] = set()
+        self.shapes_seen: set[int] = set()
 
     def start(self, progress: Progress) -> None:
         """Add the time from here on to `progress`."""
@@ -69,16 +69,16 @@ class Stopwatch:
         self._count_ordinary_steps()
 
     @contextmanager
-    def step(self, num_images: int) -> Iterator[None]:
-        """Time a step on `num_images` images, over all processes."""
-        if num_images in self.sizes_seen:
+    def step(self, num_images: int, shape: int) -> Iterator[None]:
+        """Time a step on `num_images` images, over all processes, in batches of one `shape`."""
+        if shape in self.shapes_seen:
             yield
             self.progress.timed_images += num_images
             return
 
         self._count_ordinary_steps()
         yield
-        self.sizes_seen.add(num_images)
+        self.shapes_seen.add(shape)
         self.progress.compile_seconds += self._read()
 
     def now(self) -> float:

@@ -224,10 +224,14 @@ class MachineSettings:
     title: ClassVar[str] = "machine"
 
     device: str = flag("auto", "auto: CUDA, else MPS, else the CPU", may_change=True)
-    precision: str = flag("auto", "auto: bf16 on CUDA from compute capability 8.0 on")
+    precision: str = flag(
+        "auto",
+        "auto: bf16 on CUDA from compute capability 8.0 on; tf32: fp32 with faster, coarser matrix "
+        "products, on CUDA",
+    )
     compile: str = flag(
         "auto",
-        "torch.compile the model; auto: on CUDA, from 10 epochs or minutes on; "
+        "torch.compile the blocks; auto: on CUDA, from 10 epochs or minutes on; "
         "reduce-overhead: with CUDA graphs",
     )
     grad_accumulation: int = flag(

@@ -26,11 +26,12 @@ from runtime.stopping import StopRequest
 from training import optimizers
 from training.budget import Budget, trained_seconds
 from training.checkpoints import rng_state, save_checkpoint, set_rng_state
-from training.evaluation import evaluate
+from training.evaluation import evaluate, padded_forward
 from training.progress import Progress, ProgressBar, Stopwatch, format_epoch
 from training.settings import AugmentationSettings, Settings
 from utils import UserError
 
+SECONDS_BETWEEN_SAVES = 60.0  # at most this much work is lost, or one epoch
 REMEDIES = (
     "what was saved before stays good. A lower --lr, a longer --warmup_fraction or --precision "
     "fp32 may help"
@@ -42,9 +43,9 @@ class Stopped(Exception):
 
 
 def micro_batch_size(settings: Settings) -> int:
-    """Images that one process takes through the model at once."""
-    batch_size = settings.optimization.batch_size
-    return max(1, batch_size // distributed.WORLD_SIZE // settings.machine.grad_accumulation)
+    """The most images that one process takes through the model at once."""
+    of_process = -(-settings.optimization.batch_size // distributed.WORLD_SIZE)
+    return -(-of_process // settings.machine.grad_accumulation)
 
 
 def augmentation_of_epoch(
@@ -92,15 +93,22 @@ class Trainer:
         if optimization.ema:
             self.average = optimizers.WeightAverage(model, optimization.ema)
 
+        hardware.set_precision(machine.precision)
         model.checkpoint_activations = machine.checkpoint_activations
-        compiled = model
         if machine.compile != "off":
-            compiled = torch.compile(model, mode=machine.compile, dynamic=False)
-        self.compiled_model = distributed.wrap(compiled, device)
+            model.compile_blocks(machine.compile)
+            if self.average:
+                self.average.model.run_block = model.run_block
+        self.parallel_model = distributed.wrap(model, device)
+
+        # Where kernels are compiled for one shape, smaller batches are padded to it.
+        is_padded = machine.compile != "off" or device.type == "cuda"
+        self.padded_size = micro_batch_size(settings) if is_padded else 0
 
         self.stopwatch = Stopwatch(device)
         self.start_epoch(Progress())
-        self.saved_at = time.monotonic()
+        self.vote = distributed.Vote()
+        self.saved_at, self.saved = time.monotonic(), None  # when, and at which step of which epoch
         torch.manual_seed((optimization.seed + distributed.RANK) % 2**63)
 
     def start_epoch(self, progress: Progress) -> None:
@@ -113,6 +121,11 @@ class Trainer:
     def step(self) -> int:
         """Steps of the run that are done."""
         return (self.progress.epoch - 1) * self.steps_per_epoch + self.progress.epoch_step
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The epoch in progress, and how many of its steps are done."""
+        return self.progress.epoch, self.progress.epoch_step
 
     @property
     def is_done(self) -> bool:
@@ -170,7 +183,8 @@ class Trainer:
                 **vars(self.progress),
             }
             save_checkpoint(self.folder, state)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved = time.monotonic(), self.place
+        self.vote = distributed.Vote()  # what was voted on before is done
 
     def load(self, state: dict) -> None:
         """Continue from a saved state, on the same number of processes or another."""
@@ -200,8 +214,9 @@ class Trainer:
     def train(self, on_epoch: Callable[[dict], None] = lambda row: None) -> list[dict]:
         """Train to the last epoch, or until the time is up -> the rows of metrics.jsonl.
 
-        `on_epoch` is called with each new row, once that is saved, on the first process. Raises
-        Stopped if asked to stop; everything is saved then.
+        `on_epoch` is called with each new row on the first process. Raises Stopped if asked to
+        stop; everything is saved then. Killed, the run has lost SECONDS_BETWEEN_SAVES at most, or
+        one epoch: it repeats those that were not saved, and their rows are written anew.
         """
         self.write_metrics()  # the checkpoint is the truth, the log follows it
         hardware.reset_peak_memory(self.device)  # forget the peak of choosing a backend
@@ -210,7 +225,8 @@ class Trainer:
             self.train_epoch()
             row = self.finish_epoch()
             self.start_epoch(self.progress.next_epoch(row))
-            self.save()
+            if distributed.any_rank(self.is_done or self.is_save_due()):
+                self.save()
             self.write_metrics()
 
             if distributed.IS_FIRST:
@@ -221,8 +237,10 @@ class Trainer:
         return self.progress.history
 
     def stop_if_asked(self) -> None:
-        """Raise Stopped, on all processes, if one was asked to stop. Save first."""
+        """Save and raise Stopped, on all processes, if one was asked to stop."""
         if distributed.any_rank(self.stop.reason is not None):
+            if self.saved != self.place:
+                self.save()
             raise Stopped
 
     def write_metrics(self) -> None:
@@ -258,14 +276,14 @@ class Trainer:
         with self.progress_bar() as bar:
             for images, labels in batches:
                 size = self.size_of_batch(progress.epoch_step)
-                with self.stopwatch.step(size):
+                with self.stopwatch.step(size, shape=self.padded_size or size):
                     self.train_step(images, labels)
                     progress.epoch_step += 1
                 bar.update(progress.epoch_step, size, self.losses, self.num_correct)
 
                 if progress.epoch_step == self.steps_per_epoch or self.is_done:
                     break
-                if distributed.any_rank(self.is_save_due() or self.stop.reason is not None):
+                if self.vote.cast(self.is_save_due() or self.stop.reason is not None):
                     self.stopwatch.pause()
                     self.save()
                     self.stop_if_asked()
@@ -273,8 +291,19 @@ class Trainer:
         self.stopwatch.pause()
 
     def is_save_due(self) -> bool:
-        minutes = self.settings.run.checkpoint_every_minutes
-        return minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+        """Whether the last save is long enough ago; the first epoch is saved in any case.
+
+        At the end of an epoch, and after one that was not saved, a minute is enough.
+        """
+        seconds = 60 * self.settings.run.checkpoint_every_minutes or math.inf
+        is_at_end = self.progress.epoch_step == 0
+        if is_at_end and self.saved is None:
+            return True
+
+        has_ended = self.saved is not None and self.progress.epoch > self.saved[0]
+        if is_at_end or (has_ended and seconds < math.inf):
+            seconds = min(seconds, SECONDS_BETWEEN_SAVES)
+        return time.monotonic() - self.saved_at > seconds
 
     def progress_bar(self) -> ProgressBar:
         progress, batch_size = self.progress, self.settings.optimization.batch_size
@@ -307,7 +336,7 @@ class Trainer:
         )
         for number, (x, y) in enumerate(parts, start=1):
             is_last = number == num_parts
-            no_sync = distributed.without_sync(self.compiled_model)
+            no_sync = distributed.without_sync(self.parallel_model)
             with contextlib.nullcontext() if is_last else no_sync:
                 loss, hits = self.loss_of(x, y)
                 loss = weight * loss
@@ -330,11 +359,8 @@ class Trainer:
 
     def loss_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the images, in nats, and how many are classified correctly."""
-        if self.settings.machine.compile == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
-
         with hardware.autocast(self.device, self.settings.machine.precision):
-            logits = self.compiled_model(images)  # [b, classes]
+            logits = padded_forward(self.parallel_model, images, self.padded_size)  # [b, classes]
             smoothing = self.settings.optimization.label_smoothing
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
 
@@ -396,6 +422,7 @@ class Trainer:
             self.dataset.num_classes,
             self.device,
             self.settings.machine.precision,
+            self.padded_size,
         )
         if not math.isfinite(result["loss"]):
             raise UserError(
@@ -413,9 +440,8 @@ class Trainer:
         split, rank, world_size = self.dataset.evaluated, distributed.RANK, distributed.WORLD_SIZE
         batches = data.eval_batches(self.dataset, split, size, rank, world_size)
         for _ in range(data.steps_per_epoch(len(split), size * world_size)):
-            if distributed.any_rank(self.stop.reason is not None):
-                self.save()
-                raise Stopped
+            if self.vote.cast(self.stop.reason is not None):
+                self.stop_if_asked()
             yield from islice(batches, 1)  # none at the end, if only other processes have one more
 
     def flops_utilization(self, images_per_second: float) -> float | None:

@@ -1,0 +1,64 @@
+"""Studies side by side: the picture and the table at the top of the README."""
+
+import pytest
+from fake_runs import write_run
+
+from report import comparison, overview, results
+
+FULL = [70.0, 71.0, 72.0]
+
+
+def write_study(root, **differences):
+    """Seeds 0 to 2 of full attention, and of each pattern `<mask_type>__<step>` with its gains."""
+    for seed, accuracy in enumerate(FULL):
+        write_run(root, seed=seed, accuracies=[50, accuracy], img_size=32, label=root.name)
+    for pattern, gains in differences.items():
+        mask_type, step = pattern.split("__")
+        for seed, gain in enumerate(gains):
+            accuracies = [50, FULL[seed] + gain]
+            settings = {"accuracies": accuracies, "img_size": 32, "label": root.name}
+            write_run(root, mask_type, int(step), seed, **settings)
+    return comparison.study(results.group_by_pattern(results.load_runs(root)))
+
+
+@pytest.fixture
+def studies(tmp_path):
+    certain, varied = [2.0, 2.1, 1.9], [3.0, -3.0, 0.3]
+    one = write_study(
+        tmp_path / "one", **{"1d_cardinal__2": varied, "2d_all_neighbors__1": certain}
+    )
+    two = write_study(tmp_path / "a|b", **{"1d_all_neighbors__1": varied, "2d_cardinal__1": [1.0]})
+    return [one, two]
+
+
+def test_the_table_has_a_line_per_mask_and_a_column_per_study(studies):
+    lines = overview.format_differences(studies).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| plus of 5",
+        "| 1D window of 9",
+        "| square of 9",
+    ]
+    assert lines[2].endswith("| – | +1.00 (n = 1) |")
+    assert lines[3].count("+0.10 (-7.36 to +7.56)") == 2  # by hand: 4.303 * 3.005 / sqrt(3)
+    assert lines[4].endswith("| **+2.00 (+1.75 to +2.25)** | – |")
+
+
+def test_what_is_drawn(studies):
+    first, second = overview.draw_differences(studies).axes
+    assert [tick.get_text() for tick in first.get_yticklabels()] == [
+        "plus of 5",
+        "1D window of 9",
+        "square of 9",
+    ]
+
+    def marked(axes):
+        lines = [line for line in axes.lines if line.get_marker() not in ("None", None, "")]
+        return {
+            line.get_ydata()[0]: (line.get_xdata()[0], line.get_markerfacecolor() != "white")
+            for line in lines
+        }
+
+    assert marked(first) == {1: (pytest.approx(0.1), False), 2: (pytest.approx(2), True)}
+    assert marked(second) == {0: (pytest.approx(1), False), 1: (pytest.approx(0.1), False)}
+    assert "(n = 3 seeds)" in first.get_title()
+    assert "(n = 1–3 seeds)" in second.get_title()
