@@ -21,6 +21,7 @@ from models import PRESETS, VisionTransformer
 from utils import UsageError, UserError
 
 LOADED, RESIZED, NEW, LEFT_OUT = "loaded", "resized", "new", "left out"
+TOKENS = ("cls_token", "reg_token")  # before the patches, in this order
 
 
 @dataclass
@@ -83,7 +84,7 @@ def fit(weights: Weights, model: VisionTransformer) -> Fitted:
     fits["patch_embed.proj.bias"] = theirs["patch_embed.proj.bias"]
     fitted.note("patch_embed", RESIZED if detail else LOADED, detail)
 
-    for token in ("cls_token", "reg_token"):
+    for token in TOKENS:
         _fit_token(token, ours, theirs, fits, fitted)
     _fit_positions(weights, model, fits, fitted)
 
@@ -166,23 +167,28 @@ def _refuse_other_registers(weights: Weights, model: VisionTransformer) -> None:
 
 
 def _fit_positions(weights: Weights, model: VisionTransformer, fits: dict, fitted: Fitted) -> None:
-    positions, ours = weights.tensors["pos_embed"], model.pos_embed.data
+    positions, ours = weights.tensors["pos_embed"].float(), model.pos_embed.data
     grid = find_grid(weights, model.grid)
     prefix, patches = positions.split([positions.shape[1] - math.prod(grid), math.prod(grid)], 1)
 
-    # The class token comes first. A row of zeros says: none, as where timm has no_embed_class.
-    new_prefix = ours[:, : ours.shape[1] - model.num_patches].clone()  # [1, G, E]
-    if not prefix.shape[1] and "cls_token" in weights.tensors:
-        prefix = torch.zeros_like(weights.tensors["cls_token"])
-    num_shared = min(prefix.shape[1], new_prefix.shape[1])
-    new_prefix[:, :num_shared] = prefix[:, :num_shared]
+    # Each token keeps its own position. Zeros say: none, as where timm has no_embed_class.
+    there, here = num_tokens(weights.tensors), num_tokens(model.state_dict())
+    if not prefix.shape[1]:
+        prefix = positions.new_zeros(1, sum(there), positions.shape[2])
+    pairs = zip(prefix.split(there, 1), ours[:, : sum(here)].split(here, 1), strict=True)
+    new_prefix = [old if old.shape == new.shape else new for old, new in pairs]
 
-    resized = models.resample_positions(patches.float(), grid, model.grid, num_prefix=0)
-    fits["pos_embed"] = torch.cat([new_prefix, resized], dim=1)
+    resized = models.resample_positions(patches, grid, model.grid, num_prefix=0)
+    fits["pos_embed"] = torch.cat([*new_prefix, resized], dim=1)
     if grid == model.grid:
         fitted.note("pos_embed", LOADED, f"grid {_x(grid)}")
     else:
         fitted.note("pos_embed", RESIZED, f"grid {_x(grid)} to {_x(model.grid)}, bicubic")
+
+
+def num_tokens(tensors: dict[str, Tensor]) -> list[int]:
+    """How many of each of TOKENS there are."""
+    return [tensors[name].shape[1] if name in tensors else 0 for name in TOKENS]
 
 
 def find_grid(weights: Weights, grid_of_model: tuple[int, int]) -> tuple[int, int]:
@@ -192,11 +198,7 @@ def find_grid(weights: Weights, grid_of_model: tuple[int, int]) -> tuple[int, in
     a square. Raises UserError if neither does.
     """
     num_positions = weights.tensors["pos_embed"].shape[1]
-    num_prefix = sum(
-        weights.tensors[name].shape[1]
-        for name in ("cls_token", "reg_token")
-        if name in weights.tensors
-    )
+    num_prefix = sum(num_tokens(weights.tensors))
     for count in (num_positions - num_prefix, num_positions):
         candidates = [grid_of_model, (math.isqrt(max(count, 0)),) * 2]
         if weights.img_size is not None:

@@ -229,6 +229,33 @@ def test_registers_stay_apart(tmp_path):
     assert "has 2 register tokens, the model asked for 0" in refusal(path, UsageError)
 
 
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        ({"pool": "cls"}, {"pool": "mean", "num_registers": 2}),
+        ({"pool": "mean", "num_registers": 2}, {"pool": "cls", "num_registers": 2}),
+        ({"pool": "cls", "num_registers": 2}, {"pool": "mean", "num_registers": 2}),
+    ],
+)
+def test_no_token_gets_the_position_of_another_one(there, here):
+    old = randomize(VisionTransformer(**SMALL, **there))
+    new = VisionTransformer(**SMALL, **here)
+    drawn = positions_by_token(new)
+
+    state = old.state_dict()
+    weights.fit(layouts.Weights("old", "main.py", state, num_heads=3, img_size=(32, 32)), new)
+    found, expected = positions_by_token(new), drawn | positions_by_token(old)
+    for token, positions in found.items():
+        torch.testing.assert_close(positions, expected[token], rtol=0, atol=0)
+
+
+def positions_by_token(model):
+    tokens = ["cls"] * (model.cls_token is not None)
+    tokens += [f"register {number}" for number in range(model.config["num_registers"])]
+    tokens += [f"patch {number}" for number in range(model.num_patches)]
+    return dict(zip(tokens, model.pos_embed.detach().clone()[0], strict=True))
+
+
 @pytest.mark.parametrize("patch_size", [4, 16])
 def test_the_patch_embedding_is_resized_as_by_timm(tmp_path, patch_size):
     library = make_timm(img_size=32)
