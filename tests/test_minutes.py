@@ -167,6 +167,18 @@ def test_stopped_in_the_last_evaluation(tmp_path, monkeypatch, losses):
     assert [row["train_seconds"] for row in rows_of(tmp_path)] == OF_HALF_A_MINUTE
 
 
+def test_all_processes_go_by_the_times_of_the_first(tmp_path, monkeypatch):
+    """Else some would mix the images of an epoch, and others would not."""
+
+    def of_another_process(value):
+        is_row = isinstance(value, dict) and "train_seconds" in value
+        return value | {"train_seconds": 11.0} if is_row else value
+
+    monkeypatch.setattr(trainer.distributed, "from_first", of_another_process)
+    assert run(tmp_path) == 0
+    assert {row["train_seconds"] for row in rows_of(tmp_path)} == {11.0}
+
+
 def rows_without_speed(output):
     measured = ("eval_images_per_second", "epoch_seconds", "peak_memory_bytes")
     # A resumed process begins its count of ordinary steps anew.

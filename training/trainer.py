@@ -232,7 +232,8 @@ class Trainer:
 
         while not self.is_done or self.progress.epoch_step:
             self.train_epoch()
-            row = self.finish_epoch()
+            # All processes go by one history: its times decide when images are no longer mixed.
+            row = distributed.from_first(self.finish_epoch())
             self.start_epoch(self.progress.next_epoch(row))
             if distributed.any_rank(self.is_done or self.is_save_due()):
                 self.save()
