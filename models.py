@@ -29,6 +29,7 @@ PRESETS = {
     "vit_micro": {"embed_dim": 64, "depth": 4, "num_heads": 4},
 }
 POOLS = ("cls", "mean")
+MAX_COMPILED = 64  # versions of one block
 
 
 class VisionTransformer(nn.Module):
@@ -165,7 +166,11 @@ class VisionTransformer(nn.Module):
         instead of `depth`. Each has its own backward, so that in a parallel run its gradients are
         on their way while those of earlier blocks are being computed.
         """
-        # Dynamo limits recompilations per code object, so each model gets its own.
+        # Dynamo limits recompilations per code object, so each model gets its own. By default that
+        # is 8; there is one for each mask, each also for frozen blocks, the first one without
+        # drop_path, and evaluations.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, MAX_COMPILED)
         own = types.FunctionType(run_block.__code__.replace(), globals(), run_block.__name__)
         self.run_block = torch.compile(own, mode=mode, dynamic=False)
         self.replays_graphs = mode == "reduce-overhead"

@@ -81,6 +81,23 @@ def test_many_models_are_compiled_in_one_process(graphs):
     assert len(graphs) == 12
 
 
+def test_many_kinds_of_blocks_are_compiled_in_one_model(graphs):
+    """Three masks, frozen blocks, one that never drops, and the evaluation of each."""
+    spec = masks.MaskSpec("2d_window", 1, global_layers=(4, 5))
+    config = {"embed_dim": 8, "depth": 8, "num_heads": 2, "drop_path": 0.3}
+    model = VisionTransformer(24, 4, **config, attention_mask=spec.build_layers(6, 6, 8))
+    for block in model.blocks[:3]:
+        block.requires_grad_(False)
+    model.compile_blocks("default")
+
+    images = torch.zeros(2, 3, 24, 24)
+    model(images)
+    num_trained = len(graphs)
+    with torch.no_grad():
+        model.eval()(images)
+    assert (num_trained, len(graphs)) == (6, 12)
+
+
 def test_diagonals_are_compiled_once_with_and_without_autocast_and_gradients(graphs, monkeypatch):
     monkeypatch.setattr(diagonal, "EAGER_DEVICES", ())
     monkeypatch.setattr(diagonal, "can_compile", lambda device: True)
