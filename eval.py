@@ -19,16 +19,16 @@ import torch
 import attention
 import utils
 from analysis import comparison, prediction, summary
-from analysis.trained_model import SPLITS, TrainedModel
+from analysis.trained_model import SPLITS, TrainedModel, load_model
 from interop import export
 from pipeline import sizes
 from runtime import distributed, hardware
-from training.checkpoints import load_checkpoint, rebuild_model
 from training.evaluation import evaluate
 from training.settings import Settings
 from utils import UsageError
 
 OF_ANALYZE = ("limit", "images", "patch")  # flags that need --analyze
+NOT_WITH_EXPORT = ("analyze", "compare", "predict", "output")
 ELSEWHERE = ("data_dir", "labels", "split_folder")  # settings of the data that a flag may replace
 
 
@@ -159,8 +159,9 @@ def check_flags(args) -> None:
         raise UsageError("--analyze looks at one --checkpoint; leave out --compare")
     if args.export:
         export.check_suffix(args.export)
-        if args.analyze or args.compare:
-            raise UsageError("--export writes one --checkpoint; leave out --analyze and --compare")
+        others = [name for name in NOT_WITH_EXPORT if getattr(args, name)]
+        if others:
+            raise UsageError(f"--export only writes a --checkpoint; leave out --{others[0]}")
     given = [name for name in OF_ANALYZE if getattr(args, name) is not None]
     if given and not args.analyze:
         raise UsageError(f"--{given[0]} needs --analyze")
@@ -233,8 +234,7 @@ def run_evaluation(trained: TrainedModel, args, provenance: dict) -> int:
 
 
 def run_export(args) -> int:
-    state = load_checkpoint(args.checkpoint)
-    model = rebuild_model(state, backend="dense")
+    state, model = load_model(args.checkpoint, torch.device("cpu"), "dense", size_of(args))
     mask = dataclasses.asdict(Settings.from_dict(state["settings"]).mask)
     print("\n".join(export.write(args.export, model, state["data"], mask)))
     return 0

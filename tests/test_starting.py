@@ -309,3 +309,26 @@ def test_eval_exports_a_run(tmp_path, finished, run_script):
     exported, averaged = safetensors.torch.load_file(path), state_of(finished)["average"]
     assert exported.keys() == averaged.keys()
     assert all(torch.equal(exported[name], averaged[name]) for name in averaged)
+
+
+def test_what_an_export_cannot_do_is_refused_and_another_size_is_not_dropped(
+    tmp_path, finished, run_script
+):
+    path = tmp_path / "model.safetensors"
+    arguments = ["--checkpoint", str(finished / "last.pt"), "--export", str(path)]
+    code, _, error = run_script(evaluation.main, *arguments, "--predict", str(tmp_path))
+    assert code == 2
+    assert "leave out --predict" in error
+
+    side = 2 * state_of(finished)["model_config"]["img_size"][0]
+    code, output, _ = run_script(evaluation.main, *arguments, "--img_size", str(side))
+    assert code == 0
+    assert f"{side}x{side} pixels instead of" in output
+    positions = safetensors.torch.load_file(path)["pos_embed"]
+    num_prefix = state_of(finished)["model_config"]["pool"] == "cls"
+    there = state_of(finished)["average"]["pos_embed"].shape[1] - num_prefix
+    assert positions.shape[1] - num_prefix == 4 * there
+
+    code, _, error = run_script(evaluation.main, *arguments, "--img_size", "7")
+    assert code == 2
+    assert "is not a multiple of patch_size" in error
