@@ -99,7 +99,14 @@ class Run(RunRecord):
         """All that must be equal for a fair comparison, but the mask and the seed."""
         apart = MAY_DIFFER - {"num_registers"} | {"backend"}
         settings = self.settings.to_dict()
-        return {key: settings[key] for key in settings if key not in apart}
+        compared = {key: settings[key] for key in settings if key not in apart}
+        return compared | {"starting weights": self.start}
+
+    @property
+    def start(self) -> str:
+        """The weights that it started from, the same for the same file wherever it lies."""
+        about = self.config.get("weights")
+        return f"{about['source']} {about['sha256'][:8]}" if about else "drawn"
 
 
 @dataclass(frozen=True)
@@ -306,16 +313,17 @@ def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
     """
     groups = {}
     for run in runs:
-        key = (run.settings.run.run_name, run.mask)
+        # The mask in a file is the same wherever the file lies.
+        key = (run.settings.run.run_name, replace(run.mask, mask_file=None))
         groups.setdefault(key, []).append(run)
 
     rows = []
-    for (run_name, mask), members in groups.items():
+    for (run_name, _), members in groups.items():
         members.sort(key=lambda run: run.settings.optimization.seed)
         config = members[0].config
         row = Row(
             run_name=run_name,
-            mask=mask,
+            mask=members[0].mask,
             num_neighbors_nominal=config["attention"]["num_neighbors_nominal"],
             num_neighbors_mean=config["attention"]["num_neighbors_mean"],
             num_parameters=number(config, "num_parameters"),

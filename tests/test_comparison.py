@@ -45,6 +45,24 @@ def test_runs_are_paired_by_seed(tmp_path):
     assert found.p_holm == found.accuracies.p, "there is one pattern"
 
 
+def test_runs_are_paired_by_the_weights_that_they_started_from(tmp_path):
+    def start_from(folder, sha256):
+        path = folder / utils.CONFIG
+        about = {"file": "vit.pth", "sha256": sha256, "source": "timm"}
+        utils.write_json(path, utils.read_json(path) | {"weights": about})
+
+    write_run(tmp_path, "full", seed=0)
+    start_from(write_run(tmp_path, "full", seed=1), "1" * 64)
+    start_from(write_run(tmp_path, "full", seed=2), "1" * 64)
+    for seed in range(3):
+        start_from(write_run(tmp_path, "2d_cardinal", 1, seed), "1" * 64)
+    start_from(write_run(tmp_path, "2d_all_neighbors", 1, 1), "2" * 64)
+
+    (found,) = study_of(tmp_path).against_full.values()
+    assert found.row.label == "2d_cardinal, step 1"
+    assert found.seeds == (1, 2)
+
+
 def test_runs_are_paired_by_settings(tmp_path):
     """A row with a name of its own is compared with full attention under its own settings."""
     write_pattern(tmp_path, "full", None, [80, 81])

@@ -287,5 +287,16 @@ def test_a_checkpoint_keeps_the_mask_of_a_file(tmp_path):
     assert row.is_named_by_default
 
 
+def test_seeds_of_one_mask_are_one_row_wherever_its_file_lies(tmp_path):
+    for seed in (0, 1):
+        path = tmp_path / f"place_{seed}" / "mine.npy"
+        path.parent.mkdir()
+        np.save(path, np.tri(16, dtype=bool))
+        arguments = ["--mask_file", str(path), "--seed", str(seed), "--epochs", "1"]
+        assert run(tmp_path, *arguments) == 0
+    (row,) = results.group_by_pattern(results.load_runs(tmp_path))
+    assert [found.seed for found in row.runs] == [0, 1]
+
+
 def test_what_uses_no_layer_masks_still_counts_them():
     assert attention.LayerMasks([None, None]).mean_neighbors(7) == 7
