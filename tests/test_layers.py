@@ -278,7 +278,10 @@ def test_a_checkpoint_keeps_the_mask_of_a_file(tmp_path):
     (folder,) = (tmp_path / "digits").glob("file_mine_*/seed_0")
     path.unlink()
 
-    model = checkpoints.rebuild_model(checkpoints.load_checkpoint(folder / utils.CHECKPOINT))
+    state = checkpoints.load_checkpoint(folder / utils.CHECKPOINT)
+    with pytest.raises(ValueError, match="is for the 4x4 grid of patches in training, not for 2x8"):
+        checkpoints.rebuild_model(state, img_size=(4, 16))  # as many patches, elsewhere
+    model = checkpoints.rebuild_model(state)
     assert model.layer_masks[0].mask is None
     assert torch.equal(model.layer_masks[1].mask, torch.from_numpy(mask))
     (row,) = results.group_by_pattern(results.load_runs(tmp_path))

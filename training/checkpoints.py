@@ -163,6 +163,12 @@ def _masks_of(state: dict, height: int, width: int, depth: int) -> list[torch.Te
     spec = Settings.from_dict(state["settings"]).mask.spec
     if state.get("mask") is None:
         return spec.build_layers(height, width, depth)
+    rows, columns = grid_of(state["model_config"])
+    if (height, width) != (rows, columns):
+        raise ValueError(
+            f"the mask {spec.mask_file} is for the {rows}x{columns} grid of patches in training, "
+            f"not for {height}x{width}; leave out --img_size"
+        )
     return [None if layer in spec.global_layers else state["mask"] for layer in range(depth)]
 
 
