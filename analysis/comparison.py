@@ -80,6 +80,7 @@ def names_of(first: TrainedModel, second: TrainedModel) -> tuple[str, str]:
 def predict(trained: TrainedModel, batch_size: int) -> Tensor:
     """Probabilities of the classes, fp32 [n, classes], on the CPU."""
     batches = []
+    hardware.set_precision(trained.precision)  # the other model may have another one
     for images, _ in trained.batches(batch_size):
         with hardware.autocast(trained.device, trained.precision):
             logits = trained.model(images)

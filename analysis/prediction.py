@@ -115,6 +115,8 @@ class Predictor:
 
         bits = about.get("gray_bits")
         precision = precision or Settings.from_dict(state["settings"]).machine.precision
+        precision = hardware.resolve_precision(precision, device)
+        hardware.set_precision(precision)
         return cls(
             model=model,
             class_names=about["class_names"],
@@ -123,7 +125,7 @@ class Predictor:
             read_size=read_size,
             gray_bits=bits and {int(stored): used for stored, used in bits.items()},
             device=device,
-            precision=hardware.resolve_precision(precision, device),
+            precision=precision,
         )
 
     def predict(self, files: list[Path], batch_size: int) -> Predictions:

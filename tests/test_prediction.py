@@ -14,8 +14,9 @@ from PIL import Image, ImageOps
 import eval as evaluation
 import main
 import utils
-from analysis import contact_sheet, prediction
+from analysis import comparison, contact_sheet, prediction
 from analysis.trained_model import TrainedModel
+from runtime import hardware
 from training import checkpoints
 
 CPU = torch.device("cpu")
@@ -80,6 +81,20 @@ def test_the_images_of_the_training_get_what_an_evaluation_gives_them(trained, p
     counts = [sum(row["class"] == name for row in rows) for name in image_folders.NAMES]
     for name, count in zip(image_folders.NAMES, counts, strict=True):
         assert not count or f"{name} {count}" in out
+
+
+def test_matrix_products_have_the_precision_of_each_model(trained, monkeypatch):
+    """TF32 is a mode of the process: the model that is loaded last must not decide for others."""
+    found = []
+    monkeypatch.setattr(hardware, "set_precision", found.append)
+    path = trained[1] / "last.pt"
+    prediction.Predictor.load(path, CPU, "bf16")
+    assert found == ["bf16"]
+
+    models = [TrainedModel.load(path, "test", CPU, precision) for precision in ("fp32", "bf16")]
+    found.clear()
+    comparison.compare(*models, batch_size=100)
+    assert found == ["fp32", "bf16"]
 
 
 def test_broken_files_are_named_and_the_others_predicted(trained, predict, tmp_path):
