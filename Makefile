@@ -32,7 +32,9 @@ test-lowest: $(LOWEST)/installed
 
 # Reports of other levels than attention and model have no pictures.
 figures: $(VENV)/installed
-	$(BIN)/python masks.py --expansion_step 2 --grid 14x14 --picture docs/masks.png
+	$(BIN)/python masks.py --expansion_step 2 --picture docs/masks.png \
+		--mask_types '["full", "1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors"]'
+	$(BIN)/python masks.py --expansion_step 2 --picture docs/patterns.png
 	set -e; for report in experiments/benchmark/attention_*.json experiments/benchmark/model_*.json; do \
 		$(BIN)/python benchmark.py --plot $$report; done
 	set -e; for results in experiments/logs/*/results.md; do \

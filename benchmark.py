@@ -113,7 +113,7 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
     patterns.add_argument(
         "--mask_types",
         type=json_list(str, masks.MASK_TYPES[1:]),
-        default=list(masks.MASK_TYPES[1:]),
+        default=list(masks.STUDIED[1:]),
         metavar="JSON",
         help="attention patterns",
     )
@@ -263,7 +263,8 @@ def measure_candidates(
             "grid": grid,
             "num_patches": grid * grid,
             "num_sequences": candidate.num_sequences,
-            **vars(candidate.mask),  # mask_type, expansion_step
+            "mask_type": candidate.mask.mask_type,
+            "expansion_step": candidate.mask.expansion_step,
             "num_neighbors_mean": candidate.num_neighbors_mean,
             "backend": candidate.backend,
             "milliseconds": quartiles(1e3 * seconds[:, index]),

@@ -3,11 +3,13 @@
 python eval.py --checkpoint experiments/cifar10/full/seed_0/last.pt
 python eval.py --checkpoint experiments/cifar10/full/seed_0/last.pt --analyze
 python eval.py --compare experiments/cifar10/{full,2d_cardinal_expansion_2}/seed_0/last.pt
+python eval.py --checkpoint experiments/pets/full/seed_0/last.pt --predict photos/new
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,15 +17,19 @@ from pathlib import Path
 import torch
 
 import attention
-import masks
 import utils
-from analysis import comparison, summary
+from analysis import comparison, prediction, summary
 from analysis.trained_model import SPLITS, TrainedModel
+from interop import export
+from pipeline import sizes
 from runtime import distributed, hardware
+from training.checkpoints import load_checkpoint, rebuild_model
 from training.evaluation import evaluate
+from training.settings import Settings
 from utils import UsageError
 
 OF_ANALYZE = ("limit", "images", "patch")  # flags that need --analyze
+ELSEWHERE = ("data_dir", "labels", "split_folder")  # settings of the data that a flag may replace
 
 
 def parse_args(argv=None):
@@ -67,7 +73,17 @@ def add_what(parser: argparse.ArgumentParser) -> None:
         "with --analyze: row x column of the patch whose receptive field and maps to show "
         "(default: the center, and maps of the class token if there is one)"
     )
-    add("--patch", type=masks.parse_pair, metavar="RxC", help=patch_help)
+    add("--patch", type=utils.parse_pair, metavar="RxC", help=patch_help)
+
+    export_help = (
+        "write the model for others: .safetensors (timm), .onnx (ONNX Runtime), .pt2 (torch.export)"
+    )
+    add("--export", type=Path, metavar="FILE", help=export_help)
+    predict_help = (
+        "classes of these images, and of those in and below these folders, as a CSV and a picture; "
+        "needs no other data"
+    )
+    add("--predict", type=path_type, nargs="+", metavar="PATH", help=predict_help)
 
     split_help = "images to evaluate on; holdout: those that main.py --holdout kept from training"
     add("--split", choices=SPLITS, default="test", help=split_help)
@@ -82,6 +98,16 @@ def add_where(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the data is (default: as in training)",
     )
+    labels_help = "CSV with the columns file,class of that data (default: as in training)"
+    add("--labels", type=utils.home_path, metavar="CSV", help=labels_help)
+    share = utils.number_type(float, minimum=0, below=1)
+    share_help = "fraction of that data for testing; 0: it has test/ (default: as in training)"
+    add("--split_folder", type=share, metavar="F", help=share_help)
+    size_help = (
+        "run at this size, or height x width like 192x320: positions are interpolated, the mask is "
+        "rebuilt (default: as in training)"
+    )
+    add("--img_size", type=sizes.parse, metavar="PX", help=size_help)
     batch_size = utils.number_type(int, minimum=1)
     batch_help = "images per batch; fewer at a time where --analyze needs much memory"
     add("--batch_size", type=batch_size, default=256, help=batch_help)
@@ -104,9 +130,14 @@ def add_where(parser: argparse.ArgumentParser) -> None:
     )
     output_help = (
         "JSON to write (default: eval_<split>.json, analysis_<split>.json or "
-        "compare_<run of B>_<split>.json beside the checkpoint)"
+        "compare_<run of B>_<split>.json beside the checkpoint); with --predict: CSV to write "
+        "(default: predictions.csv there)"
     )
     add("--output", type=Path, metavar="FILE", help=output_help)
+
+
+def path_type(text: str) -> Path:
+    return Path(utils.home_path(text))
 
 
 def index_list(text: str) -> list[int]:
@@ -126,13 +157,29 @@ def check_flags(args) -> None:
     """Raise UsageError for flags that do not go together."""
     if args.analyze and args.compare:
         raise UsageError("--analyze looks at one --checkpoint; leave out --compare")
+    if args.export:
+        export.check_suffix(args.export)
+        if args.analyze or args.compare:
+            raise UsageError("--export writes one --checkpoint; leave out --analyze and --compare")
     given = [name for name in OF_ANALYZE if getattr(args, name) is not None]
     if given and not args.analyze:
         raise UsageError(f"--{given[0]} needs --analyze")
+    if args.predict:
+        check_predict(args)
     if (args.analyze or args.compare) and args.output and args.output.suffix != ".json":
         raise UsageError(
             f"--output {args.output} must end in .json; arrays and pictures are written beside it"
         )
+
+
+def check_predict(args) -> None:
+    others = [name for name in ("compare", "analyze", *ELSEWHERE) if getattr(args, name)]
+    if others:
+        raise UsageError(
+            f"--predict takes one --checkpoint and no data but its own; leave out --{others[0]}"
+        )
+    if args.output and args.output.suffix != ".csv":
+        raise UsageError(f"--output {args.output} must end in .csv; a picture is written beside it")
 
 
 def main(argv=None) -> int:
@@ -147,6 +194,10 @@ def main(argv=None) -> int:
 
     if args.compare:
         return run_comparison(args, device, provenance)
+    if args.export:
+        return run_export(args)
+    if args.predict:
+        return run_prediction(args, device)
     trained = load(args.checkpoint, args, device)
     if args.analyze:
         return run_analysis(trained, args, provenance)
@@ -156,8 +207,16 @@ def main(argv=None) -> int:
 def load(
     checkpoint: Path, args, device: torch.device, earlier: TrainedModel | None = None
 ) -> TrainedModel:
-    options = (args.precision, args.backend, args.data_dir, earlier)
+    given = {name: getattr(args, name) for name in ELSEWHERE}
+    elsewhere = {name: value for name, value in given.items() if value is not None}
+    if args.split_folder == 0 and args.labels is None:  # a folder with test/ has class folders
+        elsewhere["labels"] = None
+    options = (args.precision, args.backend, size_of(args), elsewhere, earlier)
     return TrainedModel.load(checkpoint, args.split, device, *options)
+
+
+def size_of(args) -> tuple[int, int] | None:
+    return None if args.img_size is None else sizes.sides_of(args.img_size)
 
 
 def run_evaluation(trained: TrainedModel, args, provenance: dict) -> int:
@@ -166,16 +225,24 @@ def run_evaluation(trained: TrainedModel, args, provenance: dict) -> int:
     result = evaluate(trained.model, batches, num_classes, trained.device, trained.precision)
 
     report = {**trained.describe(), **result, "provenance": provenance}
-    output = args.output or args.checkpoint.with_name(f"eval_{args.split}.json")
+    output = args.output or args.checkpoint.with_name(f"eval_{trained.file_suffix}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     utils.write_text(output, format_json(report))
     print(f"{describe(report)}\nwrote {output}")
     return 0
 
 
+def run_export(args) -> int:
+    state = load_checkpoint(args.checkpoint)
+    model = rebuild_model(state, backend="dense")
+    mask = dataclasses.asdict(Settings.from_dict(state["settings"]).mask)
+    print("\n".join(export.write(args.export, model, state["data"], mask)))
+    return 0
+
+
 def run_analysis(trained: TrainedModel, args, provenance: dict) -> int:
     results = summary.analyze(trained, args.batch_size, args.limit, args.images, args.patch)
-    output = args.output or args.checkpoint.with_name(f"analysis_{args.split}.json")
+    output = args.output or args.checkpoint.with_name(f"analysis_{trained.file_suffix}.json")
     report = summary.write(output, trained, results, provenance)
     print(f"{summary.describe(report)}\nwrote {output} and {report['arrays']}")
     return 0
@@ -191,6 +258,22 @@ def run_comparison(args, device: torch.device, provenance: dict) -> int:
     picture = f" and {report['picture']}" if report["picture"] else ""
     print(f"{comparison.describe(report)}\nwrote {output}{picture}")
     return 0
+
+
+def run_prediction(args, device: torch.device) -> int:
+    """Exit code 1 if some of the files cannot be read."""
+    files = prediction.find_files(args.predict)
+    options = (args.precision, args.backend, size_of(args))
+    predictor = prediction.Predictor.load(args.checkpoint, device, *options)
+    found = predictor.predict(files, args.batch_size)
+
+    output = args.output or args.checkpoint.with_name("predictions.csv")
+    picture = prediction.write(output, found, predictor.class_names)
+    print(f"{prediction.describe(found, predictor.class_names)}\nwrote {output} and {picture}")
+    if found.unreadable:
+        reasons = prediction.reasons_of(found.unreadable)
+        utils.warn(f"{len(found.unreadable)} of {len(files)} files cannot be read: {reasons}")
+    return 1 if found.unreadable else 0
 
 
 def format_json(report: dict) -> str:

@@ -18,12 +18,12 @@ import attention
 import data
 import models
 import utils
-from attention import Choice
+from attention import Choice, CompiledMask, LayerMasks
 from pipeline import identity, sources
 from report import figures, mask_pictures
 from runtime import distributed, hardware
 from runtime.stopping import StoppedAtOnce, StopRequest
-from training import run_folder
+from training import run_folder, starting
 from training.budget import DEFAULT_EPOCHS
 from training.checkpoints import load_latest
 from training.command_line import parse_args, resolve_settings
@@ -95,7 +95,7 @@ def find_and_run(
 def find_run(settings: Settings, dataset_name: str | None) -> tuple[Path, dict | None]:
     """The run's folder, and what file names and sizes tell: see `identity.describe`."""
     dataset, data_dir = settings.data.dataset, settings.data.data_dir
-    known = identity.describe(dataset, data_dir)
+    known = identity.describe(dataset, data_dir, settings.data.layout)
     folder = identity.find_run_folder(
         settings.run.output_dir,
         dataset,
@@ -118,11 +118,11 @@ def load_dataset(settings: Settings, device: torch.device) -> data.Dataset:
     return data.load_dataset(
         settings.data.dataset,
         settings.data.data_dir,
-        (settings.model.img_size, settings.model.img_size),
+        settings.model.image_size,
         device,
         None if limit is None else limit * 2**30,
         settings.data.holdout,
-        **({"skip_unreadable": True} if settings.data.skip_unreadable else {}),
+        **settings.data.reading_options,
     )
 
 
@@ -171,23 +171,29 @@ def prepare(
         found = run_folder.read_to_resume(folder), load_latest(folder)
     record, state = distributed.from_first(found)
 
-    model = build_model(settings, dataset.in_channels, dataset.num_classes).to(device)
+    start = starting.read(settings, state) if distributed.IS_FIRST else None
+    start = distributed.from_first(start)
+    model = build_model(settings, dataset.in_channels, dataset.num_classes, start.norm_eps)
+    start.apply(model, settings.start.freeze)
+    model.to(device)
     if record is None:
-        choice = None
+        choices = None
         if distributed.IS_FIRST:
-            choice = choose_backend(model, settings, len(dataset.train), device)
-        choice = distributed.from_first(choice)
+            choices = choose_backends(model, settings, len(dataset.train), device)
+        choices = distributed.from_first(choices)
     else:
-        choice = recorded_choice(record.config["attention"], model, settings, device)
+        choices = recorded_choices(record.config["attention"], model, settings, device)
     with utils.usage_errors():
-        model.compiled_mask.apply_choice(choice)
-        model.compiled_mask.check_device(device)
+        model.layer_masks.apply_choices(choices)
+        model.layer_masks.check_device(device)
 
     provenance = hardware.provenance(argv, device)
-    about_model, about_data = describe_model(model, settings), dataset.describe()
+    about_model = describe_model(model, settings) | start.describe()
+    about_data = dataset.describe()
     config = run_folder.make_config(record, settings, about_model, about_data, provenance)
     if state is not None:  # config.json may have been removed, so check the checkpoint too
         run_folder.refuse_other_settings(folder, state["settings"], settings)
+        run_folder.refuse_other_weights(folder, state.get("weights"), settings)
         run_folder.refuse_other_data(folder, state["data"], config["data"])
 
     trainer = Trainer(model, dataset, settings, config, folder, device, stop)
@@ -200,7 +206,7 @@ def prepare(
         about = f"{config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}"
         if dataset.held_out is not None:
             about += f", evaluated on {len(dataset.held_out)} {EVAL_SPLITS['holdout']}"
-        print(f"{folder}: {about}", flush=True)
+        print("\n".join([f"{folder}: {about}", *start.lines]), flush=True)
         if state is not None:
             place = f"epoch {trainer.progress.epoch} after step {trainer.step}"
             print(f"resuming in {place}", flush=True)
@@ -211,15 +217,17 @@ def prepare(
 # The model
 
 
-def build_model(settings: Settings, in_channels: int, num_classes: int) -> models.VisionTransformer:
+def build_model(
+    settings: Settings, in_channels: int, num_classes: int, norm_eps: float = 1e-6
+) -> models.VisionTransformer:
     """The model with newly drawn weights, which depend on the seed and not on the mask."""
     model = settings.model
     torch.manual_seed(settings.optimization.seed)
     with utils.usage_errors():
         # In patches; at least 1, so that the model reports an image that is too small.
-        side = max(model.img_size // model.patch_size, 1)
+        grid = [max(side // model.patch_size, 1) for side in model.image_size]
         return models.VisionTransformer(
-            img_size=model.img_size,
+            img_size=model.image_size,
             patch_size=model.patch_size,
             in_channels=in_channels,
             num_classes=num_classes,
@@ -229,36 +237,54 @@ def build_model(settings: Settings, in_channels: int, num_classes: int) -> model
             dropout=model.dropout,
             drop_path=model.drop_path,
             pool=model.pool,
-            attention_mask=settings.mask.spec.build(side, side),
+            attention_mask=settings.mask.spec.build_layers(*grid, model.depth),
             backend=settings.mask.backend,
+            norm_eps=norm_eps,
+            num_registers=model.num_registers,
         )
 
 
-def choose_backend(
+def choose_backends(
     model: models.VisionTransformer, settings: Settings, num_train: int, device: torch.device
-) -> Choice:
-    """How to compute masked attention in this run; not counted as training time."""
+) -> list[Choice]:
+    """How to compute attention under each of the masks; not counted as training time."""
     config, optimization = model.config, settings.optimization
     num_epochs = optimization.epochs or DEFAULT_EPOCHS  # with --minutes, nobody knows
     num_steps = num_epochs * data.steps_per_epoch(num_train, optimization.batch_size)
+    num_passes = num_steps * settings.machine.grad_accumulation
     is_bf16 = settings.machine.precision == "bf16"
 
     with utils.usage_errors():
-        return attention.choose_backend(
-            model.compiled_mask,
-            micro_batch_size(settings),
-            config["num_heads"],
-            config["embed_dim"] // config["num_heads"],
-            torch.bfloat16 if is_bf16 else torch.float32,
-            device,
-            num_calls=config["depth"] * num_steps * settings.machine.grad_accumulation,
-        )
+        return [
+            attention.choose_backend(
+                compiled,
+                micro_batch_size(settings),
+                config["num_heads"],
+                config["embed_dim"] // config["num_heads"],
+                torch.bfloat16 if is_bf16 else torch.float32,
+                device,
+                num_calls=model.layer_masks.num_layers_with(compiled) * num_passes,
+            )
+            for compiled in model.layer_masks.different
+        ]
+
+
+def recorded_choices(
+    about: dict, model: models.VisionTransformer, settings: Settings, device: torch.device
+) -> list[Choice]:
+    """The backends that the run began with, so that a resume is exact."""
+    recorded = about.get("masks") or [about]
+    masks = model.layer_masks.different
+    return [
+        recorded_choice(mask, compiled, settings, device)
+        for mask, compiled in zip(recorded, masks, strict=True)
+    ]
 
 
 def recorded_choice(
-    about: dict, model: models.VisionTransformer, settings: Settings, device: torch.device
+    about: dict, compiled: CompiledMask, settings: Settings, device: torch.device
 ) -> Choice:
-    """The backend that the run began with, so that a resume is exact.
+    """The backend that the run began with under one mask.
 
     Except for the diagonals that `auto` once chose on the CPU: they are no longer compiled there,
     and would be many times as slow as the native kernel.
@@ -268,7 +294,7 @@ def recorded_choice(
     if choice.backend != "diagonal" or was_asked_for or device.type != "cpu":
         return choice
 
-    by_rule = attention.choose_by_rule(model.compiled_mask)
+    by_rule = attention.choose_by_rule(compiled, device)
     if by_rule.backend == "diagonal":  # there is no compiler
         return choice
     if distributed.IS_FIRST:
@@ -278,27 +304,46 @@ def recorded_choice(
 
 def describe_model(model: models.VisionTransformer, settings: Settings) -> dict:
     """The number of parameters, the numbers of neighbors, and attention's share of the FLOPs."""
-    num_patches, mask = model.num_patches, model.compiled_mask.mask
-    mean_neighbors = num_patches
-    if mask is not None:
-        mean_neighbors = mask.sum(1, dtype=torch.float64).mean().item()
-
+    num_patches, masks = model.num_patches, model.layer_masks
+    mean_neighbors = masks.mean_neighbors(num_patches)
     flops = models.count_forward_flops(model)
-    choice = model.compiled_mask.choice
+    about = {
+        "grid": list(model.grid),
+        "num_patches": num_patches,
+        "num_neighbors_nominal": settings.mask.spec.num_neighbors(*model.grid),
+        "num_neighbors_mean": mean_neighbors,
+        "density": mean_neighbors / num_patches,
+        "attention_share_of_flops": flops["attention"] / flops["total"],
+        "forward_flops_per_image": flops["total"],
+    }
+    if len(masks.different) == 1:
+        about |= describe_choice(masks[0].choice)
+    else:
+        about |= describe_masks(masks, num_patches)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"num_parameters": num_parameters, "attention": about}
+
+
+def describe_masks(masks: LayerMasks, num_patches: int) -> dict:
+    """The backends in words, and everything about each of the different masks."""
+    described = []
+    for number, compiled in enumerate(masks.different):
+        num_pairs = attention.count_pairs(compiled.mask, num_patches, 0)
+        layers = [layer for layer, other in enumerate(masks.number_of) if other == number]
+        about = {"layers": layers, "num_neighbors_mean": num_pairs / num_patches}
+        described.append(about | describe_choice(compiled.choice))
     return {
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "attention": {
-            "grid": list(model.grid),
-            "num_patches": num_patches,
-            "num_neighbors_nominal": settings.mask.spec.num_neighbors(num_patches),
-            "num_neighbors_mean": mean_neighbors,
-            "density": mean_neighbors / num_patches,
-            "attention_share_of_flops": flops["attention"] / flops["total"],
-            "forward_flops_per_image": flops["total"],
-            "backend": choice.backend,
-            "backend_reason": choice.reason,
-            "backend_seconds": choice.timings,
-        },
+        "backend": masks.backend,
+        "backend_reason": "for each of the masks",
+        "masks": described,
+    }
+
+
+def describe_choice(choice: Choice) -> dict:
+    return {
+        "backend": choice.backend,
+        "backend_reason": choice.reason,
+        "backend_seconds": choice.timings,
     }
 
 
@@ -308,24 +353,32 @@ def describe_model(model: models.VisionTransformer, settings: Settings) -> dict:
 
 def dry_run(settings: Settings, folder: Path) -> None:
     in_channels, num_classes = sources.channels_and_classes(
-        settings.data.dataset, settings.data.data_dir
+        settings.data.dataset, settings.data.data_dir, settings.data.layout
     )
-    model = build_model(settings, in_channels, num_classes)
-    model.compiled_mask.settle(torch.device(settings.machine.device))
+    start = starting.read(settings, state=None)
+    model = build_model(settings, in_channels, num_classes, start.norm_eps)
+    start.apply(model, settings.start.freeze)
+    model.layer_masks.settle(torch.device(settings.machine.device))
     settings = settings.changed(dataset_name=folder.parents[1].name)
     resolved = {
         "run_folder": str(folder),
         "settings": settings.to_dict(),
         **describe_model(model, settings),
+        **start.describe(),
     }
     print(json.dumps(resolved, indent=2))
 
 
 def draw_mask(model: models.VisionTransformer, settings: Settings, folder: Path) -> None:
     """Write the picture of the mask. If that fails, warn: the training does not need it."""
-    path, mask = folder / utils.MASK_PICTURE, model.compiled_mask.mask
+    path = folder / utils.MASK_PICTURE
+    masks = {}  # title -> mask
+    for number, compiled in enumerate(model.layer_masks.different):
+        layer = model.layer_masks.number_of.index(number)
+        is_only = len(model.layer_masks.different) == 1
+        masks["" if is_only else f"from layer {layer} on"] = compiled.mask
     try:
-        picture = mask_pictures.draw_attention_mask(mask, *model.grid, settings.mask.spec.label)
+        picture = mask_pictures.draw_attention_masks(masks, *model.grid, settings.mask.spec.label)
         figures.save(picture, path)
     except Exception as error:  # whatever matplotlib raises
         reason = utils.first_line(error)

@@ -5,12 +5,14 @@ Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words". Parameter names and sh
 
 Legend for shapes:
     B batch, C channels, E embed dim, H heads, D = E / H head dim
-    N patches (grid height * grid width), G global tokens (1 class token, or 0), T = G + N tokens
+    N patches (grid height * grid width), T = G + N tokens
+    G global tokens: the class token, if there is one, and R registers
 """
 
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attention
-from attention import CompiledMask
+from attention import CompiledMask, LayerMasks
 
 PRESETS = {
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -38,13 +40,16 @@ class VisionTransformer(nn.Module):
         pool: "cls" classifies from a class token, which is global: it attends to all patches, and
             all patches attend to it. "mean" has no class token and classifies from the mean of the
             patch tokens.
+        num_registers: learned tokens without a place on the grid, global like the class token
+            (Darcet et al. 2023, "Vision Transformers Need Registers"); their output is not used.
         dropout: on the embeddings, after both projections and inside the MLP, but never on the
             attention weights.
         drop_path: stochastic depth (Huang et al. 2016): the probability, per image, of skipping
             each of the last block's two branches. It grows linearly from 0 at the first block.
         attention_mask: bool [N, N] over patches in row-major order, True = query i may attend to
-            key j. None = full attention.
+            key j. None = full attention. Or a list of these, one for each layer.
         backend: how masked attention is computed, see `attention.compile_mask`.
+        norm_eps: added to the variance by each LayerNorm. Weights of others may need another.
 
     Raises ValueError if sizes do not fit together, or if the mask does not fit the patch grid.
     """
@@ -62,8 +67,10 @@ class VisionTransformer(nn.Module):
         dropout: float = 0.1,
         drop_path: float = 0.0,
         pool: str = "cls",
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Sequence[Tensor | None] | None = None,
         backend: str = "auto",
+        norm_eps: float = 1e-6,
+        num_registers: int = 0,
     ):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -77,13 +84,9 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"unknown pool {pool!r}; expected one of {', '.join(POOLS)}")
 
         self.grid = (height // patch_size, width // patch_size)
-        num_patches = self.num_patches
-        if attention_mask is not None and attention_mask.shape != (num_patches, num_patches):
-            raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}, but the "
-                f"{self.grid[0]}x{self.grid[1]} grid of {num_patches} patches needs "
-                f"[{num_patches}, {num_patches}]"
-            )
+        if num_registers < 0:
+            raise ValueError(f"num_registers must be at least 0, got {num_registers}")
+        masks = self._masks_of_layers(attention_mask, depth)
 
         self.config = {
             "img_size": (height, width),
@@ -97,28 +100,32 @@ class VisionTransformer(nn.Module):
             "dropout": dropout,
             "drop_path": drop_path,
             "pool": pool,
+            "norm_eps": norm_eps,
+            "num_registers": num_registers,
         }
         # Save memory: recompute each block's activations in the backward instead of keeping them.
         self.checkpoint_activations = False
         self.run_block = run_block  # or compiled, see compile_blocks
         self.replays_graphs = False
 
-        # One compiled mask, shared by all blocks.
-        num_global_tokens = 1 if pool == "cls" else 0
-        self.compiled_mask = attention.compile_mask(attention_mask, num_global_tokens, backend)
+        num_global_tokens = int(pool == "cls") + num_registers
+        self.layer_masks = LayerMasks(masks, num_global_tokens, backend)
 
         self.patch_embed = PatchEmbedding(patch_size, in_channels, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pool == "cls" else None
-        num_tokens = num_global_tokens + num_patches
+        self.reg_token = None
+        if num_registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, num_registers, embed_dim))
+        num_tokens = num_global_tokens + self.num_patches
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim))
         self.pos_drop = nn.Dropout(dropout)
 
         drop_paths = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, dropout, probability)
+            Block(embed_dim, num_heads, mlp_ratio, dropout, probability, norm_eps)
             for probability in drop_paths
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, num_classes)
         self._init_weights()
 
@@ -141,6 +148,8 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if self.reg_token is not None:  # last, so that the others are as without them
+            nn.init.trunc_normal_(self.reg_token, std=0.02)
 
         positions = sincos_positions(*self.grid, self.config["embed_dim"])  # [N, E]
         self.pos_embed.data[0, -self.num_patches :] = positions
@@ -161,25 +170,57 @@ class VisionTransformer(nn.Module):
         self.run_block = torch.compile(own, mode=mode, dynamic=False)
         self.replays_graphs = mode == "reduce-overhead"
 
+    @property
+    def num_global_tokens(self) -> int:
+        return self.layer_masks.num_global_tokens
+
+    @property
+    def compiled_mask(self) -> CompiledMask:
+        """The compiled mask of all layers. Raises ValueError if they have different ones."""
+        masks = self.layer_masks.different
+        if len(masks) > 1:
+            raise ValueError(f"the layers have {len(masks)} different masks; use layer_masks")
+        return masks[0]
+
+    def _masks_of_layers(
+        self, mask: Tensor | Sequence[Tensor | None] | None, depth: int
+    ) -> list[Tensor | None]:
+        """A mask for each layer. Raises ValueError if they do not fit the grid or the depth."""
+        is_list = isinstance(mask, Sequence)
+        masks = list(mask) if is_list else [mask] * depth
+        if len(masks) != depth:
+            raise ValueError(f"got masks for {len(masks)} layers, but the model has {depth}")
+
+        num_patches = self.num_patches
+        for mask in masks:
+            if mask is not None and mask.shape != (num_patches, num_patches):
+                raise ValueError(
+                    f"attention_mask has shape {list(mask.shape)}, but the "
+                    f"{self.grid[0]}x{self.grid[1]} grid of {num_patches} patches needs "
+                    f"[{num_patches}, {num_patches}]"
+                )
+        return masks
+
     def forward(self, images: Tensor) -> Tensor:
         if self.replays_graphs:  # the results of the step before may be overwritten now
             torch.compiler.cudagraph_mark_step_begin()
 
         x = self.patch_embed(images)  # [B, N, E]
-        if self.cls_token is not None:
-            cls_token = self.cls_token.expand(len(x), -1, -1)  # [B, 1, E]
-            x = torch.cat([cls_token, x], dim=1)  # [B, T, E]
+        for tokens in (self.reg_token, self.cls_token):  # each [1, number, E]
+            if tokens is not None:
+                x = torch.cat([tokens.expand(x.shape[0], -1, -1), x], dim=1)  # [B, T, E] in the end
         x = self.pos_drop(x + self.pos_embed)
 
         # Once for all blocks, which then call `attention.attend_checked`.
-        self.compiled_mask.check(x.shape[1], x.device)
+        self.layer_masks.check(x.shape[1], x.device)
 
         recomputes = self.checkpoint_activations and self.training
-        for block in self.blocks:
-            x = self.run_block(block, x, self.compiled_mask, recomputes)
+        for layer, block in enumerate(self.blocks):
+            x = self.run_block(block, x, self.layer_masks[layer], recomputes)
 
         x = self.norm(x)
-        x = x.mean(dim=1) if self.cls_token is None else x[:, 0]  # [B, E]
+        patches = x[:, self.num_global_tokens :]  # [B, N, E]
+        x = patches.mean(dim=1) if self.cls_token is None else x[:, 0]  # [B, E]
         return self.head(x)  # [B, num_classes]
 
 
@@ -247,12 +288,18 @@ class Block(nn.Module):
     """Pre-norm transformer block, [B, T, E] -> [B, T, E]."""
 
     def __init__(
-        self, embed_dim: int, num_heads: int, mlp_ratio: float, dropout: float, drop_path: float
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        dropout: float,
+        drop_path: float,
+        norm_eps: float,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.attn = Attention(embed_dim, num_heads, dropout)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), dropout)
         self.drop_path = StochasticDepth(drop_path) if drop_path else nn.Identity()
 
@@ -300,6 +347,32 @@ def sincos_positions(height: int, width: int, embed_dim: int) -> Tensor:
     return F.pad(embedding, (0, embed_dim - 4 * quarter)).float()  # [N, E]
 
 
+def resample_positions(
+    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix: int
+) -> Tensor:
+    """Learned positions [1, prefix + N, E] of one grid (height, width) for the patches of another.
+
+    Bicubic and antialiased (Dosovitskiy et al. 2021, section 3.2, resize them likewise). The
+    `num_prefix` positions before those of the patches have no place on the grid, and stay.
+
+    Raises ValueError if the number of positions does not fit `old_grid`.
+    """
+    num_expected = num_prefix + old_grid[0] * old_grid[1]
+    if pos_embed.ndim != 3 or pos_embed.shape[1] != num_expected:
+        raise ValueError(
+            f"positions of shape {list(pos_embed.shape)} do not fit {num_prefix} prefix tokens and "
+            f"a grid of {old_grid[0]}x{old_grid[1]}; expected [1, {num_expected}, E]"
+        )
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+
+    prefix, positions = pos_embed.split([num_prefix, num_expected - num_prefix], dim=1)
+    positions = positions.float().transpose(1, 2).unflatten(2, old_grid)  # [1, E, h, w]
+    positions = F.interpolate(positions, tuple(new_grid), mode="bicubic", antialias=True)
+    positions = positions.flatten(2).transpose(1, 2)  # [1, new N, E]
+    return torch.cat([prefix, positions.to(pos_embed.dtype)], dim=1)
+
+
 def count_forward_flops(model: VisionTransformer) -> dict[str, int]:
     """FLOPs of one image's forward pass: `total`, and `attention` for scores and weighted sums.
 
@@ -307,12 +380,11 @@ def count_forward_flops(model: VisionTransformer) -> dict[str, int]:
     mask allows.
     """
     c = model.config
-    compiled = model.compiled_mask
-    num_tokens = compiled.num_global_tokens + model.num_patches
+    num_tokens = model.num_global_tokens + model.num_patches
 
     # For each pair of tokens, q . k and then p * v: two products over all heads.
-    num_pairs = attention.count_pairs(compiled.mask, model.num_patches, compiled.num_global_tokens)
-    attention_flops = 2 * c["depth"] * 2 * num_pairs * c["embed_dim"]
+    num_pairs = model.layer_masks.count_pairs(model.num_patches)
+    attention_flops = 2 * 2 * num_pairs * c["embed_dim"]
 
     # qkv and proj have 4 E² weights, the MLP 2 * ratio * E².
     block_weights = (4 + 2 * c["mlp_ratio"]) * c["embed_dim"] ** 2

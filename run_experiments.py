@@ -9,10 +9,13 @@ does only what is missing. The sweep ends with the table of results.
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 
 import masks
 import utils
+from patterns.spec import parse_layers
 from pipeline import identity
 from report import differences, results, table
 from sweep import gpus, launch, slurm
@@ -27,6 +30,7 @@ from sweep.plan import (
     make_plan,
 )
 from sweep.status import Status
+from training.settings import MASK_FLAGS
 from utils import json_list, number_type
 
 MAIN_SCRIPT = utils.REPOSITORY / "main.py"
@@ -34,8 +38,8 @@ LOG_LINES_PER_FAILURE = 5
 
 # Options of main.py that the sweep sets for each run.
 SWEPT = (
-    "--mask_type",
-    "--expansion_step",
+    *(f"--{name}" for name in MASK_FLAGS),
+    "--num_registers",
     "--seed",
     "--dataset",
     "--output_dir",
@@ -65,6 +69,19 @@ def parse_args(argv=None):
     return args
 
 
+def layer_lists(text: str) -> list[tuple[int, ...]]:
+    """An argparse type: a JSON list of lists of layers -> the same, without repetitions."""
+    try:
+        choices = json.loads(text)
+        if not choices or not all(isinstance(layers, list) for layers in choices):
+            raise ValueError
+        return list(dict.fromkeys(map(parse_layers, choices)))
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"expected a JSON list of lists like '[[], [3, 7, 11]]', got {text!r}"
+        ) from None
+
+
 def make_parser() -> utils.ArgumentParser:
     parser = utils.ArgumentParser(
         description="Sweep main.py over mask types, expansion steps and seeds.",
@@ -74,16 +91,28 @@ def make_parser() -> utils.ArgumentParser:
     at_least_0 = number_type(int, minimum=0, maximum=10_000)
     at_least_1 = number_type(int, minimum=1, maximum=10_000)
     above_0 = number_type(float, above=0)
-    all_types = list(masks.MASK_TYPES)
-    types = json_list(str, all_types)
+    types = json_list(str, masks.MASK_TYPES)
+    edges = json_list(str, masks.EDGES)
 
     def add(name: str, help: str, **kwargs) -> None:
         group.add_argument(name, help=help, **kwargs)
 
     group = parser.add_argument_group("what to run")
-    add("--mask_types", "patterns to run", type=types, default=all_types, metavar="JSON")
-    steps_help = "expansion steps of each pattern"
+    studied = list(masks.STUDIED)
+    add("--mask_types", "patterns to run", type=types, default=studied, metavar="JSON")
+    steps_help = "expansion steps of each pattern that has one"
     add("--expansion_steps", steps_help, type=json_list(int), default=[1, 2, 3], metavar="JSON")
+    dilations_help = "distances between neighbors, for each pattern that can be dilated"
+    add("--dilations", dilations_help, type=json_list(int), default=[1], metavar="JSON")
+    edges_help = "what happens at the border, for each pattern that meets it"
+    add("--edges", edges_help, type=edges, default=["truncate"], metavar="JSON")
+    draws_help = "which random masks are drawn"
+    add("--mask_seeds", draws_help, type=json_list(int), default=[0], metavar="JSON")
+    add("--mask_files", "masks in files, as well", type=json_list(str), default=[], metavar="JSON")
+    layers_help = "layers of full attention, a list for each choice: [[], [3, 7, 11]]"
+    add("--global_layers", layers_help, type=layer_lists, default=[()], metavar="JSON")
+    registers_help = "numbers of registers"
+    add("--num_registers", registers_help, type=json_list(int), default=[0], metavar="JSON")
     same_help = "also train masks that are one and the same on the grid under another name"
     add("--same_masks", same_help, action="store_true")
     add("--seeds", "seeds of each pattern", type=json_list(int), default=[0], metavar="JSON")

@@ -239,6 +239,15 @@ def json_list(kind: type, choices: Sequence | None = None):
     return parse
 
 
+def parse_pair(text: str) -> tuple[int, int]:
+    """An argparse type: `'7x10'` -> `(7, 10)`."""
+    try:
+        first, second = text.lower().split("x")
+        return int(first), int(second)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected two integers like 7x10, got {text!r}") from None
+
+
 # --------------------------------------------------------------------------------------------------
 # Files, never half-written
 

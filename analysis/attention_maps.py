@@ -4,7 +4,7 @@ Sparse backends never form them, so they are recomputed from the model's own q a
 explicit softmax in fp32. One layer is in memory at a time.
 
 Legend for shapes:
-    B batch, N patches, G global tokens (the class token, or none), T = G + N tokens, H heads
+    B batch, N patches, G global tokens (class token, registers), T = G + N tokens, H heads
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from attention import CompiledMask
 from models import VisionTransformer
 
 BYTES_OF_PROBABILITIES = 2**28  # of one layer and batch
@@ -27,9 +28,11 @@ def watch_attention(model: VisionTransformer, see: Callable[[int, Tensor], None]
     Layers count from 0. Probabilities are fp32 [B, H, T, T]: rows are queries and sum to 1, and
     what the mask forbids is exactly 0. `see` runs without autocast and without gradients.
     """
-    allowed = allowed_tokens(model)
+    different = [allowed_tokens(model, compiled) for compiled in model.layer_masks.different]
 
     def hook_of(layer: int, num_heads: int):
+        allowed = different[model.layer_masks.number_of[layer]]
+
         @torch.no_grad()
         def hook(module, inputs, qkv):
             with torch.autocast(qkv.device.type, enabled=False):
@@ -48,11 +51,11 @@ def watch_attention(model: VisionTransformer, see: Callable[[int, Tensor], None]
             handle.remove()
 
 
-def allowed_tokens(model: VisionTransformer) -> Tensor | None:
+def allowed_tokens(model: VisionTransformer, compiled: CompiledMask) -> Tensor | None:
     """Who may attend to whom, bool [T, T] on the model's device; None for full attention."""
-    if model.compiled_mask.mask is None:
+    if compiled.mask is None:
         return None
-    return model.compiled_mask.with_global_tokens().to(model.pos_embed.device)
+    return compiled.with_global_tokens().to(model.pos_embed.device)
 
 
 def attention_probabilities(qkv: Tensor, num_heads: int, allowed: Tensor | None) -> Tensor:
@@ -67,6 +70,6 @@ def attention_probabilities(qkv: Tensor, num_heads: int, allowed: Tensor | None)
 
 def images_at_once(model: VisionTransformer, limit_bytes: float = BYTES_OF_PROBABILITIES) -> int:
     """How many images to run at a time, so that the probabilities of a layer fit the limit."""
-    num_tokens = model.compiled_mask.num_global_tokens + model.num_patches
+    num_tokens = model.num_global_tokens + model.num_patches
     bytes_per_image = 4 * model.config["num_heads"] * num_tokens**2
     return max(1, int(limit_bytes // bytes_per_image))

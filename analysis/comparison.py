@@ -127,7 +127,7 @@ def describe_model(trained: TrainedModel, name: str, is_right: Tensor, labels: T
         "name": name,
         **trained.describe_run(),
         **{key: about[key] for key in ("checkpoint", "epoch", "data_as_trained", "precision")},
-        "holdout": about["holdout"],
+        **{key: about[key] for key in ("holdout", "img_size", "img_size_in_training")},
         "num_correct": num_correct,
         "top1_accuracy": 100 * num_correct / num_images,
         "interval": statistics.proportion_interval(num_correct, num_images)._asdict(),
@@ -173,7 +173,7 @@ def describe_guess(probabilities: Tensor, label: int) -> dict:
 def default_output(first: TrainedModel, second: TrainedModel) -> Path:
     """Beside the first checkpoint, named after the second run."""
     run, seed = second.settings.run.run_name, second.settings.optimization.seed
-    name = f"compare_{run}_seed_{seed}_{second.split_name}.json"
+    name = f"compare_{run}_seed_{seed}_{second.file_suffix}.json"
     return first.checkpoint.with_name(name)
 
 

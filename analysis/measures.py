@@ -1,7 +1,7 @@
 """Numbers about attention: how far it looks, how spread out it is, what it adds up to.
 
 Legend for shapes:
-    B batch, N patches, G global tokens (the class token, or none), T = G + N tokens, H heads
+    B batch, N patches, G global tokens (class token, registers), T = G + N tokens, H heads
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is kept of the attention probabilities while a model runs; see `watch_attention`.
 
 Legend for shapes:
-    B batch, N patches on a grid of gh x gw, G global tokens (the class token, or none),
+    B batch, N patches on a grid of gh x gw, G global tokens (class token, registers),
     T = G + N tokens, n images, L layers, H heads
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from analysis import attention_maps, measures
 from analysis.measures import RunningMean
+from attention import CompiledMask
 from models import VisionTransformer
 
 
@@ -20,21 +21,23 @@ class AttentionMeasures:
     """Means over images; `see` takes the probabilities of each layer, one batch after another."""
 
     def __init__(self, model: VisionTransformer, patch_token: int):
-        compiled = model.compiled_mask
         device = model.pos_embed.device
         depth, num_tokens = model.config["depth"], model.pos_embed.shape[1]
         self.grid, self.depth = model.grid, depth
-        self.num_global = compiled.num_global_tokens
+        self.num_global = model.num_global_tokens
+        self.has_class_token = model.cls_token is not None
         self.patch_token = patch_token
 
         distances = measures.patch_distances(model.grid, model.config["patch_size"])
-        self.uniform, self.ceiling = measures.mask_distances(compiled.mask, distances)
         self.distances = distances.to(device)  # [N, N]
-        allowed = attention_maps.allowed_tokens(model)
-        if allowed is None:
-            self.num_keys = torch.full((num_tokens,), num_tokens, device=device)  # [T]
-        else:
-            self.num_keys = allowed.sum(1)
+        layer_masks = model.layer_masks
+        of_masks = [measures.mask_distances(m.mask, distances) for m in layer_masks.different]
+        # Under uniform attention and at most, [L] each.
+        self.uniform, self.ceiling = zip(
+            *(of_masks[number] for number in layer_masks.number_of), strict=True
+        )
+        num_keys = [num_keys_of(model, m, num_tokens, device) for m in layer_masks.different]
+        self.num_keys = [num_keys[number] for number in layer_masks.number_of]  # L of [T]
 
         self.distance, self.entropy = RunningMean(depth), RunningMean(depth)
         self.class_token_share, self.class_token_entropy = RunningMean(depth), RunningMean(depth)
@@ -45,27 +48,30 @@ class AttentionMeasures:
         first = self.num_global
         self.distance.add(layer, measures.attention_distance(probabilities, self.distances))
         of_patches = probabilities[:, :, first:]  # [B, H, N, T]
-        entropy = measures.normalized_entropy(of_patches, self.num_keys[first:])
+        num_keys = self.num_keys[layer]
+        entropy = measures.normalized_entropy(of_patches, num_keys[first:])
         self.entropy.add(layer, entropy)
 
-        if first:
+        if self.has_class_token:
             self.class_token_share.add(layer, of_patches[..., 0].mean(-1))
             of_class_token = probabilities[:, :, :1]
-            entropy = measures.normalized_entropy(of_class_token, self.num_keys[:1])
+            entropy = measures.normalized_entropy(of_class_token, num_keys[:1])
             self.class_token_entropy.add(layer, entropy)
 
         self.mixed = measures.rollout_step(self.mixed if layer else None, probabilities)
         if layer == self.depth - 1:
-            self.rollout.add(0, rollout_of_output(self.mixed, first))
+            self.rollout.add(0, rollout_of_output(self.mixed, first, self.has_class_token))
             self.rollout_of_patch.add(0, self.mixed[:, self.patch_token, first:])
 
     def numbers(self) -> dict:
         """For JSON, with lists [L][H]; distances are in pixels."""
-        has_class_token = self.num_global > 0
+        has_class_token = self.has_class_token
         return {
             "distance": self.distance.to_list(),
-            "distance_uniform": self.uniform,
-            "distance_ceiling": self.ceiling,
+            "distance_uniform": sum(self.uniform) / self.depth,
+            "distance_ceiling": sum(self.ceiling) / self.depth,
+            "distance_uniform_by_layer": list(self.uniform),
+            "distance_ceiling_by_layer": list(self.ceiling),
             "entropy": self.entropy.to_list(),
             "class_token_share": self.class_token_share.to_list() if has_class_token else None,
             "class_token_entropy": self.class_token_entropy.to_list() if has_class_token else None,
@@ -80,12 +86,23 @@ class AttentionMeasures:
         }
 
 
-def rollout_of_output(mixed: Tensor, num_global: int) -> Tensor:
+def num_keys_of(
+    model: VisionTransformer, compiled: CompiledMask, num_tokens: int, device: torch.device
+) -> Tensor:
+    """How many tokens each token may attend to, int64 [T]."""
+    allowed = attention_maps.allowed_tokens(model, compiled)
+    if allowed is None:
+        return torch.full((num_tokens,), num_tokens, device=device)
+    return allowed.sum(1)
+
+
+def rollout_of_output(mixed: Tensor, num_global: int, has_class_token: bool) -> Tensor:
     """How much of each patch is in what the model classifies from: [B, T, T] -> [B, N].
 
     That is the class token or, without one, the mean of the patches.
     """
-    return mixed[:, 0, num_global:] if num_global else mixed.mean(1)
+    of_patches = mixed[:, :, num_global:]  # [B, T, N]
+    return of_patches[:, 0] if has_class_token else of_patches[:, num_global:].mean(1)
 
 
 class MapsOfImages:
@@ -93,7 +110,8 @@ class MapsOfImages:
 
     def __init__(self, model: VisionTransformer, query: int):
         self.grid, self.depth = model.grid, model.config["depth"]
-        self.num_global = model.compiled_mask.num_global_tokens
+        self.num_global = model.num_global_tokens
+        self.has_class_token = model.cls_token is not None
         self.query = query
         self.mixed: Tensor | None = None  # rollout of the batch so far, [B, T, T]
         self.maps: list[list[Tensor]] = []  # [batches][L], each [B, H, gh, gw]
@@ -107,7 +125,7 @@ class MapsOfImages:
 
         self.mixed = measures.rollout_step(self.mixed if layer else None, probabilities)
         if layer == self.depth - 1:
-            rollout = rollout_of_output(self.mixed, self.num_global)
+            rollout = rollout_of_output(self.mixed, self.num_global, self.has_class_token)
             self.rollouts.append(rollout.unflatten(-1, self.grid).cpu())
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ def receptive_field(model: VisionTransformer, images: Tensor, patch: tuple[int, 
         handle.remove()
 
     row, column = patch
-    index = model.compiled_mask.num_global_tokens + row * model.grid[1] + column
+    index = model.num_global_tokens + row * model.grid[1] + column
     # An image's token depends on no other image, so the sum has the gradient of each.
     (gradient,) = torch.autograd.grad(tokens[0][:, index].sum(), images)
     return gradient.abs().mean(1)
@@ -37,7 +37,7 @@ def receptive_field(model: VisionTransformer, images: Tensor, patch: tuple[int, 
 def images_at_once(model: VisionTransformer, limit_bytes: float = BYTES_OF_ACTIVATIONS) -> int:
     """How many images to run at a time, so that their activations roughly fit the limit."""
     c = model.config
-    num_tokens = model.compiled_mask.num_global_tokens + model.num_patches
+    num_tokens = model.num_global_tokens + model.num_patches
     # Per block: about 16 values per channel of a token, and the scores of each head.
     values = num_tokens * (16 * c["embed_dim"] + c["num_heads"] * num_tokens)
     return max(1, int(limit_bytes // (4 * c["depth"] * values)))

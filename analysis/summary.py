@@ -43,12 +43,12 @@ def analyze(
     those of the class token if there is one. Raises UsageError if these do not fit.
     """
     model, split = trained.model, trained.split
-    is_of_class_token = patch is None and model.compiled_mask.num_global_tokens > 0
+    is_of_class_token = patch is None and model.cls_token is not None
     patch = check_patch(model, patch)
     indices = spread_indices(len(split), limit)  # [measured on]
     chosen = choose_images(split.labels.cpu(), indices, images)  # [n]
 
-    patch_token = model.compiled_mask.num_global_tokens + patch[0] * model.grid[1] + patch[1]
+    patch_token = model.num_global_tokens + patch[0] * model.grid[1] + patch[1]
     measured = AttentionMeasures(model, patch_token)
     size = min(batch_size, attention_maps.images_at_once(model))
     batches = with_bar(trained.batches(size, indices), "attention", len(indices))
@@ -85,10 +85,9 @@ def describe_model(model: VisionTransformer) -> dict:
     return {
         "grid": list(model.grid),
         "patch_size": model.config["patch_size"],
-        "img_size": list(model.config["img_size"]),
         "num_layers": model.config["depth"],
         "num_heads": model.config["num_heads"],
-        "backend": model.compiled_mask.backend,
+        "backend": model.layer_masks.backend,
     }
 
 

@@ -1,26 +1,24 @@
-"""Which backend is the fastest here: measured once on the real shape, then cached for the user."""
+"""Which backend is the fastest here: measured on the real shape where asked, then cached."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
 import utils
-from attention import build, compiled_mask, diagonal, native
-from attention.compiled_mask import BACKENDS, Choice, CompiledMask, attend_packed, compile_mask
+from attention import compiled_mask, timings
+from attention.backends import BACKENDS, Choice, unusable
+from attention.compiled_mask import CompiledMask, compile_mask
+from attention.dispatch import attend_packed
 from runtime import hardware, locks
-
-# Compiling and measuring another backend takes about this long. A run that spends less than this in
-# dense attention stays dense.
-CHOICE_SECONDS = 60.0
 
 ROUNDS = 7
 MAX_MEASURE_SECONDS = 10.0  # no further round starts after this
+
+# Of each round, on a GPU: one call alone is too short to time, and is mostly its launch.
+CALLS_ON_GPU = 30
 
 
 def choose_backend(
@@ -34,11 +32,12 @@ def choose_backend(
 ) -> Choice:
     """Resolve `auto` and `measure`: how attention is to be computed with this shape and device.
 
-    `auto` follows a rule on the CPU, where nothing has to be compiled (rule.py). Elsewhere, and for
-    `measure`, a forward and backward of each backend that can work is timed, and the fastest taken.
+    `measure` times a forward and backward of each backend that can work, and takes the fastest.
+    `auto` measures nothing: it takes the fastest of what `measure` found before, or else follows a
+    rule (rule.py).
 
-    `num_calls` is how often attention will run with this shape. For `auto`, if dense attention
-    takes less than CHOICE_SECONDS for all of them, nothing else is tried.
+    `num_calls` is how often attention will run with this shape. On a GPU, the rule stays dense if
+    another backend would gain less time in all of them than compiling it takes.
 
     Timings are cached in the user's cache folder by mask, shape, dtype, device and version, so that
     a sweep measures once and all of its runs make the same choice.
@@ -47,82 +46,67 @@ def choose_backend(
     returns the choice; `compiled.apply_choice` applies it. Raises ValueError if the
     requested backend cannot run on the device.
     """
-    compiled.check_device(device)
     if compiled.requested not in ("auto", "measure") or compiled.mask is None:
+        compiled.check_device(device)
         return compiled.choice
-    if compiled.requested == "auto" and device.type in compiled_mask.NATIVE_DEVICES:
-        return compiled_mask.choose_by_rule(compiled)
-
-    others = []
-    if device.type in compiled_mask.NATIVE_DEVICES and build.is_available():
-        others.append("native")
-    elif compiled.offsets:
-        others.append("diagonal")
-    if device.type in compiled_mask.FLEX_DEVICES:
-        others.append("flex")
-    if not others:
-        return Choice("dense", compiled.too_many_diagonals)
 
     num_tokens = compiled.num_global_tokens + compiled.num_tokens
     qkv_shape = (batch_size, num_tokens, 3, num_heads, head_dim)  # [B, T, 3, H, D]
-    worthwhile = CHOICE_SECONDS / num_calls if compiled.requested == "auto" else 0.0
-    timings = _get_timings(compiled, others, worthwhile, qkv_shape, dtype, device)
-    working = {backend: seconds for backend, seconds in timings.items() if seconds is not None}
-    if not working:
-        tried = ", ".join(["dense", *others])
-        raise torch.OutOfMemoryError(
-            f"attention alone runs out of memory with every backend tried ({tried})"
-        )
+    if compiled.requested == "auto":
+        path = timings.path_of(compiled.mask, qkv_shape, dtype, device)
+        if (measured := timings.fastest(timings.read(path))) is not None:
+            return measured
+        shape = (batch_size * num_heads, head_dim)
+        return compiled_mask.choose_by_rule(compiled, device, shape, num_calls)
 
-    if _dense_seconds(timings) < worthwhile:
-        reason = (
-            f"dense attention takes {num_calls * timings['dense']:.1f} s in the whole run, less "
-            "than compiling another backend"
-        )
-        return Choice("dense", reason, timings)
+    others = find_candidates(compiled, device)
+    if not others:
+        return Choice("dense", compiled.too_many_diagonals)
+    found = _get_timings(compiled, others, qkv_shape, dtype, device)
+    if (choice := timings.fastest(found)) is not None:
+        return choice
+    tried = ", ".join(["dense", *others])
+    raise torch.OutOfMemoryError(
+        f"attention alone runs out of memory with every backend tried ({tried})"
+    )
 
-    fastest = min(working, key=working.get)
-    measured = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in working.items())
-    return Choice(fastest, f"the fastest measured: {measured}", timings)
+
+def find_candidates(compiled: CompiledMask, device: torch.device) -> list[str]:
+    """The backends to measure besides dense."""
+    fits = {
+        "native": True,
+        "tiled": True,
+        "flex": True,
+        "varlen": compiled.window is not None,
+        "diagonal": bool(compiled.offsets),
+    }
+    names = [name for name in BACKENDS if fits.get(name) and not unusable(name, device.type)]
+    # On a CPU, the diagonals are a reference and not a candidate.
+    return [name for name in names if name != "diagonal" or "native" not in names]
 
 
 def _get_timings(
     compiled: CompiledMask,
     others: list[str],
-    worthwhile: float,
     qkv_shape: tuple,
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[str, float | None]:
-    """Timings as `_measure` returns them: from the cache, or else measured now.
-
-    `others` are only measured if dense attention takes at least `worthwhile` seconds.
-    """
-    path = _timings_path(compiled, qkv_shape, dtype, device)
+) -> timings.Timings:
+    """Timings as `_measure` returns them: from the cache, or else measured now."""
+    path = timings.path_of(compiled.mask, qkv_shape, dtype, device)
     lock = path.with_name(f"{path.name}.lock")
     risk = "runs that start together all measure the backends and disturb each other's timings"
 
     with locks.acquire_if_possible(lock, risk):
-        timings = _read_timings(path)
-        if "dense" not in timings:
-            timings |= _measure(compiled, ["dense"], qkv_shape, dtype, device)
-            utils.write_json(path, timings)
+        known = timings.read(path)
+        missing = [name for name in ["dense", *others] if name not in known]
+        if missing:
+            # If only those that ran out of memory before are missing, keep the timings of the rest,
+            # so that the runs of a sweep make the same choice.
+            known |= _measure(compiled, missing, qkv_shape, dtype, device)
+            utils.write_json(path, known)
 
-        missing = [name for name in others if name not in timings]
-        if missing and _dense_seconds(timings) >= worthwhile:
-            # Measure dense again, alternating with the others. If only those that ran out of memory
-            # before are missing, keep the timings of the rest, so that the runs of a sweep make the
-            # same choice.
-            again = ["dense"] if missing == others and "dense" in timings else []
-            timings |= _measure(compiled, [*again, *missing], qkv_shape, dtype, device)
-            utils.write_json(path, timings)
-
-    return timings
-
-
-def _dense_seconds(timings: dict[str, float | None]) -> float:
-    """Seconds of a forward and backward of dense attention; infinite if memory is too small."""
-    return timings.get("dense", float("inf"))
+    return known
 
 
 def _measure(
@@ -131,7 +115,7 @@ def _measure(
     qkv_shape: tuple,
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[str, float | None]:
+) -> timings.Timings:
     """Median seconds of a forward and backward of each candidate, all measured in alternation.
 
     None for a candidate that does not work here. A candidate that runs out of memory is left out,
@@ -148,16 +132,16 @@ def _measure(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     broken: dict[str, None] = {}
 
-    def measure(candidate: CompiledMask) -> float:
+    def measure(candidate: CompiledMask, num_calls: int) -> float:
         def step():
             torch.autograd.grad(attend_packed(qkv, candidate), qkv, grad)
 
-        return hardware.seconds_of(step, device)
+        return hardware.seconds_per_call(step, device, num_calls)
 
-    def measure_each_once() -> None:
+    def measure_each(num_calls: int) -> None:
         for backend in list(seconds):
             try:
-                seconds[backend].append(measure(masks[backend]))
+                seconds[backend].append(measure(masks[backend], num_calls))
                 continue
             except Exception as error:  # a compiler may raise anything, and dense is still there
                 reason = utils.first_line(error)
@@ -173,59 +157,12 @@ def _measure(
             del seconds[backend]
             hardware.free_unused_memory(device)
 
-    measure_each_once()  # compiles; not counted below
+    measure_each(1)  # compiles; not counted below
     start = time.perf_counter()
     for _ in range(ROUNDS):
-        measure_each_once()
+        measure_each(CALLS_ON_GPU if device.type == "cuda" else 1)
         if time.perf_counter() - start > MAX_MEASURE_SECONDS:
             break
 
     medians = {name: statistics.median(measured[1:]) for name, measured in seconds.items()}
     return medians | broken
-
-
-# --------------------------------------------------------------------------------------------------
-# The cache
-
-
-def _timings_path(
-    compiled: CompiledMask, qkv_shape: tuple, dtype: torch.dtype, device: torch.device
-) -> Path:
-    """A file in the user's cache folder, named by everything that the timings depend on."""
-    key = (
-        hashlib.sha256(compiled.mask.numpy().tobytes()).hexdigest(),
-        qkv_shape,
-        str(dtype),
-        hardware.device_name(device),
-        torch.__version__,
-        _kernels_hash(),
-    )
-    key_hash = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
-    return utils.cache_folder() / f"{key_hash}.json"
-
-
-@functools.cache
-def _kernels_hash() -> str:
-    """Hash of the code that is measured, because other kernels take other times."""
-    sources = [Path(module.__file__).read_bytes() for module in (compiled_mask, diagonal, native)]
-    sources.append(build.SOURCE.read_bytes())
-    return hashlib.sha256(b"".join(sources)).hexdigest()
-
-
-def _read_timings(path: Path) -> dict[str, float | None]:
-    """The timings measured before; {} if there are none, or if the file is damaged."""
-    try:
-        timings = utils.read_json(path)
-    except utils.UserError:
-        return {}
-
-    def is_timing(value) -> bool:
-        return value is None or (isinstance(value, float) and value > 0)
-
-    if not all(is_timing(value) for value in timings.values()):
-        return {}
-    if not timings.keys() <= set(BACKENDS):
-        return {}
-    if "dense" in timings and timings["dense"] is None:  # dense always works, if it fits
-        return {}
-    return timings

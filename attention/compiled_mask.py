@@ -1,17 +1,21 @@
 """From a boolean mask to attention that gets faster as the mask gets sparser.
 
 A boolean mask alone makes attention slower: every score is computed, and most are thrown away.
-Four backends give the same numbers as `scaled_dot_product_attention` (SDPA) with the dense mask:
+These backends give the same numbers as `scaled_dot_product_attention` (SDPA) with the dense mask:
 
     dense     SDPA with the mask, or without any for full attention. The reference.
     native    Only the listed neighbors of each token, see native.py. On the CPU, for any mask.
     diagonal  Only the non-zero diagonals of the mask, see diagonal.py. Runs on any device, but
               is slow on a CPU, and needs a mask with few diagonals.
-    flex      FlexAttention with a block mask, on CUDA. It skips blocks of 128x128, so it needs
-              many tokens to gain anything.
+    flex      FlexAttention with a block mask, on CUDA, see flex.py. It skips blocks of 128x128 or
+              64x64, so it needs many tokens to gain anything.
+    tiled     Tiles of 64 queries against lists of keys, in Triton, see tiled.py. On CUDA, for any
+              mask.
+    varlen    The flash kernel's own windows, on CUDA, see windows.py. For 1D windows without
+              global tokens.
 
-`auto` decides by a rule on the CPU, at the first call (rule.py). Elsewhere it is dense until
-`choose_backend` has measured, on the real shape, those that can work.
+`auto` decides by a rule (rule.py), when the mask arrives on a device or at the first call.
+`choose_backend` measures where it is asked to.
 
     compiled = compile_mask(mask)       # bool [N, N]
     out = attend(q, k, v, compiled)     # [B, H, T, D]
@@ -23,43 +27,22 @@ Legend for shapes:
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
-from attention import build, diagonal, native, rule
+from attention import build, diagonal, flex, native, rule, timings, windows
+from attention.backends import BACKENDS, Choice, unusable
 from attention.neighbors import find_neighbors
+from attention.tiles import TileLists, find_tiles
 
-# auto and measure are ways to choose one of the others.
-BACKENDS = ("auto", "measure", "dense", "native", "diagonal", "flex")
+NOT_CHOSEN = "not settled yet"
+NO_WINDOW = "the mask is no 1D window without global tokens, as the varlen backend needs"
 
-NATIVE_DEVICES = ("cpu",)
-
-# Elsewhere, FlexAttention has no backward.
-FLEX_DEVICES = ("cuda",)
-
-# Where SDPA may hand a masked call to cuDNN. Its backward returns NaN for some masks: when the
-# number of tokens is 64 modulo 128, in rows of very negative scores (pytorch/pytorch#196678).
-CUDNN_DEVICES = ("cuda",)
-SAFE_WITH_A_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A backend, and why it was chosen."""
-
-    backend: str  # one of BACKENDS, but not auto or measure
-    reason: str
-    # backend -> seconds for a forward and backward, if measured; None = it does not work here
-    timings: dict[str, float | None] = field(default_factory=dict)
-
-
-NOT_CHOSEN = "not measured yet"
+TILE_BUFFERS = ("tile_tokens", "tile_starts", "tile_columns", "tile_bits")  # TileLists.tensors
 
 
 class CompiledMask(nn.Module):
@@ -79,22 +62,31 @@ class CompiledMask(nn.Module):
         found = None if mask is None else diagonal.find_diagonals(mask)
         self.offsets, valid = ((), None) if found is None else found
 
+        # Empty, and always on the device on which the others are.
+        self.register_buffer("place", torch.empty(0, device="cpu"), persistent=False)
         # diagonal: where each diagonal is allowed, bool [n, N]
         self.register_buffer("valid", valid, persistent=False)
         # dense and flex: the mask over all tokens, bool [T, T]
         self.register_buffer("token_mask", None, persistent=False)
+        for name in TILE_BUFFERS:
+            self.register_buffer(name, None, persistent=False)
         # native: NeighborLists.flat over all tokens, which stays on the CPU
         self.neighbors: Tensor | None = None
         # flex
         self.block_mask: BlockMask | None = None
 
+        self.is_remembered = False  # whether timings of the first call's shape were looked for
         self.apply_choice(self._first_choice())
+        if not has_accelerator():  # else the mask is probably on its way to it
+            self.settle(self.place.device)
 
     def _first_choice(self) -> Choice:
         if self.mask is None:
             return Choice("dense", "full attention is SDPA without a mask")
         if self.requested == "diagonal" and not self.offsets:
             return Choice("dense", self.too_many_diagonals)
+        if self.requested == "varlen" and self.window is None:
+            return Choice("dense", NO_WINDOW)
         if self.requested in ("auto", "measure"):
             return Choice("dense", NOT_CHOSEN)
         return Choice(self.requested, "asked for")
@@ -114,18 +106,24 @@ class CompiledMask(nn.Module):
     def apply_choice(self, choice: Choice) -> None:
         """Switch to a backend.
 
-        Raises ValueError for `diagonal` if there are too many diagonals, and for `native` if it
-        cannot be built here.
+        Raises ValueError for `diagonal` if there are too many diagonals, for `varlen` if the mask
+        is no 1D window, and for `native` if it cannot be built here.
         """
         if choice.backend == "native" and (reason := build.error()) is not None:
             raise ValueError(f"backend 'native' cannot be used: {reason}; use auto or dense")
         if choice.backend == "diagonal" and not self.offsets:
             raise ValueError(self.too_many_diagonals)
+        if choice.backend == "varlen" and self.window is None:
+            raise ValueError(NO_WINDOW)
 
         self.choice = choice
-        device = next((buffer.device for buffer in self.buffers()), None)
+        self.settled_on: str | None = None  # the type of device for which a rule made this choice
+        device = self.place.device
         needs_mask = self.mask is not None and choice.backend in ("dense", "flex")
         self.token_mask = self.with_global_tokens().to(device) if needs_mask else None
+        lists = self.tile_lists.tensors if choice.backend == "tiled" else [None] * 4
+        for name, tensor in zip(TILE_BUFFERS, lists, strict=True):
+            setattr(self, name, None if tensor is None else tensor.to(device))
         if choice.backend == "native" and self.neighbors is None:
             self.neighbors = find_neighbors(self.with_global_tokens()).flat
         self._prepare()
@@ -136,12 +134,18 @@ class CompiledMask(nn.Module):
         Otherwise a compiled forward would trace the construction of the block mask.
         """
         self.block_mask = None
-        if self.backend == "flex" and self.token_mask.device.type in FLEX_DEVICES:
-            self.block_mask = make_block_mask(self.token_mask)
+        if self.backend == "flex" and self.token_mask.device.type in flex.DEVICES:
+            self.block_mask = flex.make_block_mask(self.token_mask)
 
     def _apply(self, *args, **kwargs):
-        """Called by `to`, `cuda` and the like: the block mask refers to tensors on the device."""
+        """Called by `to`, `cuda` and the like: settle for the device, before anything is traced.
+
+        The block mask refers to tensors on the device.
+        """
+        before = self.place.device
         super()._apply(*args, **kwargs)
+        if self.place.device != before:
+            self.settle(self.place.device)
         self._prepare()
         return self
 
@@ -161,13 +165,37 @@ class CompiledMask(nn.Module):
         before = self.num_global_tokens
         return F.pad(self.mask, (before, 0, before, 0), value=True)
 
-    def check(self, num_tokens: int, device: torch.device) -> None:
+    @cached_property
+    def tile_lists(self) -> TileLists:
+        """For `tiled`: made once, on the CPU."""
+        return find_tiles(self.mask, self.num_global_tokens)
+
+    @property
+    def tiles(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same on the device."""
+        return self.tile_tokens, self.tile_starts, self.tile_columns, self.tile_bits
+
+    @cached_property
+    def window(self) -> tuple[int, int] | None:
+        """For `varlen`: the reach (left, right) of a 1D window without global tokens."""
+        is_possible = self.mask is not None and not self.num_global_tokens
+        return windows.find_window(self.mask) if is_possible else None
+
+    def check(
+        self,
+        num_tokens: int,
+        device: torch.device,
+        qkv_shape: tuple | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Before a forward: move to the tokens' device. Raises ValueError if they do not fit.
 
-        A model calls this once for all of its layers. The first call settles `auto` on the CPU.
+        A model calls this once for all of its layers. The first call settles `auto`; with the shape
+        [B, T, 3, H, D] and data type, it takes what was measured for them before.
         """
-        self.settle(device)
-        self.check_device(device)
+        if not torch.compiler.is_compiling():
+            self.settle(device, qkv_shape, dtype)
+            self.check_device(device)
         if self.num_tokens is not None and num_tokens != self.num_global_tokens + self.num_tokens:
             raise ValueError(
                 f"got {num_tokens} tokens, but the mask has {self.num_tokens} after "
@@ -175,31 +203,39 @@ class CompiledMask(nn.Module):
             )
         self.follow(device)
 
-    def settle(self, device: torch.device) -> None:
-        """Decide `auto` by rule if the device is the CPU; drop such a decision on another device.
+    def settle(
+        self,
+        device: torch.device,
+        qkv_shape: tuple | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Decide `auto` for this device: by what was measured before, else by rule.
 
-        Not while a model is being compiled: settle before, or call the model once.
+        A choice that was applied from outside stays, if it can run on the device.
         """
-        is_auto = self.requested == "auto" and self.mask is not None
-        if not is_auto or torch.compiler.is_compiling():
+        if self.requested != "auto" or self.mask is None or device.type == "meta":
             return
 
-        is_undecided = self.choice.reason == NOT_CHOSEN
-        if device.type in NATIVE_DEVICES and is_undecided:
-            self.apply_choice(choose_by_rule(self))
-        elif device.type not in NATIVE_DEVICES and self.backend == "native":
-            self.apply_choice(Choice("dense", NOT_CHOSEN))
+        by_rule = self.settled_on is not None or self.choice.reason == NOT_CHOSEN
+        if by_rule and qkv_shape is not None and not self.is_remembered:
+            self.is_remembered = True
+            path = timings.path_of(self.mask, qkv_shape, dtype, device)
+            if (measured := timings.fastest(timings.read(path))) is not None:
+                self.apply_choice(measured)
+                return
+
+        is_elsewhere = by_rule and self.settled_on != device.type
+        if is_elsewhere or self._unusable(device) is not None:
+            self.apply_choice(choose_by_rule(self, device))
+            self.settled_on = device.type
+
+    def _unusable(self, device: torch.device) -> str | None:
+        return unusable(self.backend, device.type)
 
     def check_device(self, device: torch.device) -> None:
         """Raise ValueError if the backend cannot run on this device."""
-        if self.backend == "native" and device.type not in NATIVE_DEVICES:
-            raise ValueError(
-                f"backend 'native' runs on the CPU, not on {device.type}; use auto or dense"
-            )
-        if self.backend == "flex" and device.type not in FLEX_DEVICES:
-            raise ValueError(
-                f"backend 'flex' runs on CUDA, not on {device.type}; use auto, diagonal or dense"
-            )
+        if (reason := self._unusable(device)) is not None:
+            raise ValueError(f"backend {self.backend!r} {reason}; use auto or dense")
 
     def follow(self, device: torch.device) -> None:
         """Move to the tokens' device, if not there yet."""
@@ -207,28 +243,33 @@ class CompiledMask(nn.Module):
             self.to(device)
 
 
-def choose_by_rule(compiled: CompiledMask) -> Choice:
-    """The backend of a mask on the CPU, without measuring: see rule.py."""
+def has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def choose_by_rule(
+    compiled: CompiledMask, device: torch.device, shape: tuple = (), num_calls: float = float("inf")
+) -> Choice:
+    """The backend of a mask on a device, without measuring: see rule.py.
+
+    `shape` is (B * H, D) if they are known, `num_calls` how often attention will run.
+    """
     num_global, num_patches = compiled.num_global_tokens, compiled.num_tokens
+    num_tokens = num_global + num_patches
     num_edges = count_pairs(compiled.mask, num_patches, num_global)
     num_diagonals = len(compiled.offsets)
-    return Choice(*rule.choose(num_global + num_patches, num_edges, num_diagonals))
+    if device.type in native.DEVICES:
+        return rule.choose(num_tokens, num_edges, num_diagonals)
+    if device.type not in flex.DEVICES or unusable("tiled", device.type) is not None:
+        missing = "the tiled backend"
+        return rule.choose_uncompiled(num_tokens, num_edges, num_diagonals, missing)
 
-
-def make_block_mask(allowed: Tensor) -> BlockMask:
-    """The block mask of a bool [T, T], for FlexAttention.
-
-    It indexes the tensor, because arithmetic on the indices has been miscompiled.
-    """
-    num_tokens = len(allowed)
-    return create_block_mask(
-        lambda batch, head, query, key: allowed[query, key],
-        B=None,
-        H=None,
-        Q_LEN=num_tokens,
-        KV_LEN=num_tokens,
-        device=allowed.device,
-    )
+    pairs = {"dense": num_tokens**2, "tiled": compiled.tile_lists.num_pairs}
+    share = flex.share_of_blocks(compiled.with_global_tokens(), flex.BLOCK)
+    pairs["flex"] = round(share * num_tokens**2)
+    if num_diagonals:
+        pairs["diagonal"] = num_edges
+    return rule.choose_on_gpu(pairs, *shape, num_calls=num_calls)
 
 
 def compile_mask(
@@ -239,7 +280,8 @@ def compile_mask(
     None = full attention. `num_global_tokens` tokens come before the N tokens of the mask: they
     attend to all tokens, and all tokens attend to them, in one joint softmax.
 
-    `diagonal` falls back to dense if the mask has too many diagonals, and `choice.reason` says so.
+    `diagonal` falls back to dense if the mask has too many diagonals, and `varlen` if it is no 1D
+    window; `choice.reason` says so.
 
     Raises ValueError for an unknown backend, a mask of another shape or dtype, a row without a
     neighbor, or a negative number of global tokens.
@@ -274,82 +316,3 @@ def count_pairs(mask: Tensor | None, num_patches: int, num_global_tokens: int) -
     if mask is None:
         return num_tokens**2
     return num_tokens**2 - num_patches**2 + int(mask.sum())
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, compiled: CompiledMask) -> Tensor:
-    """Attention of q, k, v, each [B, H, T, D] with the global tokens first -> [B, H, T, D]."""
-    compiled.check(q.shape[2], q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # each [B, T, H, D]
-    if compiled.backend == "native" and _fits_native(q, k, v):  # no need to pack them
-        return native.attend(q, k, v, compiled.neighbors).transpose(1, 2)
-
-    qkv = torch.stack([q, k, v], dim=2)  # [B, T, 3, H, D]
-    return attend_checked(qkv, compiled).transpose(1, 2)
-
-
-def attend_packed(qkv: Tensor, compiled: CompiledMask) -> Tensor:
-    """Attention of packed qkv [B, T, 3, H, D], as one linear layer makes it -> [B, T, H, D]."""
-    compiled.check(qkv.shape[1], qkv.device)
-    return attend_checked(qkv, compiled)
-
-
-def attend_checked(qkv: Tensor, compiled: CompiledMask) -> Tensor:
-    """`attend_packed` without its check, for models that call `compiled.check` once per forward."""
-    if torch.is_autocast_enabled(qkv.device.type):
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-
-    if compiled.backend == "native":
-        return _attend_native(qkv, compiled)
-    if compiled.backend == "diagonal":
-        return diagonal.attend(qkv, compiled.valid, compiled.offsets, compiled.num_global_tokens)
-
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-    if compiled.backend == "flex":
-        out = _attend_flex(q, k, v, compiled.block_mask)
-    else:
-        out = _attend_dense(q, k, v, compiled.token_mask)
-    return out.transpose(1, 2)  # [B, T, H, D]
-
-
-def _fits_native(*tensors: Tensor) -> bool:
-    """Whether the native kernel takes these tensors as they are."""
-    if torch.is_autocast_enabled(tensors[0].device.type):
-        return False
-    dtypes = {x.dtype for x in tensors}
-    return len(dtypes) == 1 and dtypes <= {*native.DTYPES}
-
-
-def _attend_native(qkv: Tensor, compiled: CompiledMask) -> Tensor:
-    """The native kernel, which computes in fp32; float64 is left to the formulas, or to SDPA."""
-    if qkv.dtype == torch.float64 and compiled.offsets:
-        return diagonal.attend(qkv, compiled.valid, compiled.offsets, compiled.num_global_tokens)
-    if qkv.dtype == torch.float64:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return _attend_dense(q, k, v, compiled.with_global_tokens()).transpose(1, 2)
-    if qkv.dtype not in native.DTYPES:  # float16
-        return native.attend_packed(qkv.float(), compiled.neighbors).to(qkv.dtype)
-    return native.attend_packed(qkv, compiled.neighbors)
-
-
-def _attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """SDPA. Full attention may use any of its kernels; a masked call on a GPU avoids cuDNN's."""
-    avoid_cudnn = mask is not None and q.device.type in CUDNN_DEVICES
-    with sdpa_kernel(SAFE_WITH_A_MASK) if avoid_cudnn else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def _attend_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
-    """FlexAttention, compiled by an outer torch.compile, or else here, once per configuration.
-
-    The block mask is an argument of the compiled function: all masks of one size share it.
-    """
-    if torch.compiler.is_compiling():
-        return _flex(q, k, v, block_mask)
-
-    configuration = (q.shape, q.stride(), q.dtype, q.device)
-    kernel = diagonal.compile_for(_flex, configuration)
-    return kernel(q, k, v, block_mask)
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
-    return flex_attention(q, k, v, block_mask=block_mask)

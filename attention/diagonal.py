@@ -358,9 +358,12 @@ def _(grad, qkv, out, p, global_p, offsets, num_global):
 def _save_for_backward(ctx, inputs, output) -> None:
     qkv, _, ctx.offsets, ctx.num_global = inputs
     ctx.save_for_backward(qkv, *output)
+    ctx.set_materialize_grads(False)  # nobody differentiates the probabilities
 
 
 def _differentiate(ctx, grad, grad_p, grad_global_p):
+    if grad is None:  # nobody used the output
+        return 4 * (None,)
     grad_qkv = _attend_backward(grad, *ctx.saved_tensors, ctx.offsets, ctx.num_global)
     return grad_qkv, None, None, None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attention import build
 
+DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16)
 PADDING = 16  # floats at the end of the probabilities, which whole vectors may read
 
@@ -178,10 +179,14 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate_packed(ctx, grad, _):
+    if grad is None:  # nobody used the output
+        return 3 * (None,)
     return _packed_backward_operator(grad, *ctx.saved_tensors), None, None
 
 
 def _differentiate(ctx, grad, _):
+    if grad is None:  # nobody used the output
+        return 5 * (None,)
     return *_backward_operator(grad, *ctx.saved_tensors), None, None
 
 
@@ -202,6 +207,8 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        if grad is None:
+            return 3 * (None,)
         return _packed_backward(grad, *ctx.saved_tensors), None, None
 
 
@@ -214,6 +221,8 @@ class _Separate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        if grad is None:
+            return 5 * (None,)
         return *_backward(grad, *ctx.saved_tensors), None, None
 
 

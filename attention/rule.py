@@ -1,11 +1,13 @@
-"""Which backend `auto` takes on the CPU: a rule fitted to measurements, so that nothing waits.
+"""Which backend `auto` takes without measuring, so that nothing waits.
 
-docs/attention.md has the measurements. `choose_backend` with the backend `measure` checks the rule.
+On the CPU, the rule is fitted to measurements. On a GPU it is an estimate until one has measured;
+docs/attention.md has both. `choose_backend` with the backend `measure` checks them.
 """
 
 from __future__ import annotations
 
 from attention import build
+from attention.backends import Choice
 
 # The native kernel takes time for each allowed pair, dense attention for each pair. They are as
 # fast as each other if the share of allowed pairs is this number over the cube root of the number
@@ -13,20 +15,72 @@ from attention import build
 # makes little difference, and bf16 favors the kernel (experiments/rule_fit.py).
 SHARE_OF_EQUAL_SPEED = 4.7
 
-# A pair costs the eager formulas of diagonal.py, which serve where there is no C++ compiler, this
-# many times what it costs dense attention.
+# A pair costs the eager formulas of diagonal.py, which serve where there is no compiler, this many
+# times what it costs dense attention.
 COST_OF_EAGER = 40.0
 
 
-def choose(num_tokens: int, num_edges: int, num_diagonals: int) -> tuple[str, str]:
-    """(backend, why) for so many tokens, allowed pairs and non-zero diagonals (0: too many)."""
-    num_pairs = num_tokens**2
-    share = f"{num_edges:,} of {num_pairs:,} pairs are allowed"
-    if build.is_available():
-        if num_edges / num_pairs < SHARE_OF_EQUAL_SPEED / num_tokens ** (1 / 3):
-            return "native", f"by rule: {share}"
-        return "dense", f"by rule: {share}, too many to gain from skipping the rest"
+def choose(num_tokens: int, num_edges: int, num_diagonals: int) -> Choice:
+    """On a CPU, for so many tokens, allowed pairs and non-zero diagonals (0: too many)."""
+    if not build.is_available():
+        return choose_uncompiled(num_tokens, num_edges, num_diagonals, "the native kernel")
 
-    if num_diagonals and COST_OF_EAGER * num_edges < num_pairs:
-        return "diagonal", f"by rule, as the native kernel cannot be built here: {share}"
-    return "dense", f"by rule, as the native kernel cannot be built here: {share}"
+    share = f"{num_edges:,} of {num_tokens**2:,} pairs are allowed"
+    if num_edges / num_tokens**2 < SHARE_OF_EQUAL_SPEED / num_tokens ** (1 / 3):
+        return Choice("native", f"by rule: {share}")
+    return Choice("dense", f"by rule: {share}, too many to gain from skipping the rest")
+
+
+def choose_uncompiled(num_tokens: int, num_edges: int, num_diagonals: int, missing: str) -> Choice:
+    """Where nothing can be compiled: the formulas of diagonal.py, or dense attention."""
+    reason = f"{num_edges:,} of {num_tokens**2:,} pairs are allowed"
+    reason = f"by rule, as {missing} cannot be used here: {reason}"
+    is_sparse = num_diagonals and COST_OF_EAGER * num_edges < num_tokens**2
+    return Choice("diagonal" if is_sparse else "dense", reason)
+
+
+# --------------------------------------------------------------------------------------------------
+# On a GPU
+#
+# Nothing here is measured. Launches take a fixed time, and each pair that a backend computes takes
+# some more, with 64 channels in bf16 on an H100. From counted instructions and bytes; dense, which
+# runs in SDPA's memory-efficient kernel with a mask, is taken to need twice FlashAttention-2's.
+
+LAUNCH_SECONDS = {"dense": 3e-5, "tiled": 3e-5, "flex": 1e-4, "diagonal": 2e-4}
+PAIR_SECONDS = {"dense": 6.7e-12, "tiled": 6.7e-12, "flex": 5.6e-12, "diagonal": 125e-12}
+
+# How long the first call takes, roughly.
+COMPILE_SECONDS = {"dense": 0.0, "tiled": 3.0, "flex": 30.0, "diagonal": 60.0}
+
+USUAL_HEADS = 96  # images times heads, where they are not known
+USUAL_CHANNELS = 64
+
+
+def estimate(pairs: dict[str, int], num_heads: int, head_dim: int) -> dict[str, float]:
+    """Seconds of a forward and backward, for the pairs that each backend computes per head."""
+    work = num_heads * head_dim / USUAL_CHANNELS
+    return {
+        backend: LAUNCH_SECONDS[backend] + PAIR_SECONDS[backend] * count * work
+        for backend, count in pairs.items()
+    }
+
+
+def choose_on_gpu(
+    pairs: dict[str, int],
+    num_heads: int = USUAL_HEADS,
+    head_dim: int = USUAL_CHANNELS,
+    num_calls: float = float("inf"),
+) -> Choice:
+    """On a CUDA GPU, for the pairs that each usable backend computes per image and head.
+
+    It stays dense if, over `num_calls` calls, it would gain less time than compiling takes.
+    """
+    seconds = estimate(pairs, num_heads, head_dim)
+    best = min(seconds, key=seconds.get)
+    estimates = ", ".join(f"{name} {1e3 * value:.2g} ms" for name, value in seconds.items())
+
+    gain = seconds["dense"] - seconds[best]
+    if best != "dense" and gain * num_calls < COMPILE_SECONDS[best]:
+        compiling = f"{best} would gain {gain * num_calls:.1g} s, less than compiling it takes"
+        return Choice("dense", f"an estimate, not measured: {compiling} ({estimates})")
+    return Choice(best, f"an estimate, not measured: {estimates}")

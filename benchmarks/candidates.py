@@ -6,6 +6,7 @@ Shapes: B batch, N patches, G global tokens, T = G + N tokens, H heads, D head d
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import attention
 import models
-from attention import build, diagonal
+from attention import diagonal
 from masks import MaskSpec
 from runtime import hardware
 
@@ -80,12 +81,10 @@ def usable_backends(
         if not _is_installed("timm"):
             reasons["timm"] = "not installed: pip install timm"
 
-    if device.type != "cpu":
-        reasons["native"] = "runs on the CPU only"
-    elif (reason := build.error()) is not None:
-        reasons["native"] = reason
+    for name in attention.BACKENDS:
+        if (reason := attention.unusable(name, device.type)) is not None:
+            reasons[name] = reason
     if device.type != "cuda":
-        reasons["flex"] = "FlexAttention has no backward off CUDA"
         reasons["natten"] = "runs on CUDA only"
     elif not _is_installed("natten"):
         reasons["natten"] = "not installed: pip install natten"
@@ -106,9 +105,9 @@ def _is_installed(package: str) -> bool:
 
 
 def masks_of(args) -> list[MaskSpec]:
-    return [
-        MaskSpec(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps
-    ]
+    """Each mask type at each step, or once if it has no step."""
+    specs = itertools.product(args.mask_types, args.expansion_steps)
+    return list(dict.fromkeys(itertools.starmap(MaskSpec, specs)))
 
 
 def shapes_on(device: torch.device) -> dict[int, tuple[int, int]]:
@@ -232,7 +231,7 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Let `auto` choose a backend as it would for a long run."""
+    """Let `auto` choose a backend as it would for a long run: by rule, or as measured before."""
     choice = attention.choose_backend(
         compiled, batch_size, num_heads, head_dim, dtype, device, num_calls=10**9
     )
@@ -326,7 +325,7 @@ def largest_error(
     part_grad = part(grad)  # [b, T, h, D]
     part_grad[:, rows] = torch.randn(part_grad[:, rows].shape, generator=generator).to(part_grad)
     # The rounding of `grad` must not count as an error of what is computed from it.
-    part_grad = part_grad.to(grad.dtype).double()
+    part_grad = part_grad.to(grad.dtype).to(torch.float64)
     grad[images, :, heads] = part_grad.to(grad)
     out = attend(qkv)
     (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
@@ -382,9 +381,10 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
     images = torch.randn(batch_size, 3, img_size, img_size, generator=generator).to(device)
     labels = torch.arange(batch_size, device=device) % config.get("num_classes", 10)
 
-    def build(mask: Tensor | None, backend: str) -> models.VisionTransformer:
+    def build(spec: MaskSpec, backend: str) -> models.VisionTransformer:
         torch.manual_seed(0)
-        model = models.VisionTransformer(**config, attention_mask=mask, backend=backend)
+        masks = spec.build_layers(grid, grid, config["depth"])
+        model = models.VisionTransformer(**config, attention_mask=masks, backend=backend)
         if args.compile != "off":
             model.compile_blocks(args.compile)
         return model.to(device)
@@ -415,9 +415,9 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
             check=(lambda: model_error(step, model, reference)) if has_reference else None,
         )
 
-    full = build(None, "dense")
+    full = build(MaskSpec(), "dense")
     full_flops = models.count_forward_flops(full)
-    bare = without_attention(build(None, "dense"))
+    bare = without_attention(build(MaskSpec(), "dense"))
     bare_ceiling = full_flops["total"] / (full_flops["total"] - full_flops["attention"])
     candidates = [
         candidate(FULL, MaskSpec(), grid * grid, full),
@@ -431,15 +431,14 @@ def model_candidates(args, grid: int, backends: list[str], device: torch.device)
 
     our_backends = [name for name in backends if name in attention.BACKENDS]
     for spec in masks_of(args):
-        mask = spec.build(grid, grid)
-        num_neighbors_mean = int(mask.sum()) / len(mask)
-        reference = build(mask, "dense")
+        reference = build(spec, "dense")
+        num_neighbors_mean = reference.layer_masks.mean_neighbors(grid * grid)
         ceiling = full_flops["total"] / models.count_forward_flops(reference)["total"]
         for backend in our_backends:
-            model = build(mask, backend)
+            model = build(spec, backend)
             if backend == "auto":
                 choose_for_model(model, batch_size, DTYPES[args.dtype], device)
-            if backend in ("auto", model.compiled_mask.backend):
+            if backend in ("auto", model.layer_masks.backend):
                 candidates.append(
                     candidate(backend, spec, num_neighbors_mean, model, reference, ceiling)
                 )
@@ -451,7 +450,8 @@ def choose_for_model(
 ) -> None:
     num_heads = model.config["num_heads"]
     head_dim = model.config["embed_dim"] // num_heads
-    choose(model.compiled_mask, batch_size, num_heads, head_dim, dtype, device)
+    for compiled in model.layer_masks.different:
+        choose(compiled, batch_size, num_heads, head_dim, dtype, device)
 
 
 def model_error(step: Callable, model: torch.nn.Module, reference: torch.nn.Module) -> float:

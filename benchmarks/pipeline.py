@@ -43,7 +43,7 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
 class PilImages(Dataset):
     """Random PIL images, transformed by torchvision."""
 
-    def __init__(self, pixels: torch.Tensor, img_size: int, policy: str):
+    def __init__(self, pixels: torch.Tensor, img_size: tuple[int, int], policy: str):
         from torchvision import transforms  # deferred: takes a second to import
 
         policies = {
@@ -53,7 +53,7 @@ class PilImages(Dataset):
         }
         steps = [transforms.RandomCrop(SIDE, padding=SIDE // 8), transforms.RandomHorizontalFlip()]
         steps += policies[policy]
-        if img_size != SIDE:
+        if img_size != (SIDE, SIDE):
             steps.append(transforms.Resize(img_size))
         steps += [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.25] * 3)]
 
@@ -83,7 +83,7 @@ class Mix:
 
 def pil_loader(
     pixels: torch.Tensor,
-    img_size: int,
+    img_size: tuple[int, int],
     num_workers: int,
     device: torch.device,
     batch_size: int = BATCH_SIZE,
@@ -101,7 +101,9 @@ def pil_loader(
     )
 
 
-def dataset_of(pixels: torch.Tensor, img_size: int, device: torch.device) -> data.Dataset:
+def dataset_of(
+    pixels: torch.Tensor, img_size: tuple[int, int], device: torch.device
+) -> data.Dataset:
     labels = torch.zeros(len(pixels), dtype=torch.int64, device=device)
     split = data.Split(pixels.to(device), labels)
     return data.Dataset(
@@ -113,7 +115,7 @@ def dataset_of(pixels: torch.Tensor, img_size: int, device: torch.device) -> dat
         mean=[0.5] * 3,
         std=[0.25] * 3,
         flip=True,
-        img_size=(img_size, img_size),
+        img_size=img_size,
         device=device,
     )
 
@@ -136,11 +138,12 @@ def measure_size(img_size: int, device: torch.device, num_workers: int) -> dict[
     """
     pixels = torch.randint(256, (NUM_IMAGES[img_size], 3, SIDE, SIDE), dtype=torch.uint8)
     pil_pixels = pixels[: NUM_PIL_IMAGES[img_size]]
-    dataset = dataset_of(pixels, img_size, device)
+    size = (img_size, img_size)
+    dataset = dataset_of(pixels, size, device)
 
     epochs = {}
     for name, how in AUGMENTATIONS.items():
-        loader = pil_loader(pil_pixels, img_size, num_workers, device, augmentation=how)
+        loader = pil_loader(pil_pixels, size, num_workers, device, augmentation=how)
         epochs[name] = lambda how=how: data.train_batches(
             dataset, batch_size=BATCH_SIZE, seed=0, epoch=1, augmentation=how
         )

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import models
 import utils
 from benchmarks import pipeline
+from pipeline import sizes
 from runtime import hardware
 from runtime.stopping import StopRequest
 from training.command_line import COMPILE, resolve_settings
@@ -62,7 +63,13 @@ def add_arguments(parser: utils.ArgumentParser) -> None:
 
     side = pipeline.SIDE
     add("--model", "vit_tiny", "size preset", choices=models.PRESETS)
-    add("--img_size", side, f"resize {side}x{side} images to this", type=positive, metavar="PX")
+    add(
+        "--img_size",
+        side,
+        f"resize {side}x{side} images to this, or to height x width",
+        type=sizes.parse,
+        metavar="PX",
+    )
     add("--patch_size", 4, "side of a patch", type=positive, metavar="PX")
     add("--batch_size", 128, "images per step", type=positive, metavar="N")
     add("--compile", "off", "torch.compile mode of our and the bare model", choices=COMPILE_MODES)
@@ -85,7 +92,7 @@ def our_loop(
     flags += ["--checkpoint_every_minutes", "0", *options]
     settings = resolve_settings(parse_run(flags))
 
-    dataset = pipeline.dataset_of(pixels, args.img_size, device)
+    dataset = pipeline.dataset_of(pixels, sizes.sides_of(args.img_size), device)
     folder = Path(tempfile.gettempdir())
     model = build_ours(args).to(device)
     trainer = Trainer(model, dataset, settings, {}, folder, device, StopRequest())
@@ -99,7 +106,8 @@ def our_loop(
 
 def build_ours(args) -> models.VisionTransformer:
     preset = models.PRESETS[args.model]
-    return models.VisionTransformer(args.img_size, args.patch_size, dropout=0.1, **preset)
+    img_size = sizes.sides_of(args.img_size)
+    return models.VisionTransformer(img_size, args.patch_size, dropout=0.1, **preset)
 
 
 def bare_loop(model: torch.nn.Module, batches, precision: str, device: torch.device) -> Callable:
@@ -120,7 +128,8 @@ def bare_loop(model: torch.nn.Module, batches, precision: str, device: torch.dev
 def timm_model(args) -> torch.nn.Module:
     from timm.models import VisionTransformer
 
-    size = {"img_size": args.img_size, "patch_size": args.patch_size, **models.PRESETS[args.model]}
+    size = {"img_size": sizes.sides_of(args.img_size), "patch_size": args.patch_size}
+    size |= models.PRESETS[args.model]
     return VisionTransformer(num_classes=10, proj_drop_rate=0.1, pos_drop_rate=0.1, **size)
 
 
@@ -137,7 +146,8 @@ def build_loops(args, device: torch.device) -> dict[str, Callable]:
     shape = (args.steps * args.batch_size, 3, pipeline.SIDE, pipeline.SIDE)
     pixels = torch.randint(256, shape, dtype=torch.uint8)
 
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    img_size = sizes.sides_of(args.img_size)
+    images = torch.randn(args.batch_size, 3, *img_size, device=device)
     labels = torch.arange(args.batch_size, device=device) % 10
     batches = [(images, labels)] * args.steps
 
@@ -154,7 +164,7 @@ def build_loops(args, device: torch.device) -> dict[str, Callable]:
             name = f"{OURS}, {recipe}, {precision}"
             loops[name] = our_loop(args, pixels, precision, options, device)
 
-    loader = pipeline.pil_loader(pixels, args.img_size, args.workers, device, args.batch_size)
+    loader = pipeline.pil_loader(pixels, img_size, args.workers, device, args.batch_size)
     loops[USUAL] = bare_loop(timm_model(args).to(device), loader, "fp32", device)
     return loops
 

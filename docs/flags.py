@@ -1,4 +1,4 @@
-"""Write the table of main.py's flags in docs/training.md, from the parser.
+"""Write the table of main.py's flags in docs/training.md, and that of patterns in docs/patterns.md.
 
     python docs/flags.py
 
@@ -16,8 +16,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
+from masks import MASK_TYPES, TYPES
 from training.command_line import build_parser
+from training.settings import FLAGS
 
+PATTERNS_PAGE = utils.REPOSITORY / "docs" / "patterns.md"
+PATTERNS_START = "<!-- patterns: written by `python docs/flags.py` -->"
+PATTERNS_END = "<!-- end of patterns -->"
 DOCUMENT = utils.REPOSITORY / "docs" / "training.md"
 START = "<!-- flags: written by `python docs/flags.py` -->"
 END = "<!-- end of flags -->"
@@ -71,6 +76,25 @@ def escape(text: str) -> str:
     return re.sub(r"([*<>|_])", r"\\\1", text)
 
 
+def make_pattern_table() -> str:
+    """A row per mask type: what it is, how many neighbors, and what else changes it."""
+    header = "| `--mask_type` | a patch attends to | neighbors, nominal | what changes it |"
+    lines = [header, "|---|---|---|---|"]
+    for name, mask_type in TYPES.items():
+        shown = f"`{name}`" if name in MASK_TYPES else "`--mask_file`"
+        takes = [field for field in mask_type.takes if field in FLAGS]
+        changes = ", ".join(f"`--{field}`" for field in takes) or "–"
+        lines.append(f"| {shown} | {mask_type.about} | {mask_type.formula} | {changes} |")
+    return "\n".join(lines)
+
+
+def write_between(document: Path, start: str, end: str, content: str) -> None:
+    text = document.read_text(encoding="utf-8")
+    before, after = text.split(start)[0], text.split(end)[1]
+    utils.write_text(document, f"{before}{start}\n\n{content}\n\n{end}{after}")
+    print(f"wrote {document}")
+
+
 def tables_in(text: str) -> str:
     """What stands between the two markers."""
     return text.split(START)[1].split(END)[0].strip()
@@ -80,11 +104,8 @@ def main(argv=None) -> int:
     parser = utils.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args(argv)
 
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, after = text.split(START)[0], text.split(END)[1]
-    tables = make_tables(build_parser())
-    utils.write_text(DOCUMENT, f"{before}{START}\n\n{tables}\n\n{END}{after}")
-    print(f"wrote {DOCUMENT}")
+    write_between(DOCUMENT, START, END, make_tables(build_parser()))
+    write_between(PATTERNS_PAGE, PATTERNS_START, PATTERNS_END, make_pattern_table())
     return 0
 
 

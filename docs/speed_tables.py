@@ -43,7 +43,7 @@ def _fill_table(table: re.Match) -> str:
     for line in table["rows"].splitlines():
         pattern, step, _, backend, *_ = line.strip("| ").split(" | ")
         spec = masks.MaskSpec(pattern.strip("`"), None if step == "–" else int(step))
-        neighbors = "all" if step == "–" else str(spec.num_neighbors(0))
+        neighbors = "all" if step == "–" else str(spec.num_neighbors(grids[0], grids[0]))
         key = (spec.mask_type, spec.expansion_step, backend)
         cells = [format_quartiles(measured[(grid, *key)]) for grid in grids]
         rows.append(f"| {' | '.join([pattern, step, neighbors, backend, *cells])} |\n")

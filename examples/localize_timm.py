@@ -1,13 +1,18 @@
 """A ViT of timm with local attention: the same weights, another speed.
 
-    python -m examples.localize_timm --img_size 448
+    python examples/localize_timm.py --img_size 448
 
 The weights are random here; with `pretrained=True` timm downloads some.
 """
 
 import argparse
 import copy
+import sys
 import time
+from pathlib import Path
+
+# The repository, wherever this is called from.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import timm
 import torch

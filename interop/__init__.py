@@ -1,4 +1,4 @@
-"""Other libraries' Vision Transformers with our attention.
+"""Other libraries: their Vision Transformers with our attention, weights in and out.
 
 model = localize(model, "2d_all_neighbors", expansion_step=2)
 """

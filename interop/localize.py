@@ -37,7 +37,7 @@ def localize(
 
     Args:
         mask: bool [N, N] over patches in row-major order, True = query i may attend to key j; or
-            the name of a pattern, one of MASK_TYPES; or a MaskSpec.
+            the name of a pattern, one of MASK_TYPES; or a MaskSpec, whose mask may differ by layer.
         expansion_step: how far a pattern given by name reaches, in patches.
         grid: rows and columns of patches, if the images have another size than the model's own.
         backend: how attention is computed, see `attention.compile_mask`.
@@ -49,17 +49,16 @@ def localize(
     adapter = adapter_of(model)
     parts = adapter.find_parts(model)
     grid = parts.grid if grid is None else tuple(grid)
-    compiled = attention.compile_mask(
-        build_mask(mask, expansion_step, grid), parts.num_global_tokens, backend
-    )
+    masks = build_masks(mask, expansion_step, grid, len(parts.attentions))
+    compiled = attention.LayerMasks(masks, parts.num_global_tokens, backend)
 
     # Settle the backend now: it cannot change while torch.compile traces the model.
     device = next(parts.projection.parameters()).device
     compiled.check(parts.num_global_tokens + grid[0] * grid[1], device)
 
     unlocalize(model)
-    for module in parts.attentions:
-        adapter.install(module, compiled)
+    for module, compiled_mask in zip(parts.attentions, compiled, strict=True):
+        adapter.install(module, compiled_mask)
     check = functools.partial(check_grid, grid)
     parts.projection.grid_check = parts.projection.register_forward_hook(check)
     return model
@@ -106,10 +105,16 @@ def adapter_of(model: nn.Module) -> ModuleType:
     raise ValueError(f"localize does not know {type(model).__name__}; it knows {KNOWN}")
 
 
-def build_mask(
-    mask: Tensor | str | MaskSpec, expansion_step: int | None, grid: tuple[int, int]
-) -> Tensor | None:
-    """The mask, bool [N, N]; None for full attention. Raises ValueError if it does not fit."""
+def build_masks(
+    mask: Tensor | str | MaskSpec,
+    expansion_step: int | None,
+    grid: tuple[int, int],
+    num_layers: int,
+) -> list[Tensor | None]:
+    """The mask of each layer, bool [N, N]; None for full attention.
+
+    Raises ValueError if it does not fit.
+    """
     if isinstance(mask, str):
         mask = MaskSpec(mask, expansion_step)
     elif expansion_step is not None:
@@ -117,7 +122,7 @@ def build_mask(
             f"expansion_step {expansion_step} belongs to a pattern's name, not to {type(mask)}"
         )
     if isinstance(mask, MaskSpec):
-        return mask.build(*grid)
+        return mask.build_layers(*grid, num_layers)
     if not isinstance(mask, Tensor):
         names = ", ".join(MASK_TYPES)
         raise ValueError(f"expected a boolean mask [N, N] or one of {names}, got {type(mask)}")
@@ -128,7 +133,7 @@ def build_mask(
             f"the mask has shape {list(mask.shape)}, but the {grid[0]}x{grid[1]} grid of "
             f"{num_patches} patches needs [{num_patches}, {num_patches}]"
         )
-    return mask
+    return num_layers * [mask]
 
 
 def check_grid(grid: tuple[int, int], projection: nn.Module, inputs: tuple, output: Tensor) -> None:

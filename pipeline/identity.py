@@ -13,6 +13,7 @@ from pathlib import Path
 
 import utils
 from pipeline import imagefiles
+from pipeline.layout import DEFAULT, Layout, name_in
 from utils import UsageError, UserError
 
 # A value of --dataset. Runs on any image folder used to share one output folder of this name.
@@ -21,7 +22,7 @@ DATA_DIR = "data"  # the default of --data_dir
 NAMES_SHOWN = 5
 
 
-def describe(dataset: str, data_dir: str) -> dict | None:
+def describe(dataset: str, data_dir: str, layout: Layout = DEFAULT) -> dict | None:
     """`label`, `class_names` and `files` of an image folder; None for a dataset known by its name.
 
     No image is read. `files` is the `fingerprint` of the folder, which does not change when the
@@ -31,7 +32,7 @@ def describe(dataset: str, data_dir: str) -> dict | None:
         return None
 
     root = Path(data_dir)
-    found = imagefiles.list_images(root)
+    found = layout.list_images(root)
     return {
         "label": imagefiles.read_label(root),
         "class_names": found.class_names,
@@ -40,18 +41,23 @@ def describe(dataset: str, data_dir: str) -> dict | None:
 
 
 def fingerprint(root: Path, found: imagefiles.ImageFiles) -> dict:
-    """The number of images in each split, and a hash of their names and sizes."""
+    """The number of images in each split, and a hash of their names and sizes.
+
+    Where the names do not say which split and class an image belongs to, the hash is of these too.
+    """
     counts = {split: len(images) for split, images in found.splits.items()}
-    paths = [path for images in found.splits.values() for path, _ in images]
-    return {**counts, "hash": _hash_names_and_sizes(root, paths)}
+    files = []
+    for split, images in found.splits.items():
+        for path, label in images:
+            place = f"{split}/{found.class_names[label]}" if found.is_assigned else None
+            files.append((name_in(root, path), _size(path), place))
 
-
-def _hash_names_and_sizes(root: Path, paths: list[Path]) -> str:
-    files = [(path.relative_to(root).as_posix(), _size(path)) for path in paths]
     digest = hashlib.sha256()
-    for name, size in sorted(files):
+    for name, size, place in sorted(files):
         digest.update(os.fsencode(name) + b"\0%d\0" % size)
-    return digest.hexdigest()[:16]
+        if place is not None:
+            digest.update(os.fsencode(place) + b"\0")
+    return {**counts, "hash": digest.hexdigest()[:16]}
 
 
 def _size(path: Path) -> int:
@@ -98,16 +104,16 @@ def differences(found: dict, data: dict) -> list[str]:
             )
 
     if not differing and is_known(found) and files.get("hash") != data["files"]["hash"]:
-        differing.append("the same number of images, but other names or sizes")
+        differing.append("the same number of images, but other names or sizes, or other labels")
     return differing
 
 
-def refuse_other(folder: Path, what: str, differing: list[str]) -> None:
+def refuse_other(folder: Path, what: str, differing: list[str], hint: str = "") -> None:
     """Raise UsageError if the folder's run has other `what` (settings, data) than asked for."""
     if differing:
         raise UsageError(
             f"{folder} holds a run with other {what}: {'; '.join(differing)}. Choose another "
-            "--dataset_name, --run_name or --output_dir, or remove the folder"
+            f"--dataset_name, --run_name or --output_dir, or remove the folder{hint}"
         )
 
 

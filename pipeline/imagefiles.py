@@ -1,6 +1,7 @@
 """Find the images of a folder: `<root>/train/<class>/**` and `<root>/test/<class>/**`.
 
-Opens no file and imports no torch, as a sweep only looks at names and sizes.
+Other layouts are in layout.py. Opens no file and imports no torch, as a sweep only looks at names
+and sizes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from pathlib import Path
 
 from utils import UserError
 
-LAYOUT = "expected train/<class>/* and test/<class>/* in --data_dir"
+LABEL = "label.txt"  # in the root: the display name of the data
+LAYOUT = (
+    "expected train/<class>/* and test/<class>/* in --data_dir, or with --split_folder 0.2 no test/"
+)
 TEST_FOLDERS = ("test", "val", "validation")  # the first one that exists is used
 
 # Formats that Pillow recognizes but cannot decode by itself, and FITS, where Pillow ignores the
@@ -26,8 +30,9 @@ class ImageFiles:
     class_names: list[str]
     train: list[tuple[Path, int]]  # (path, label)
     test: list[tuple[Path, int]]
-    test_folder: str  # one of TEST_FOLDERS
+    test_folder: str = TEST_FOLDERS[0]  # one of them
     ignored: list[str] = field(default_factory=list)  # not images of a class; relative to the root
+    is_assigned: bool = False  # the paths do not say which class or split an image belongs to
 
     @property
     def splits(self) -> dict[str, list[tuple[Path, int]]]:
@@ -74,10 +79,10 @@ def list_images(root: Path) -> ImageFiles:
 
     train, test = [], []
     for label, name in enumerate(class_names):
-        paths = _images_of_class(root, root / "train" / name, ignored)
+        paths = images_of_class(root, root / "train" / name, ignored)
         train += [(path, label) for path in paths]
         if name in test_classes:
-            paths = _images_of_class(root, root / test_folder / name, ignored)
+            paths = images_of_class(root, root / test_folder / name, ignored)
             test += [(path, label) for path in paths]
 
     unused = [name for name in existing if name != test_folder]
@@ -86,25 +91,29 @@ def list_images(root: Path) -> ImageFiles:
 
 
 def find_classes(root: Path, split: str, ignored: list[str] | None = None) -> list[str]:
-    """The sorted names of a split's class folders; whatever else is there is added to `ignored`."""
+    """The sorted names of a split's class folders; whatever else is there is added to `ignored`.
+
+    `split` is a folder in the root, or "." for the root itself.
+    """
     entries = _entries(root / split)
     names = [entry.name for entry in entries if entry.is_dir()]
     if not names:
         raise UserError(f"no class folders in {root / split}; {LAYOUT}")
 
     if ignored is not None:
-        ignored += [f"{split}/{entry.name}" for entry in entries if not entry.is_dir()]
+        others = [entry for entry in entries if not entry.is_dir() and entry != root / LABEL]
+        ignored += [str(entry.relative_to(root)) for entry in others]
     return names
 
 
-def _images_of_class(root: Path, folder: Path, ignored: list[str]) -> list[Path]:
-    found = _walk(root, folder, ignored, parents=())
+def images_of_class(root: Path, folder: Path, ignored: list[str]) -> list[Path]:
+    found = walk(root, folder, ignored, parents=())
     if not found:
         raise UserError(f"no images in {folder} in a format that Pillow can read; {LAYOUT}")
     return found
 
 
-def _walk(root: Path, folder: Path, ignored: list[str], parents: tuple[Path, ...]) -> list[Path]:
+def walk(root: Path, folder: Path, ignored: list[str], parents: tuple[Path, ...]) -> list[Path]:
     """The images in a folder, then those in its subfolders, each sorted by name.
 
     An image is a file with the right extension. A pipe, a socket or a dead link is not one,
@@ -129,7 +138,7 @@ def _walk(root: Path, folder: Path, ignored: list[str], parents: tuple[Path, ...
             ignored.append(str(entry.relative_to(root)))
 
     for subfolder in subfolders:
-        images += _walk(root, subfolder, ignored, (*parents, real))
+        images += walk(root, subfolder, ignored, (*parents, real))
     return images
 
 
@@ -143,7 +152,7 @@ def _entries(folder: Path) -> list[Path]:
 
 def read_label(root: Path) -> str:
     """The display name of the data: the text in label.txt on one line, or the folder's name."""
-    path = root / "label.txt"
+    path = root / LABEL
     expected = "expected one line of UTF-8 text"
     if path.exists() and not path.is_file():  # Opening a pipe would wait forever.
         raise UserError(f"{path} is not a file; {expected}")

@@ -1,4 +1,4 @@
-"""Read a folder of your own images: `<root>/train/<class>/**` and `<root>/test/<class>/**`.
+"""Read a folder of your own images, laid out as layout.py says.
 
 Any formats and sizes will do. Every image becomes 8-bit RGB: it is rotated by its EXIF orientation,
 transparency is laid over white, of an animation the first frame is taken, and gray of more than
@@ -28,12 +28,12 @@ import utils
 from pipeline import bit_depth, identity
 from pipeline.imagefiles import (
     ImageFiles,
-    list_images,
     names_of_classes,
     read_label,
     readable_formats,
     some_of,
 )
+from pipeline.layout import DEFAULT, Layout
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
@@ -82,7 +82,12 @@ class Header:
     has_unused_channels: bool
 
 
-def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -> Folder:
+def read(
+    root: Path,
+    img_size: tuple[int, int],
+    skip_unreadable: bool = False,
+    layout: Layout = DEFAULT,
+) -> Folder:
     """All images of a folder, for a model that wants `img_size` = (height, width).
 
     Raises UserError, naming the file or folder, if something is missing, empty, damaged or too
@@ -91,16 +96,16 @@ def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -
     Image.MAX_IMAGE_PIXELS = None  # replaces Pillow's limit by ours, which names the file
     warnings.filterwarnings("ignore", module="PIL")  # odd metadata; these name no file
 
-    files = list_images(root)
+    files = layout.list_images(root)
     notes = {}
     _warn_about_layout(root, files, notes)
 
     unreadable: dict[Path, UnreadableError] = {}
-    headers = _read_headers(files, unreadable)
+    headers = read_headers([path for path, _ in files.train + files.test], unreadable)
     has_tiff = any(header.is_tiff for header in headers.values())
 
     with quiet_libraries(has_tiff) as stream:
-        ranges, remarks = _find_ranges(headers, unreadable, stream)
+        ranges, remarks = find_ranges(headers, unreadable, stream)
         size = _stored_size(headers, unreadable, img_size)
         splits = _read_splits(files, size, ranges, unreadable, stream)
 
@@ -111,6 +116,8 @@ def read(root: Path, img_size: tuple[int, int], skip_unreadable: bool = False) -
 
     if remarks:
         warn(f"{root}: {'; '.join(remarks)}")
+    if ranges:  # for images to predict later
+        notes["gray_bits"] = {str(stored): used for stored, used in ranges.items()}
     _warn_about_unused_content(root, headers)
 
     if unreadable and not skip_unreadable:
@@ -168,16 +175,15 @@ def _relative(paths: list[Path], root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in paths]
 
 
-def _read_headers(files: ImageFiles, unreadable: dict[Path, UnreadableError]) -> dict[Path, Header]:
+def read_headers(paths: list[Path], unreadable: dict[Path, UnreadableError]) -> dict[Path, Header]:
     """The headers that can be read; the other files are added to `unreadable`."""
-    paths = [path for split in files.splits.values() for path, _ in split]
     headers = _attempt(read_header, paths, "reading headers", unreadable, sys.stderr)
 
     pairs = zip(paths, headers, strict=True)
     return {path: header for path, header in pairs if header is not None}
 
 
-def _find_ranges(
+def find_ranges(
     headers: dict[Path, Header], unreadable: dict[Path, UnreadableError], stream: TextIO
 ) -> tuple[dict[int, int], list[str]]:
     """The range of values of gray images with more than 8 bits, and remarks for the user."""
@@ -257,7 +263,7 @@ def _error_for(unreadable: dict[Path, UnreadableError]) -> UserError:
         error = next(iter(unreadable.values()))
         return UserError(f"{error}, or leave it out with --skip_unreadable")
 
-    reasons = [f"{path} ({_short_reason(unreadable[path])})" for path in sorted(unreadable)]
+    reasons = [f"{path} ({short_reason(unreadable[path])})" for path in sorted(unreadable)]
     return UserError(
         f"{len(unreadable)} images cannot be read: {some_of(reasons, UNREADABLE_SHOWN)}; remove or "
         "replace them, or leave them out with --skip_unreadable"
@@ -288,7 +294,7 @@ def _report_skipped(root: Path, unreadable: dict[Path, UnreadableError], notes: 
     warn(f"{root}: left out {len(names)} {noun} that cannot be read: {examples}")
 
 
-def _short_reason(error: UnreadableError) -> str:
+def short_reason(error: UnreadableError) -> str:
     if error.__cause__ is None:
         return f"more than {MAX_PIXELS // 1_000_000} million pixels"
     return _reason(error.__cause__)
@@ -428,7 +434,6 @@ def map_with_bar(function: Callable, items, title: str, stream: TextIO) -> list:
     for the GIL than the images take.
     """
     chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-    num_threads = min(16, os.cpu_count() or 1)
     is_hidden = not stream.isatty()
     stopping = threading.Event()
     results = []
@@ -437,7 +442,7 @@ def map_with_bar(function: Callable, items, title: str, stream: TextIO) -> list:
         return [function(item) for item in chunk if not stopping.is_set()]
 
     with (
-        ThreadPoolExecutor(num_threads) as pool,
+        ThreadPoolExecutor(num_threads()) as pool,
         tqdm(desc=title, total=len(items), leave=False, disable=is_hidden, file=stream) as bar,
     ):
         try:
@@ -449,6 +454,10 @@ def map_with_bar(function: Callable, items, title: str, stream: TextIO) -> list:
             pool.shutdown(cancel_futures=True)
             raise
     return results
+
+
+def num_threads() -> int:
+    return min(16, os.cpu_count() or 1)
 
 
 @contextlib.contextmanager

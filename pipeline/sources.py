@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import imagefiles, imagefolder
+from pipeline import imagefolder
+from pipeline.layout import DEFAULT, Layout
 from runtime import locks
 from utils import UserError
 
@@ -117,10 +118,8 @@ def _as_channels_first(pixels: np.ndarray | Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
-def load_imagefolder(
-    data_dir: Path, img_size: tuple[int, int], skip_unreadable: bool = False
-) -> Images:
-    return Images(**vars(imagefolder.read(data_dir, img_size, skip_unreadable)))
+def load_imagefolder(data_dir: Path, img_size: tuple[int, int], **options) -> Images:
+    return Images(**vars(imagefolder.read(data_dir, img_size, **options)))
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,8 @@ DATASETS = {
 }
 
 
-def channels_and_classes(name: str, data_dir: str) -> tuple[int, int]:
+def channels_and_classes(name: str, data_dir: str, layout: Layout = DEFAULT) -> tuple[int, int]:
     """(in_channels, num_classes) of a dataset, without reading or downloading its images."""
     source = DATASETS[name]
-    num_classes = source.num_classes or len(imagefiles.find_classes(Path(data_dir), "train"))
+    num_classes = source.num_classes or len(layout.class_names(Path(data_dir)))
     return source.in_channels, num_classes

@@ -81,6 +81,8 @@ def _read(path: Path, run: Run) -> dict | None:
         return None
 
     trouble = _misfit(numbers, run)
+    if _is_resized(numbers):
+        trouble = "is of images of another size than in training"
     if numbers.get("format") != FORMAT or not _has_all(numbers):
         trouble = "is no analysis that this version can read"
     if trouble:
@@ -96,6 +98,11 @@ def _misfit(about: dict, run: Run) -> str:
     if about.get("data_as_trained") is False:
         return "is of other images than those of the training"
     return ""
+
+
+def _is_resized(about: dict) -> bool:
+    """Whether a model ran at another size than in training; older files do not say, and did not."""
+    return about.get("img_size_in_training", about.get("img_size")) != about.get("img_size")
 
 
 def _has_all(numbers: dict) -> bool:
@@ -119,8 +126,8 @@ def _has_all(numbers: dict) -> bool:
 def load_comparisons(results: Study) -> list[dict]:
     """What `eval.py --compare` wrote beside the runs, with the path of each contact sheet.
 
-    Only those on the images that the accuracy of the run is of. Those that cannot be read, or are
-    of another epoch or other images, are left out with a warning.
+    Only those on the images that the accuracy of the run is of, at the size of the training. Those
+    that cannot be read, or are of another epoch or other images, are left out with a warning.
     """
     found = []
     for run in (run for row in results.rows for run in row.done):
@@ -134,6 +141,8 @@ def load_comparisons(results: Study) -> list[dict]:
                 if misfit := _misfit(report["first"], run):
                     raise ValueError(f"{misfit}; run eval.py --compare again")
                 cells = _cells(report)
+                if _is_resized(report["first"]) or _is_resized(report["second"]):
+                    continue
             except KeyError as key:
                 utils.warn(f"left out a comparison: {path} lacks {key}")
                 continue

@@ -21,6 +21,7 @@ PANEL = 1.9  # inches
 PANELS_PER_ROW = 5
 LOWEST = 1e-3  # of the largest gradient; what is below has the same color
 COLORS = "viridis"
+DOTTED = {"linewidth": 1, "linestyle": ":", "marker": ""}
 
 
 def _labels(rows: list[Row], width: str = "legend") -> list[str]:
@@ -45,8 +46,8 @@ def draw_layers(analyses: dict[Row, list[Analysis]], is_distance: bool) -> Figur
         low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
         axes.fill_between(layers, low, high, color=style["color"], alpha=0.12, linewidth=0)
         if is_distance:
-            ceiling = np.mean([found["distance_ceiling"] for found in numbers])
-            axes.axhline(ceiling, color=style["color"], linewidth=1, linestyle=":")
+            ceiling = _mean([ceiling_of(found) for found in numbers])  # [layers]
+            axes.plot(1 + np.arange(len(ceiling)), ceiling, color=style["color"], **DOTTED)
 
     ylabel = "mean attention distance (pixels)" if is_distance else "entropy, 1 = uniform"
     figures.style_axes(axes, xlabel="layer", ylabel=ylabel)
@@ -54,6 +55,14 @@ def draw_layers(analyses: dict[Row, list[Analysis]], is_distance: bool) -> Figur
     axes.set_ylim(bottom=0)
     figures.add_legend_below(figure)
     return figure
+
+
+def ceiling_of(numbers: dict) -> list[float]:
+    """The largest mean distance that the mask of each layer allows."""
+    num_layers = len(numbers["distance"])
+    ceiling = numbers.get("distance_ceiling_by_layer")  # older analyses have one mask
+    is_usable = isinstance(ceiling, list) and len(ceiling) == num_layers
+    return ceiling if is_usable else [numbers["distance_ceiling"]] * num_layers
 
 
 def _mean(values: list) -> np.ndarray:

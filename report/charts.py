@@ -1,9 +1,9 @@
 """Plots of results with one point per row: accuracy against neighbors and against throughput.
 
 Every function takes rows from `results.group_by_pattern`, at least one, and returns a figure. A
-mask type has the same color, marker and line style in all of them (`figures.style_of`). If there
-are more runs than a reader can tell apart, the most accurate are named and the figure says how many
-there are in total.
+family of masks, those that differ in the expansion step only, has the same color, marker and line
+style in all of them (`figures.style_of`). If there are more runs than a reader can tell apart, the
+most accurate are named and the figure says how many there are in total.
 """
 
 from __future__ import annotations
@@ -45,11 +45,17 @@ def final_accuracy(rows: list[Row]) -> str:
     return f"{name_of_split('eval', rows)} accuracy after the final epoch (%)"
 
 
-def by_mask_type(rows: list[Row]) -> dict[str, list[Row]]:
+def by_family(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows that differ in the expansion step only, by what they have in common."""
     groups = {}
     for row in rows:
-        groups.setdefault(row.mask.mask_type, []).append(row)
+        groups.setdefault(row.family, []).append(row)
     return groups
+
+
+def are_full(rows: list[Row]) -> bool:
+    """Whether the rows of a family are full attention."""
+    return rows[0].mask.mask_type == "full"
 
 
 def most_accurate(rows: list[Row], number: int) -> list[Row]:
@@ -68,7 +74,8 @@ def most_accurate(rows: list[Row], number: int) -> list[Row]:
 def styles_of(rows: list[Row]) -> dict[Row, dict]:
     """A row looks the same in every figure of a report, whichever rows are beside it."""
     return {
-        row: figures.style_of(row.mask.mask_type, row.variant, row.num_variants) for row in rows
+        row: figures.style_of(row.mask.mask_type, row.variant, row.num_variants, row.place)
+        for row in rows
     }
 
 
@@ -129,34 +136,34 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _draw_comparison(rows: list[Row], x_of: Callable[[Row], Spread]) -> tuple[Figure, Axes]:
-    """Draw one point per row, and a line through the expansion steps of each mask type."""
+    """Draw one point per row, and a line through the expansion steps of each family."""
     figure = figures.new_figure(6.4, 4.1)
     axes = figure.subplots()
     are_few = len(rows) <= MAX_MARKED
 
-    for zorder, (mask_type, members) in enumerate(by_mask_type(rows).items(), start=3):
-        if mask_type == "full":
+    for zorder, (family, members) in enumerate(by_family(rows).items(), start=3):
+        if are_full(members):
             for row in most_accurate(members, MAX_FULL):
                 look = {"color": REFERENCE, "linestyle": "--", "linewidth": 1, "zorder": 1}
                 axes.axhline(row.accuracy.mean, **look)
-        _draw_points(axes, mask_type, members, x_of, are_few, zorder)
+        _draw_points(axes, family, members, x_of, are_few, zorder)
     return figure, axes
 
 
 def _draw_points(
     axes: Axes,
-    mask_type: str,
+    family: str,
     rows: list[Row],
     x_of: Callable[[Row], Spread],
     are_few: bool,
     zorder: int,
 ) -> None:
-    """Draw the points of one mask type.
+    """Draw the points of one family.
 
     A few get error bars of one standard deviation and their expansion step inside the marker.
     """
-    is_full = mask_type == "full"
-    style = figures.style_of(mask_type)
+    is_full = are_full(rows)
+    style = figures.style_of(rows[0].mask.mask_type, family=rows[0].place)
     num_steps = len({row.mask.expansion_step for row in rows})
     if is_full or num_steps < len(rows):
         style["linestyle"] = ""  # a line through several runs of one step would mean nothing
@@ -178,13 +185,13 @@ def _draw_points(
         x_means,
         y_means,
         **style,
-        label=text.label(mask_type, MAX_COLUMNS["panel"]),
+        label=text.label(family, MAX_COLUMNS["panel"]),
         linewidth=1.2,
         markersize=size if are_few else size / 2,
         markeredgecolor="white",
         zorder=zorder,
     )
-    if are_few and not is_full:
+    if are_few and rows[0].mask.expansion_step is not None:
         for row, point in zip(rows, zip(x_means, y_means, strict=True), strict=True):
             _write_step(axes, row, point, style, zorder + 0.5)
 

@@ -16,7 +16,8 @@ from report.charts import (
     MAX_NAMED,
     REFERENCE,
     SPLITS,
-    by_mask_type,
+    are_full,
+    by_family,
     most_accurate,
     name_of_split,
     styles_of,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CROWDED = 6  # with more curves than this, each mask type gets panels of its own
+CROWDED = 6  # with more curves than this, each family of masks gets panels of its own
 PANELS_PER_ROW = 4
 PANEL_WIDTH = 2.5  # inches, or as wide as its legend
 MARKERS_PER_CURVE = 8
@@ -70,11 +71,11 @@ def draw_gap(rows: list[Row]) -> Figure:
 
 
 def _draw(rows: list[Row], subject: Subject) -> Figure:
-    """Few runs share one pair of panels; otherwise each mask type gets its own pair."""
-    groups = by_mask_type(rows)
-    if len(rows) <= CROWDED or len(groups) == 1:
+    """Few runs share one pair of panels; otherwise each family of masks gets its own pair."""
+    groups = by_family(rows)
+    if len(rows) <= CROWDED or len(groups) == 1 or all(map(are_full, groups.values())):
         return _draw_curves_together(rows, subject)
-    return _draw_curves_by_mask_type(groups, subject)
+    return _draw_curves_by_family(groups, subject)
 
 
 def _draw_curves_together(rows: list[Row], subject: Subject) -> Figure:
@@ -90,18 +91,19 @@ def _draw_curves_together(rows: list[Row], subject: Subject) -> Figure:
     return figure
 
 
-def _draw_curves_by_mask_type(groups: dict[str, list[Row]], subject: Subject) -> Figure:
+def _draw_curves_by_family(groups: dict[str, list[Row]], subject: Subject) -> Figure:
     """Full attention is in each pair of panels, for comparison."""
-    full = groups.pop("full", [])
+    full = [row for rows in groups.values() if are_full(rows) for row in rows]
+    groups = {family: rows for family, rows in groups.items() if not are_full(rows)}
     figure, pairs = _pairs_of_panels(len(groups), subject.shares_y)
 
     legends = []
-    for number, (mask_type, rows) in enumerate(groups.items()):
+    for number, (family, rows) in enumerate(groups.items()):
         pair = pairs[number]
-        title = _draw_mask_type(pair, rows, full, subject)
+        title = _draw_family(pair, rows, full, subject)
 
         subject.style(pair)
-        pair[0].set_title(text.label(mask_type, figures.WIDTHS["panel"]), fontsize=10)
+        pair[0].set_title(text.label(family, figures.WIDTHS["panel"]), fontsize=10)
         pair[0].set_xlabel("")
         pair[1].tick_params(labelbottom=True)  # even if other panels follow below
         if number % PANELS_PER_ROW:
@@ -114,10 +116,10 @@ def _draw_curves_by_mask_type(groups: dict[str, list[Row]], subject: Subject) ->
     return figure
 
 
-def _draw_mask_type(
+def _draw_family(
     pair: tuple[Axes, Axes], rows: list[Row], full: list[Row], subject: Subject
 ) -> str:
-    """Draw the rows of one mask type in front of full attention; returns notes for the legend."""
+    """Draw the rows of one family in front of full attention; returns notes for the legend."""
     reference = most_accurate(full, MAX_FULL)
     named = most_accurate(rows, MAX_NAMED)
     short_labels = [row.short_label for row in [*reference, *named]]

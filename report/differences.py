@@ -50,6 +50,7 @@ def differing_settings(runs: list[Run]) -> list[str]:
     for key in FLAGS:
         if key not in MAY_DIFFER:
             compared[f"--{key}"] = lambda run, key=key: run.settings.to_dict()[key]
+    compared["starting weights"] = start_of
     for key in ("label", "num_train", "num_test", "num_classes"):
         compared[f"data {key}"] = lambda run, key=key: run.config["data"].get(key, "missing")
 
@@ -64,6 +65,12 @@ def differing_settings(runs: list[Run]) -> list[str]:
         consequence = "so images/s and peak memory are not comparable"
         notes.append(f"{name} differs between the runs, {consequence}: {values}")
     return notes
+
+
+def start_of(run: Run) -> str:
+    """The weights that a run started from, the same for the same file wherever it lies."""
+    about = run.config.get("weights")
+    return f"{about['source']} {about['sha256'][:8]}" if about else "drawn"
 
 
 def _differing(

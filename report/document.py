@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from urllib.parse import quote
 
+from pipeline import sizes
 from report import answer, table, text
 from report.comparison import Study, name_of
 from report.plots import Plot
@@ -58,9 +59,9 @@ def describe_setup(rows: list[Row]) -> str:
 
     grid = first.config["attention"].get("grid")
     if grid:
-        size, patch = model.img_size, model.patch_size
+        size, patch = sizes.in_words(model.img_size), model.patch_size
         grid = "×".join(map(str, grid))
-        facts.append(f"{size}×{size} images in {patch}×{patch} patches (grid {grid})")
+        facts.append(f"{size} images in {patch}×{patch} patches (grid {grid})")
 
     facts.append(f"--pool {model.pool}")
     facts.append(str(first.settings.optimization.budget))
@@ -145,6 +146,10 @@ def reading_notes(rows: list[Row]) -> list[str]:
             "The class token is a global token: it attends to every patch and every patch attends "
             "to it. That links all patches within two layers and blurs the comparison. "
             "`--pool mean` has no class token and is the strict version."
+        )
+    if any(row.num_registers for row in rows):
+        notes.append(
+            "Registers are global tokens too. Runs are compared with full attention with as many."
         )
 
     attention = rows[0].runs[0].config["attention"]

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import masks
 import utils
+from masks import PATTERNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,14 @@ FORMATS = ("png", "svg")
 # What would make two files of one figure differ.
 NO_DATES = {"svg": {"Date": None}, "svgz": {"Date": None}, "pdf": {"CreationDate": None}}
 
-FULL = {"color": "#000000", "marker": "*", "linestyle": "-"}
+# Those that are no sets of offsets. Random patches, which others are held against, are gray.
+FIXED = {
+    "full": {"color": "#000000", "marker": "*", "linestyle": "-"},
+    "axial": {"color": "#999933", "marker": "P", "linestyle": (0, (4, 2))},
+    "2d_window": {"color": "#882255", "marker": "p", "linestyle": (0, (6, 1.5, 1, 1.5))},
+    "random": {"color": "#777777", "marker": "X", "linestyle": (0, (2, 2))},
+    "file": {"color": "#332288", "marker": "h", "linestyle": (0, (8, 2))},
+}
 
 # Mask type number n uses entry n of each list, modulo its length. The lengths (6, 7 and 5) are
 # chosen so that a combination repeats only after 210 types. Even numbers are 1D and start with cool
@@ -55,15 +62,17 @@ WIDTHS = {"title": 80, "panel": 20}  # columns of text that fit above a figure, 
 # Style
 
 
-def style_of(mask_type: str, variant: int = 0, num_variants: int = 1) -> dict:
+def style_of(mask_type: str, variant: int = 0, num_variants: int = 1, family: int = 0) -> dict:
     """Color, marker and line style of a mask type, as arguments of `Axes.plot`.
 
-    They are the same in every figure, and a pattern appended to `masks.PATTERNS` changes no other
-    pattern's style. Runs of one type (such as its expansion steps) are `variant` 0, 1, ... of
-    `num_variants`: they go from light to dark, each with a line style of its own.
+    They are the same in every figure, and a pattern appended to `PATTERNS` changes no other
+    pattern's style. Runs of one family (such as its expansion steps) are `variant` 0, 1, ... of
+    `num_variants`: they go from light to dark, each with a line style of its own. Beyond the first
+    `family` of a mask type (such as its dilations), the others are darker, with other markers.
     """
-    if mask_type == "full":
-        style = dict(FULL)
+    if mask_type in FIXED:
+        style = dict(FIXED[mask_type])
+        number = -1
     else:
         number = _number_of(mask_type)
         style = {
@@ -72,6 +81,10 @@ def style_of(mask_type: str, variant: int = 0, num_variants: int = 1) -> dict:
             "linestyle": LINE_STYLES[number % len(LINE_STYLES)],
         }
 
+    if family:
+        style["color"] = blend(style["color"], "#000000", 0.3 + 0.2 * (family % 2))
+        style["marker"] = MARKERS[(number + family) % len(MARKERS)]
+        style["linestyle"] = LINE_STYLES[(number + family) % len(LINE_STYLES)]
     if num_variants > 1:
         shade = 2 * variant / (num_variants - 1) - 1  # -1 lightest, 0 the color itself, 1 darkest
         toward = "#FFFFFF" if shade < 0 else "#000000"
@@ -82,7 +95,7 @@ def style_of(mask_type: str, variant: int = 0, num_variants: int = 1) -> dict:
 
 def _number_of(mask_type: str) -> int:
     dimensions, _, pattern = mask_type.partition("_")
-    patterns = list(masks.PATTERNS)
+    patterns = list(PATTERNS)
     if pattern in patterns:
         index = patterns.index(pattern)
     else:

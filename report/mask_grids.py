@@ -13,10 +13,11 @@ import numpy as np
 import masks
 from report import figures, text
 from report.comparison import Study
-from report.results import Row, is_grid
+from report.results import Row, Run, is_grid
 
 MAX_GRIDS = 24
 DEFAULT_DEPTH = 12  # of a run that did not write it
+MAX_DEPTH = 1000
 
 
 def describe(results: Study) -> dict | None:
@@ -33,12 +34,14 @@ def describe(results: Study) -> dict | None:
 
     height, width = grid
     center = (height // 2) * width + width // 2
-    grids, data = [], []
+    depth = depth_of(first)
+    grids, layers = [], []
+    matrices = {}  # encoded -> its place; None is full attention
     for row in shown:
-        allowed = row.mask.build_array(height, width)
-        neighborhood = np.ones(height * width, bool) if allowed is None else allowed[center]
+        arrays = row.mask.build_layer_arrays(height, width, depth_of(row.runs[0]))
+        neighborhood = np.ones(height * width, bool) if arrays[0] is None else arrays[0][center]
         number = int(neighborhood.sum())
-        color = figures.style_of(row.mask.mask_type)["color"]
+        color = figures.style_of(row.mask.mask_type, family=row.place)["color"]
         if row.mask.mask_type == "full":  # black would hide the patch itself
             color = figures.blend(color, "#888888", 0.8)
         grids.append(
@@ -49,19 +52,26 @@ def describe(results: Study) -> dict | None:
                 "count": f"{number} neighbor" + ("" if number == 1 else "s"),
             }
         )
-        data.append(None if allowed is None else encode(allowed))
+        encoded = {id(array): None if array is None else encode(array) for array in arrays}
+        names = [encoded[id(array)] for array in arrays]
+        layers.append([matrices.setdefault(name, len(matrices)) for name in names])
 
     return {
         "height": height,
         "width": width,
-        "depth": first.settings.model.depth or DEFAULT_DEPTH,
-        "has_class_token": first.settings.model.pool == "cls",
+        "depth": depth,
+        "has_global_tokens": first.settings.model.pool == "cls" or shown[0].num_registers > 0,
         "query": outline([center], width),
         "rules": rules(height, width),
         "grids": grids,
-        "data": {"height": height, "width": width, "masks": data},
+        "data": {"height": height, "width": width, "matrices": list(matrices), "layers": layers},
         "note": _note(len(shown), results),
     }
+
+
+def depth_of(run: Run) -> int:
+    depth = run.settings.model.depth
+    return depth if type(depth) is int and 0 < depth <= MAX_DEPTH else DEFAULT_DEPTH
 
 
 def _rows_to_show(results: Study, grid: object) -> list[Row]:
@@ -71,16 +81,18 @@ def _rows_to_show(results: Study, grid: object) -> list[Row]:
     by_mask = {}
     for row in results.distinct:
         same_grid = row.runs[0].config["attention"].get("grid") == grid
-        if row.mask.is_known and same_grid:
+        has_layers = max(row.mask.global_layers, default=0) < depth_of(row.runs[0])
+        if row.mask.is_known and same_grid and has_layers:
             by_mask.setdefault(row.mask, row)
     return list(by_mask.values())[:MAX_GRIDS]
 
 
 def _note(num_shown: int, results: Study) -> str:
     note = (
-        "Black: a patch. Color: what it attends to in one layer. Lighter: what can have reached it "
-        "after some layers, each of which passes on what it has seen. A class token sees all "
-        "patches in one layer and passes them on in the next, to every patch."
+        "Black: a patch. Color: what it attends to in the last of these layers. Lighter: what can "
+        "have reached it after all of them, each of which passes on what it has seen. A global "
+        "token, such as a class token or a register, sees all patches in one layer and passes them "
+        "on in the next, to every patch."
     )
     num_masks = len({row.mask for row in results.distinct})
     if num_shown < num_masks:

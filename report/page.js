@@ -27,20 +27,23 @@ for (const table of document.querySelectorAll("table.sortable")) {
 const dataElement = document.getElementById("mask-data");
 if (dataElement) showMasks(JSON.parse(dataElement.textContent));
 
-async function showMasks({ height, width, masks }) {
+async function showMasks({ height, width, matrices, layers: matrixOf }) {
   const numPatches = height * width;
-  const neighbors = await Promise.all(masks.map((bits) => decode(bits, numPatches)));
+  const decoded = await Promise.all(matrices.map((bits) => decode(bits, numPatches)));
+  // For each figure and each of its layers, the neighbors of every patch.
+  const neighbors = matrixOf.map((numbers) => numbers.map((number) => decoded[number]));
   const figures = [...document.querySelectorAll("figure.mask")];
   const slider = document.getElementById("layers");
-  const classToken = document.getElementById("class-token");
+  const globalToken = document.getElementById("global-token");
   let patch = Math.floor(height / 2) * width + Math.floor(width / 2);
 
   function draw() {
     const layers = Number(slider.value);
     document.getElementById("layers-shown").textContent = layers;
     figures.forEach((figure, index) => {
-      const direct = neighbors[index][patch];
-      const reached = reach(neighbors[index], patch, layers, classToken.checked);
+      const passed = neighbors[index].slice(0, layers);
+      const direct = passed[passed.length - 1][patch];
+      const reached = reach(passed, patch, globalToken.checked);
       figure.querySelector(".neighbors").setAttribute("d", outline(direct));
       figure.querySelector(".reached").setAttribute("d", outline(reached));
       figure.querySelector(".query").setAttribute("d", outline([patch]));
@@ -52,19 +55,12 @@ async function showMasks({ height, width, masks }) {
   }
 
   // What the patch can know of: the layers are walked from the last one back to the first.
-  function reach(neighborsOf, start, layers, withClassToken) {
-    if (withClassToken && layers > 1) return [...Array(numPatches).keys()];
+  function reach(passed, start, withGlobalToken) {
+    if (withGlobalToken && passed.length > 1) return [...Array(numPatches).keys()];
     const seen = new Set([start]);
-    let border = [start];
-    for (let layer = 0; layer < layers && seen.size < numPatches; layer++) {
-      const last = border;
-      border = [];
-      for (const i of last) {
-        for (const j of neighborsOf[i]) {
-          if (!seen.has(j)) border.push(j);
-          seen.add(j);
-        }
-      }
+    for (const neighborsOf of [...passed].reverse()) {
+      if (seen.size === numPatches) break;
+      for (const i of [...seen]) neighborsOf[i].forEach((j) => seen.add(j));
     }
     return [...seen].sort((a, b) => a - b);
   }
@@ -96,7 +92,7 @@ async function showMasks({ height, width, masks }) {
     });
   }
   slider.addEventListener("input", draw);
-  classToken.addEventListener("change", draw);
+  globalToken.addEventListener("change", draw);
   document.getElementById("controls").hidden = false;
   draw();
 }

@@ -160,7 +160,7 @@ COMPARISON_NOTE = (
 
 
 def color_of(row: Row) -> str:
-    return figures.style_of(row.mask.mask_type)["color"]
+    return figures.style_of(row.mask.mask_type, family=row.place)["color"]
 
 
 def _columns(rows: list[Row]) -> list[dict]:

@@ -40,8 +40,8 @@ POINTS = (
 )
 BUDGET = "Patterns are matched by this number: those above one another have the same budget. "
 MEAN = (
-    "Over all patches of the grid, truncated at the border, where a 2D shape loses more than a 1D "
-    "window. "
+    "Over all patches of the grid and all layers. Truncated at the border, a 2D shape loses more "
+    "than a 1D window. "
 )
 FRONT = (
     "The light line joins the patterns that no other beats in both, the Pareto front. Throughput "

@@ -11,15 +11,15 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
 import utils
-from masks import MASK_TYPES, MAX_PATCHES, MaskSpec
+from masks import EDGES, MASK_TYPES, MAX_PATCHES, MaskSpec
 from report import text
 from training.run_record import RunRecord, number
-from training.settings import FLAGS, MAY_CHANGE
+from training.settings import MAY_CHANGE, default_run_name
 
 GIB = 2**30
 
@@ -28,7 +28,8 @@ GAPS = ("gap_accuracy", "gap_loss")
 
 # Settings in which the runs of a sweep are meant to differ, and settings that say where a run
 # computes, not what. The device is compared by its name, which is in the provenance.
-MAY_DIFFER = {"mask_type", "expansion_step", "run_name", "seed", *MAY_CHANGE}
+OF_THE_MASK = {field.name for field in fields(MaskSpec)}
+MAY_DIFFER = {*OF_THE_MASK, "num_registers", "run_name", "seed", *MAY_CHANGE}
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ class Run(RunRecord):
     @cached_property
     def compared_settings(self) -> dict:
         """All that must be equal for a fair comparison, but the mask and the seed."""
+        apart = MAY_DIFFER - {"num_registers"} | {"backend"}
         settings = self.settings.to_dict()
-        return {key: settings[key] for key in FLAGS if key not in {*MAY_DIFFER, "backend"}}
+        return {key: settings[key] for key in settings if key not in apart}
 
 
 @dataclass(frozen=True)
@@ -129,27 +131,49 @@ class Row:
     num_neighbors_mean: float  # over all patches of the grid
     num_parameters: int | None
     runs: tuple[Run, ...]  # by seed, finished or not
-    # This is number `variant` of `num_variants` rows of one mask type, which decides its style.
+    # This is number `variant` of `num_variants` rows of one family, which decides its style, and
+    # that is number `place` of `num_families` of its mask type.
     variant: int = 0
     num_variants: int = 1
+    place: int = 0
+    num_families: int = 1
+
+    @property
+    def num_registers(self) -> int:
+        return self.runs[0].settings.model.num_registers or 0
 
     @property
     def is_named_by_default(self) -> bool:
-        return self.run_name == self.mask.run_name
+        return self.run_name == default_run_name(self.mask, self.num_registers)
+
+    @property
+    def mask_label(self) -> str:
+        """`2d_cardinal, step 2`, with the registers that reach beyond it."""
+        return self.mask.label + self._and_registers
+
+    @property
+    def family(self) -> str:
+        """The same of all rows that differ in the expansion step or the run name only."""
+        return self.mask.family + self._and_registers
+
+    @property
+    def _and_registers(self) -> str:
+        plural = "s" if self.num_registers > 1 else ""
+        return f", {self.num_registers} register{plural}" if self.num_registers else ""
 
     @property
     def label(self) -> str:
         if self.is_named_by_default:
-            return self.mask.label
-        return f"{self.run_name} ({self.mask.label})"
+            return self.mask_label
+        return f"{self.run_name} ({self.mask_label})"
 
     @property
     def short_label(self) -> str:
-        """The label among rows of the same mask type."""
+        """The label among rows of the same family."""
         if not self.is_named_by_default:
             return self.run_name
         step = self.mask.expansion_step
-        return self.mask.label if step is None else f"step {step}"
+        return self.mask_label if step is None else f"step {step}"
 
     @property
     def done(self) -> list[Run]:
@@ -276,7 +300,7 @@ def is_grid(value: object) -> bool:
 
 
 def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
-    """One row per pattern, sorted by mask type (as in MASK_TYPES), step and name.
+    """One row per pattern, sorted by mask type (as in MASK_TYPES), family, step and name.
 
     Default run names come before custom ones.
     """
@@ -302,22 +326,39 @@ def group_by_pattern(runs: Iterable[Run]) -> list[Row]:
 
 
 def _number_variants(rows: list[Row]) -> list[Row]:
-    members = {}
+    members, families = {}, {}
     for row in rows:
-        members.setdefault(row.mask.mask_type, []).append(row)
+        members.setdefault(row.family, []).append(row)
+        families.setdefault(row.mask.mask_type, {})[row.family] = None
     return [
         replace(
             row,
-            variant=members[row.mask.mask_type].index(row),
-            num_variants=len(members[row.mask.mask_type]),
+            variant=members[row.family].index(row),
+            num_variants=len(members[row.family]),
+            place=list(families[row.mask.mask_type]).index(row.family),
+            num_families=len(families[row.mask.mask_type]),
         )
         for row in rows
     ]
 
 
 def _natural_order(row: Row) -> tuple:
-    mask_type = row.mask.mask_type
-    known = mask_type in MASK_TYPES
-    position = MASK_TYPES.index(mask_type) if known else len(MASK_TYPES)
-    step = row.mask.expansion_step or 0
-    return position, mask_type, step, not row.is_named_by_default, row.run_name
+    mask = row.mask
+    known = mask.mask_type in MASK_TYPES
+    position = MASK_TYPES.index(mask.mask_type) if known else len(MASK_TYPES)
+    family = (mask.dilation, mask.edge != EDGES[0], mask.global_layers, mask.mask_seed)
+    return (
+        position,
+        mask.mask_type,
+        row.num_registers,
+        *map(_sortable, family),
+        row.family,
+        mask.expansion_step or 0,
+        not row.is_named_by_default,
+        row.run_name,
+    )
+
+
+def _sortable(value: object) -> tuple:
+    """A key by which values of damaged logs can be compared too."""
+    return (False, value) if isinstance(value, (int, tuple)) else (True, str(value))

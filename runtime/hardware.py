@@ -213,6 +213,25 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def seconds_per_call(function: Callable[[], object], device: torch.device, num_calls: int) -> float:
+    """The mean duration of calls one after the other.
+
+    On CUDA, between events on the device: waiting for the CPU is part of it only where the device
+    waits for its launches.
+    """
+    if device.type != "cuda":
+        return sum(seconds_of(function, device) for _ in range(num_calls)) / num_calls
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    synchronize(device)
+    start.record()
+    for _ in range(num_calls):
+        function()
+    end.record()
+    synchronize(device)
+    return start.elapsed_time(end) / 1e3 / num_calls
+
+
 def free_unused_memory(device: torch.device) -> None:
     """Release the memory that torch keeps for reuse, to make room for something else."""
     if device.type in ("cuda", "mps"):

@@ -5,6 +5,8 @@ Progress is read from the run folders alone, so several sweeps can share them.
 
 from __future__ import annotations
 
+import itertools
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +15,23 @@ from filelock import Timeout
 
 import utils
 from masks import MAX_PATCHES, MaskSpec
-from pipeline import identity
+from pipeline import identity, sizes
+from pipeline.layout import Layout
 from runtime import locks
 from training.run_record import peek
-from training.settings import DEFAULTS
+from training.settings import DEFAULTS, default_run_name, fraction
 
 GRAD_ACCUMULATION = "--grad_accumulation"
 COMPILE = "--compile"
+
+# Field of a mask -> the flag that lists its values. The last one varies fastest.
+SWEPT_BY_MASK = {
+    "dilation": "dilations",
+    "edge": "edges",
+    "mask_seed": "mask_seeds",
+    "global_layers": "global_layers",
+    "expansion_step": "expansion_steps",
+}
 
 # States of a job.
 WAITING = "waiting"
@@ -123,61 +135,85 @@ class Job:
 
 
 def choose_masks(args) -> tuple[list[MaskSpec], dict[MaskSpec, MaskSpec]]:
-    """`full` once, and every other mask type at each expansion step -> (masks, same_as).
+    """Every mask type with everything that it can be combined with -> (masks, same_as).
 
     Of masks that are one and the same on the grid of patches, `full` is trained if it is among
     them, as all others are compared with it, else the first. `same_as` maps the others to that one;
     with --same_masks it is empty.
     """
-    # Full attention has no expansion step, so its specs are equal and the dict keeps one.
-    asked_for = dict.fromkeys(
-        MaskSpec(mask_type, step) for mask_type in args.mask_types for step in args.expansion_steps
-    )
-    grid = grid_of(args)
-    if args.same_masks or grid is None:
-        return list(asked_for), {}
+    with utils.usage_errors():
+        asked_for = asked_masks(args)
+        grid = grid_of(args)
+        if args.same_masks or grid is None:
+            return asked_for, {}
 
-    chosen, same_as = {}, {}
-    for mask in sorted(asked_for, key=lambda mask: mask != MaskSpec()):
-        first = chosen.setdefault(mask.identity(*grid), mask)
-        if first != mask:
-            same_as[mask] = first
+        chosen, same_as = {}, {}
+        for mask in sorted(asked_for, key=lambda mask: mask != MaskSpec()):
+            first = chosen.setdefault(mask.identity(*grid), mask)
+            if first != mask:
+                same_as[mask] = first
     return list(chosen.values()), same_as
+
+
+def asked_masks(args) -> list[MaskSpec]:
+    """Each mask once: a type without a step, such as `full`, has one at all of the steps.
+
+    Raises ValueError for a value that none of the mask types makes use of.
+    """
+    lists = {name: getattr(args, plural) for name, plural in SWEPT_BY_MASK.items()}
+    masks = {}
+    for mask_type in args.mask_types:
+        for values in itertools.product(*lists.values()):
+            masks[MaskSpec(mask_type, **dict(zip(lists, values, strict=True)))] = None
+    for file, layers in itertools.product(args.mask_files, args.global_layers):
+        masks[MaskSpec("file", mask_file=file, global_layers=layers).with_hash()] = None
+
+    for name, values in lists.items():
+        used = {getattr(mask, name) for mask in masks}
+        unused = [value for value in values if value not in used]
+        if name != "expansion_step" and unused:
+            flag = SWEPT_BY_MASK[name]
+            raise ValueError(f"--{flag} {unused[0]} has no effect on any of the mask types")
+    return list(masks)
 
 
 def grid_of(args) -> tuple[int, int] | None:
     """Rows and columns of patches; None if main.py is going to refuse the sizes."""
-    sides = []
+    given = {}
     for flag in ("img_size", "patch_size"):
         value = value_of(f"--{flag}", args.main_options)
-        sides.append(DEFAULTS[flag] if value is None else value)
+        given[flag] = str(DEFAULTS[flag]) if value is None else value
     try:
-        img_size, patch_size = map(int, sides)
-    except ValueError:
+        sides = sizes.sides_of(sizes.parse(given["img_size"]))
+        patch_size = int(given["patch_size"])
+    except (ArgumentTypeError, ValueError):
         return None
-    if patch_size < 1 or img_size < patch_size or (img_size // patch_size) ** 2 > MAX_PATCHES:
+    if patch_size < 1 or min(sides) < patch_size:
         return None
-    return img_size // patch_size, img_size // patch_size
+
+    height, width = (side // patch_size for side in sides)
+    return (height, width) if height * width <= MAX_PATCHES else None
 
 
 def make_plan(args, device: str, masks: list[MaskSpec]) -> list[PlannedRun]:
-    """One run for each mask and seed.
+    """One run for each mask, number of registers and seed.
 
     The seeds are the outer loop, so that one complete comparison is there early. Raises UsageError
     if an image folder can't be read, or a planned run's folder has a run with other data.
     """
     data_dir = data_dir_of(args)
     try:
-        data = identity.describe(args.dataset, data_dir)
+        data = identity.describe(args.dataset, data_dir, layout_of(args))
     except utils.UserError as error:
         raise utils.UsageError(str(error)) from error
 
     on_device = [] if "--device" in args.main_options else ["--device", device]
     plan = []
     for seed in args.seeds:
-        for mask in masks:
+        for num_registers, mask in itertools.product(args.num_registers, masks):
             settings = {
-                **vars(mask),
+                **mask.to_flags(),
+                "num_registers": num_registers or None,
                 "seed": seed,
                 "dataset": args.dataset,
                 "output_dir": args.output_dir,
@@ -189,7 +225,8 @@ def make_plan(args, device: str, masks: list[MaskSpec]) -> list[PlannedRun]:
                     arguments += as_words(key, str(value))
 
             where = (args.output_dir, args.dataset, data_dir, args.dataset_name)
-            folder = identity.find_run_folder(*where, mask.run_name, seed, data)
+            run_name = default_run_name(mask, num_registers)
+            folder = identity.find_run_folder(*where, run_name, seed, data)
             run = PlannedRun(mask, seed, folder, (*arguments, *on_device, *args.main_options), data)
             identity.refuse_other(folder, "data", run.differs_in_data())
             plan.append(run)
@@ -198,6 +235,16 @@ def make_plan(args, device: str, masks: list[MaskSpec]) -> list[PlannedRun]:
 
 def data_dir_of(args) -> str:
     return utils.home_path(value_of("--data_dir", args.main_options) or identity.DATA_DIR)
+
+
+def layout_of(args) -> Layout:
+    """How main.py will read an image folder."""
+    try:
+        share = fraction(value_of("--split_folder", args.main_options) or "0")
+    except ArgumentTypeError as error:
+        raise utils.UsageError(f"--split_folder: {error}") from error
+    labels = value_of("--labels", args.main_options)
+    return Layout(share, labels and utils.home_path(labels))
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:

@@ -48,7 +48,7 @@ def write_run(
         "attention": {
             "grid": [4, 4],
             "num_patches": 16,
-            "num_neighbors_nominal": mask.num_neighbors(16) if is_known else 3,
+            "num_neighbors_nominal": mask.num_neighbors(4, 4) if is_known else 3,
             "num_neighbors_mean": neighbors,
             "attention_share_of_flops": 0.2,
             "forward_flops_per_image": 10_000_000,

@@ -16,7 +16,18 @@ import attention
 import main
 import masks
 import utils
-from attention import Choice, attend, attend_packed, choice, compile_mask, compiled_mask, diagonal
+from attention import (
+    Choice,
+    attend,
+    attend_packed,
+    choice,
+    compile_mask,
+    diagonal,
+    dispatch,
+    flex,
+    native,
+    timings,
+)
 from models import VisionTransformer
 from runtime import hardware
 
@@ -42,7 +53,7 @@ def random_qkv(num_tokens, batch=2, heads=2, head_dim=8, dtype=torch.float64, se
     return qkv.to(dtype).requires_grad_()
 
 
-def local_mask(backend="auto"):
+def local_mask(backend="measure"):
     """A small local mask with a class token: 13 tokens."""
     mask = masks.build_attention_mask("2d_cardinal", 1, 3, 4)
     return compile_mask(mask, 1, backend)
@@ -67,8 +78,8 @@ def assert_matches_oracle(compiled, mask, qkv, tolerance=1e-10):
 
 @pytest.fixture(autouse=True)
 def no_native_kernel(monkeypatch):
-    """As on a GPU, where `auto` measures; test_native.py has the native kernel and the rule."""
-    monkeypatch.setattr(compiled_mask, "NATIVE_DEVICES", ())
+    """As on a GPU; test_native.py has the native kernel, and test_settling.py the rule."""
+    monkeypatch.setattr(native, "DEVICES", ())
 
 
 @pytest.fixture
@@ -295,7 +306,7 @@ def test_without_a_compiler_the_numbers_are_the_same_and_one_warning_is_printed(
         (
             torch.eye(3).bool(),
             {"backend": "fast"},
-            "unknown backend 'fast'.*dense, native, diagonal, flex",
+            "unknown backend 'fast'.*dense, native, diagonal, flex, tiled, varlen",
         ),
         (torch.eye(3).bool(), {"num_global_tokens": -1}, "at least 0, got -1"),
     ],
@@ -334,7 +345,7 @@ def test_flex_runs_only_on_cuda():
 @pytest.fixture
 def flex_on_the_cpu(monkeypatch):
     """The forward of FlexAttention runs on the CPU too, slowly."""
-    monkeypatch.setattr(compiled_mask, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(flex, "DEVICES", ("cpu",))
 
 
 def test_the_block_mask_of_flex_equals_the_mask(flex_on_the_cpu):
@@ -362,7 +373,7 @@ def test_the_block_mask_is_built_on_arrival_at_a_device_not_in_a_forward(
     def fail(*args, **kwargs):
         pytest.fail("built in a forward")
 
-    monkeypatch.setattr(compiled_mask, "create_block_mask", fail)
+    monkeypatch.setattr(flex, "create_block_mask", fail)
     qkv = random_qkv(21, dtype=torch.float32, head_dim=16).detach()
     forward = torch.compile(lambda x: attend_packed(x, compiled), fullgraph=True, backend="eager")
     torch.testing.assert_close(forward(qkv).double(), oracle(qkv, mask, 1), rtol=1e-5, atol=1e-5)
@@ -403,15 +414,15 @@ def test_masked_attention_on_a_gpu_does_not_use_cudnn(mask_type, allowed, monkey
     """Its backward returns NaN for some masks. Full attention keeps whatever torch would choose."""
     kernels = ("cudnn", "mem_efficient", "math")
     switches = [getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in kernels]
-    sdpa = compiled_mask.F.scaled_dot_product_attention
+    sdpa = dispatch.F.scaled_dot_product_attention
     seen = []
 
     def record(*args, **kwargs):
         seen.append(tuple(enabled() for enabled in switches))
         return sdpa(*args, **kwargs)
 
-    monkeypatch.setattr(compiled_mask, "CUDNN_DEVICES", ("cpu",))
-    monkeypatch.setattr(compiled_mask.F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(dispatch, "CUDNN_DEVICES", ("cpu",))
+    monkeypatch.setattr(dispatch.F, "scaled_dot_product_attention", record)
     mask = masks.build_attention_mask(mask_type, 1, 8, 8)
     compiled = compile_mask(mask, 0, "dense")
     attend_packed(random_qkv(64), compiled)
@@ -419,7 +430,7 @@ def test_masked_attention_on_a_gpu_does_not_use_cudnn(mask_type, allowed, monkey
 
 
 def test_attention_without_cudnn_compiles_without_a_graph_break(monkeypatch):
-    monkeypatch.setattr(compiled_mask, "CUDNN_DEVICES", ("cpu",))
+    monkeypatch.setattr(dispatch, "CUDNN_DEVICES", ("cpu",))
     mask = masks.build_attention_mask("2d_cardinal", 1, 4, 4)
     compiled = compile_mask(mask, 0, "dense")
     qkv = random_qkv(16)
@@ -449,7 +460,7 @@ def test_rows_of_very_negative_scores_have_finite_gradients_on_cuda(dtype):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("backend", ["dense", "diagonal", "flex"])
+@pytest.mark.parametrize("backend", ["dense", "diagonal", "flex", "tiled"])
 def test_backends_match_the_oracle_on_cuda(backend):
     mask = masks.build_attention_mask("2d_all_neighbors", 1, 12, 15)
     compiled = compile_mask(mask, 1, backend).cuda()
@@ -503,27 +514,20 @@ def choose(compiled, num_calls=1000):
     return compiled
 
 
-def test_auto_takes_the_fastest_and_measures_once(measured):
+def test_measure_takes_the_fastest_and_measures_once(measured):
     log, _ = measured
     compiled = choose(local_mask())
     assert compiled.backend == "diagonal"
     assert compiled.choice.timings == {"dense": 1.0, "diagonal": 0.5}
     assert "dense 1000.00 ms, diagonal 500.00 ms" in compiled.choice.reason
-    assert log == [["dense"], ["dense", "diagonal"]]
+    assert log == [["dense", "diagonal"]]
     assert choose(local_mask()).backend == "diagonal"
-    assert len(log) == 2
+    assert len(log) == 1
 
 
-def test_auto_keeps_dense_if_it_is_the_fastest(measured):
+def test_measure_keeps_dense_if_it_is_the_fastest(measured):
     measured[1]["diagonal"] = 2.0
     assert choose(local_mask()).backend == "dense"
-
-
-def test_auto_stays_dense_in_a_short_run_whatever_was_measured_before(measured):
-    choose(local_mask())
-    compiled = choose(local_mask(), num_calls=10)
-    assert compiled.backend == "dense"
-    assert "10.0 s" in compiled.choice.reason
 
 
 def test_a_cache_that_is_not_writable_is_replaced_by_a_temporary_one(
@@ -544,7 +548,7 @@ def test_a_damaged_cache_is_measured_again(measured, tmp_path, damaged):
     for path in (tmp_path / "local-attention-vits").glob("*.json"):
         path.write_text(damaged)
     assert choose(local_mask()).backend == "diagonal"
-    assert len(measured[0]) == 4
+    assert len(measured[0]) == 2
 
 
 @pytest.mark.parametrize("backend", ["dense", "diagonal"])
@@ -555,7 +559,7 @@ def test_a_requested_backend_is_not_measured(measured, backend):
 
 def test_full_attention_and_masks_without_an_alternative_are_not_measured(measured):
     assert choose(compile_mask(None, 1)).backend == "dense"
-    compiled = choose(compile_mask(torch.ones(80, 80, dtype=torch.bool)))
+    compiled = choose(compile_mask(torch.ones(80, 80, dtype=torch.bool), 0, "measure"))
     assert (compiled.backend, measured[0]) == ("dense", [])
     assert "more than 64" in compiled.choice.reason
 
@@ -603,12 +607,12 @@ def test_another_backend_is_chosen_if_dense_attention_does_not_fit(monkeypatch, 
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(compiled_mask.F, "scaled_dot_product_attention", out_of_memory)
+    monkeypatch.setattr(dispatch.F, "scaled_dot_product_attention", out_of_memory)
     compiled = choose(local_mask(), num_calls=1)
     assert (compiled.backend, compiled.choice.timings.keys()) == ("diagonal", {"diagonal"})
 
     monkeypatch.setattr(diagonal, "attend", out_of_memory)
-    another = compile_mask(masks.build_attention_mask("2d_cardinal", 2, 3, 4), 1)
+    another = compile_mask(masks.build_attention_mask("2d_cardinal", 2, 3, 4), 1, "measure")
     with pytest.raises(RuntimeError, match="out of memory with every backend tried") as caught:
         choose(another, num_calls=1)
     assert utils.says_no_memory(caught.value)
@@ -654,18 +658,18 @@ def test_what_fits_is_measured_once_even_if_dense_attention_never_fits(measured)
     del pretended["dense"]
     for _ in range(2):
         assert choose(local_mask()).backend == "diagonal"
-    assert log == [["dense"], ["diagonal"], ["dense"]]
+    assert log == [["dense", "diagonal"], ["dense"]]
 
     pretended["dense"] = 0.1  # now it fits
     assert choose(local_mask()).backend == "dense"
-    assert log[3:] == [["dense"]]
+    assert log[2:] == [["dense"]]
 
 
 def test_timings_of_other_kernels_are_not_reused(measured, monkeypatch):
     choose(local_mask())
-    monkeypatch.setattr(choice, "_kernels_hash", lambda: "another version")
+    monkeypatch.setattr(timings, "_kernels_hash", lambda: "another version")
     choose(local_mask())
-    assert len(measured[0]) == 4
+    assert len(measured[0]) == 2
 
 
 def test_a_kernel_that_the_compiler_rejects_runs_uncompiled(compiled_here, monkeypatch, capsys):
@@ -749,17 +753,25 @@ def test_a_checkpoint_evaluates_the_same_with_another_backend(tmp_path):
     assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], rel=1e-5)
 
 
-def test_a_short_run_stays_dense_and_a_resumed_run_keeps_the_recorded_choice(tmp_path, monkeypatch):
+def test_a_run_measures_only_where_asked_and_a_resumed_run_keeps_the_recorded_choice(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = train_digits(tmp_path)
+    monkeypatch.setattr(choice, "_measure", lambda *args: {"dense": 0.5, "diagonal": 1.0})
+    folder = train_digits(tmp_path / "auto")
+    about = utils.read_json(folder / "config.json")["attention"]
+    assert (about["backend"], about["backend_seconds"]) == ("dense", {})
+    assert about["backend_reason"].startswith("by rule")
+
+    folder = train_digits(tmp_path, "--backend", "measure")
     config = utils.read_json(folder / "config.json")
-    assert config["attention"]["backend"] == "dense"
-    assert "less than compiling another" in config["attention"]["backend_reason"]
+    assert config["attention"]["backend_seconds"] == {"dense": 0.5, "diagonal": 1.0}
+    assert config["attention"]["backend_reason"].startswith("the fastest measured")
 
     def fail(*args, **kwargs):
         pytest.fail("chosen again")
 
     (folder / "summary.json").unlink()
     monkeypatch.setattr(attention, "choose_backend", fail)
-    train_digits(tmp_path)
+    train_digits(tmp_path, "--backend", "measure")
     assert utils.read_json(folder / "config.json")["attention"] == config["attention"]

@@ -1,6 +1,7 @@
 """Comparing rows with full attention, the answer in words, and the table in all its formats."""
 
 import csv
+import functools
 import io
 import json
 
@@ -93,18 +94,31 @@ def test_speed_is_compared_on_one_device_only(tmp_path):
 @pytest.mark.parametrize("grid", [(4, 4), (3, 7), (1, 9), (14, 14)])
 def test_masks_are_the_same_exactly_if_all_their_pairs_are(grid):
     specs = [masks.MaskSpec(kind, step) for kind in masks.MASK_TYPES for step in (0, 1, 2, 3, 12)]
-    dense = [spec.build(*grid) for spec in specs]
-    for spec, mask in zip(specs, dense, strict=True):
-        for other_spec, other in zip(specs, dense, strict=True):
-            pairs = [np.ones(1) if m is None else m.numpy().astype(float) for m in (mask, other)]
-            equal = bool((pairs[0] == pairs[1]).all())
-            assert (spec.identity(*grid) == other_spec.identity(*grid)) == equal, (spec, other_spec)
+    specs += [
+        masks.MaskSpec("2d_circle", 1, dilation=2),
+        masks.MaskSpec("2d_circle", 1, edge="shift"),
+    ]
+    specs += [masks.MaskSpec(kind, 1, global_layers=(1,)) for kind in ("2d_cardinal", "2d_circle")]
+    identities = [spec.identity(*grid) for spec in specs]
+    for spec, identity in zip(specs, identities, strict=True):
+        masks_of_layers = pairs_of(spec, grid)
+        for other, other_identity in zip(specs, identities, strict=True):
+            equal = masks_of_layers == pairs_of(other, grid)
+            assert (identity == other_identity) == equal, (spec, other)
+
+
+@functools.cache
+def pairs_of(spec, grid):
+    """Who may attend to whom in two layers, as bytes."""
+    all_pairs = np.ones((grid[0] * grid[1],) * 2, dtype=bool)
+    arrays = spec.build_layer_arrays(*grid, 2)
+    return b"".join((all_pairs if array is None else array).tobytes() for array in arrays)
 
 
 def test_on_a_large_grid_windows_are_compared_by_their_width():
     identity = {
         (kind, step): masks.MaskSpec(kind, step).identity(100, 100)
-        for kind in masks.MASK_TYPES[1:]
+        for kind in masks.STUDIED[1:]
         for step in (1, 2)
     }
     assert identity["1d_cardinal", 2] == identity["1d_all_neighbors", 1]

@@ -19,7 +19,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 import data
 import main
-from pipeline import imagefolder, pixels, sources
+from pipeline import pixels, sources
+from pipeline.layout import Layout
 from utils import REPOSITORY, UserError
 
 CPU = torch.device("cpu")
@@ -561,15 +562,15 @@ def test_batches_on_cuda_are_those_of_the_cpu(monkeypatch, fits):
 @pytest.mark.skipif(not JPEG_COPY.is_dir(), reason="data/cifar10-jpeg is not there")
 def test_the_jpeg_copy_of_cifar10(monkeypatch):
     """All files are found; one in 50 is read, to save time."""
-    list_images = imagefolder.list_images
+    list_images = Layout.list_images
     counts = []
 
-    def list_some(root):
-        files = list_images(root)
+    def list_some(layout, root):
+        files = list_images(layout, root)
         counts.extend(len(split) for split in files.splits.values())
         return replace(files, train=files.train[::50], test=files.test[::50])
 
-    monkeypatch.setattr(imagefolder, "list_images", list_some)
+    monkeypatch.setattr(Layout, "list_images", list_some)
     dataset = data.load_dataset("imagefolder", str(JPEG_COPY), (224, 224), CPU)
     assert counts == [50_000, 10_000]
     assert dataset.train.images.shape == (1000, 3, 32, 32)

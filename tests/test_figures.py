@@ -29,8 +29,16 @@ def test_each_mask_type_differs_in_color_marker_and_line():
     for one, other in itertools.combinations(styles, 2):
         assert one["color"] != other["color"]
         assert one["marker"] != other["marker"]
-    for one, other in itertools.combinations(styles[1:], 2):
+    studied = [figures.style_of(mask_type) for mask_type in masks.STUDIED[1:]]
+    for one, other in itertools.combinations(studied, 2):
         assert one["linestyle"] != other["linestyle"]
+
+
+def test_the_families_of_a_mask_type_differ_in_color_marker_and_line():
+    looks = [figures.style_of("2d_cardinal", family=family) for family in range(3)]
+    for name in ("color", "marker", "linestyle"):
+        assert len({str(look[name]) for look in looks}) == 3
+    assert looks[0] == figures.style_of("2d_cardinal")
 
 
 def test_a_new_pattern_changes_no_other_style(monkeypatch):
@@ -89,12 +97,13 @@ HOSTILE = {
     "savefig.bbox": "tight",
     "svg.fonttype": "none",
 }
+TWO = {"full": ("full", None), "$own_{": ("own", None)}
 DRAW = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from report import figures, mask_pictures
-figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
+figure = mask_pictures.draw_mask_types({"full": ("full", None), "$own_{": ("own", None)}, 3, 5)
 figures.save_as(figure, Path(sys.argv[2]) / "masks")
 """
 
@@ -102,7 +111,7 @@ figures.save_as(figure, Path(sys.argv[2]) / "masks")
 @pytest.fixture
 def expected(tmp_path):
     """What DRAW should write."""
-    figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
+    figure = mask_pictures.draw_mask_types(TWO, 3, 5)
     figures.save_as(figure, tmp_path / "expected" / "masks")
     return read_all(tmp_path / "expected")
 
@@ -131,7 +140,7 @@ def test_no_configuration_of_matplotlib_changes_a_figure(tmp_path, expected):
 
 def test_settings_of_the_process_change_no_figure_and_are_kept(tmp_path, expected):
     with matplotlib.rc_context(HOSTILE):
-        figure = mask_pictures.draw_mask_types({"full": None, "$own_{": None}, 3, 5)
+        figure = mask_pictures.draw_mask_types(TWO, 3, 5)
         figures.save_as(figure, tmp_path / "drawn" / "masks")
         assert matplotlib.rcParams["image.origin"] == "lower"
     assert read_all(tmp_path / "drawn") == expected
@@ -173,13 +182,15 @@ def test_neighborhoods_are_rows_of_the_mask(mask_type):
 
 
 def test_all_mask_types_in_one_picture(tmp_path):
-    by_type = {name: masks.build_attention_mask(name, 1, 4, 6) for name in masks.MASK_TYPES}
+    by_type = {name: (name, masks.MaskSpec(name, 1).build_array(4, 6)) for name in masks.MASK_TYPES}
     figure = mask_pictures.draw_mask_types(by_type, 4, 6)
     assert len(figure.axes) == 3 * len(by_type)
-    first_row = figure.axes[: len(by_type)]
-    assert [axes.get_title() for axes in first_row] == list(by_type)
-    counts = [f"{n} neighbors" for n in (24, 5, 9, 5, 9)]
-    assert [axes.get_xlabel() for axes in first_row] == counts
+    per_line = mask_pictures.MAX_COLUMNS
+    assert per_line < len(by_type) < 2 * per_line, "two blocks of three lines"
+    firsts = [*figure.axes[:per_line], *figure.axes[3 * per_line :][: len(by_type) - per_line]]
+    assert [axes.get_title() for axes in firsts] == list(by_type)
+    counts = [f"{n} neighbors" for n in (24, 5, 9, 5, 5, 9, 5, 9, 3, 9)]
+    assert [axes.get_xlabel() for axes in firsts] == counts
 
     figures.save_as(figure, tmp_path / "masks.v2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["masks.v2.png", "masks.v2.svg"]

@@ -30,7 +30,7 @@ from foreign_models import (
 )
 
 from interop import localize, unlocalize
-from masks import build_attention_mask
+from masks import MaskSpec, build_attention_mask
 
 
 @each_model
@@ -74,6 +74,23 @@ def test_timm_computes_the_same_with_its_attn_mask(name):
     mask = build_attention_mask("2d_cardinal", 1, *GRID)
     expected = model(images, attn_mask=token_mask_of(name, mask))
     assert_close(localize(model, mask)(images), expected)
+
+
+def test_masks_that_differ_by_layer(monkeypatch):
+    model, images = build("timm"), images_for("timm")
+    windows = MaskSpec("2d_window", 1)
+    found = output_of(localize(copy.deepcopy(model), windows), images)
+
+    own, moved = (token_mask_of("timm", mask) for mask in windows.build_layers(*GRID, 2))
+    assert not torch.equal(own, moved)
+    masks, sdpa = iter([own, moved]), F.scaled_dot_product_attention
+
+    def masked(q, k, v, **_):
+        return sdpa(q, k, v, attn_mask=next(masks))
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", masked)
+    assert_close(found, output_of(model, images))
+    assert next(masks, None) is None
 
 
 @pytest.mark.parametrize("name", ["transformers' ViT", "transformers' DINOv2, registers"])

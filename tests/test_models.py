@@ -230,6 +230,39 @@ def test_positions_tell_patches_apart_and_are_similar_for_neighbors():
     assert models.sincos_positions(2, 3, 7).shape == (6, 7)
 
 
+@pytest.mark.parametrize("num_prefix", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("old", "new"), [((4, 4), (3, 5)), ((3, 5), (6, 10)), ((6, 10), (5, 3)), ((3, 5), (5, 3))]
+)
+def test_positions_are_resampled_as_timm_does(old, new, num_prefix):
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randn(1, num_prefix + old[0] * old[1], 6, generator=generator)
+    ours = models.resample_positions(positions, old, new, num_prefix)
+    theirs = timm.layers.resample_abs_pos_embed(positions, list(new), list(old), num_prefix)
+    assert ours.shape == (1, num_prefix + new[0] * new[1], 6)
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(ours[:, :num_prefix], positions[:, :num_prefix])
+
+
+def test_resampled_positions_keep_rows_apart_from_columns():
+    rows, columns = torch.meshgrid(torch.arange(3.0), torch.arange(5.0), indexing="ij")
+    positions = torch.stack([rows, columns], -1).view(1, 15, 2)  # [1, N, (row, column)]
+    new = models.resample_positions(positions, (3, 5), (9, 20), 0).view(9, 20, 2)
+    assert torch.allclose(new[..., 0], new[:, :1, 0]), "the row must not depend on the column"
+    assert torch.allclose(new[..., 1], new[:1, :, 1]), "the column must not depend on the row"
+    assert new[0, 0, 0] < 0.5 < 1.5 < new[-1, 0, 0]
+    assert new[0, 0, 1] < 0.5 < 3.5 < new[0, -1, 1]
+
+    half = positions.bfloat16()
+    assert models.resample_positions(half, (3, 5), (3, 5), 0) is half
+    assert models.resample_positions(half, (3, 5), (4, 4), 0).dtype == torch.bfloat16
+
+
+def test_positions_of_another_grid_are_refused():
+    with pytest.raises(ValueError, match=r"\[1, 16, 8\].*1 prefix tokens.*4x5.*\[1, 21, E\]"):
+        models.resample_positions(torch.zeros(1, 16, 8), (4, 5), (2, 2), 1)
+
+
 @pytest.mark.parametrize("pool", models.POOLS)
 def test_flops_equal_what_torch_counts(pool):
     model = VisionTransformer(**SMALL, pool=pool).eval()

@@ -16,6 +16,7 @@ from fake_runs import write_run
 import masks
 import plot_result
 import utils
+from patterns import table
 from report import mask_grids, page, results
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -218,7 +219,7 @@ def drawn(opened, index, width=4):
 def test_pointing_at_a_patch_shows_what_it_can_know(sweep, open_page, layers, with_class_token):
     opened = open_page(sweep)
     opened.fill("#layers", str(layers))
-    opened.set_checked("#class-token", with_class_token)
+    opened.set_checked("#global-token", with_class_token)
     specs = [("full", None), ("1d_cardinal", 2), ("2d_cardinal", 1), ("2d_all_neighbors", 1)]
 
     for row, column in [(0, 0), (1, 3), (3, 2)]:
@@ -247,12 +248,12 @@ def write_grid(folder, height, width):
 def test_rows_are_not_columns_and_queries_are_not_keys(tmp_path, open_page, monkeypatch):
     """A grid that is not square, and a pattern that looks to the right and down only."""
     pattern = masks.Pattern(
-        allows=masks.by_offset(lambda dy, dx, s: (dy >= 0) & (dy <= s) & (dx >= 0) & (dx <= 2 * s)),
+        offsets=lambda dy, dx, s: (dy >= 0) & (dy <= s) & (dx >= 0) & (dx <= 2 * s),
         num_neighbors=lambda s: (s + 1) * (2 * s + 1),
         has_1d_twin=False,
     )
-    monkeypatch.setitem(masks.PATTERNS, "ahead", pattern)
-    monkeypatch.setattr(masks, "MASK_TYPES", (*masks.MASK_TYPES, "2d_ahead"))
+    for name, mask_type in table.types_of("ahead", pattern).items():
+        monkeypatch.setitem(masks.TYPES, name, mask_type)
     height, width = 3, 5
     for mask_type, step in [("full", None), ("2d_ahead", 1)]:
         write_grid(write_run(tmp_path, mask_type, step), height, width)
@@ -266,7 +267,7 @@ def test_rows_are_not_columns_and_queries_are_not_keys(tmp_path, open_page, monk
         opened.keyboard.press("ArrowLeft")
     for layers in (1, 2):
         opened.fill("#layers", str(layers))
-        opened.set_checked("#class-token", False)
+        opened.set_checked("#global-token", False)
         found = drawn(opened, 1, width)
         reached = masks.reachable(mask, layers)
         assert found["neighbors"] == set(mask[0].nonzero()[0]) == {0, 1, 2, 5, 6, 7}

@@ -127,17 +127,43 @@ def is_no_fault_of_the_file(error: Exception) -> bool:
     return is_of_the_system or utils.says_no_memory(error)
 
 
-def rebuild_model(state: dict, backend: str = "auto") -> models.VisionTransformer:
+def rebuild_model(
+    state: dict, backend: str = "auto", img_size: tuple[int, int] | None = None
+) -> models.VisionTransformer:
     """The trained model that a checkpoint describes, on the CPU, in eval mode.
 
-    With the averaged weights, if the run had any.
+    With the averaged weights, if the run had any. For images of another `img_size` (height, width)
+    than in training, the positions are resampled and the mask is built for the new grid. Raises
+    ValueError if that size does not fit the patches.
     """
     config = state["model_config"]
-    height, width = (size // config["patch_size"] for size in config["img_size"])
-    mask = Settings.from_dict(state["settings"]).mask.spec.build(height, width)
+    trained_grid = grid_of(config)
+    config = config | {"img_size": tuple(img_size or config["img_size"])}
+    mask = _masks_of(state, *grid_of(config), config["depth"])
     model = models.VisionTransformer(**config, attention_mask=mask, backend=backend)
-    model.load_state_dict(state.get("average") or state["model"])
+
+    weights = state.get("average") or state["model"]
+    if model.grid != trained_grid:
+        num_prefix = len(model.pos_embed[0]) - model.num_patches
+        positions = weights["pos_embed"]
+        positions = models.resample_positions(positions, trained_grid, model.grid, num_prefix)
+        weights = weights | {"pos_embed": positions}
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def grid_of(config: dict) -> tuple[int, int]:
+    """Rows and columns of patches, at least 1, so that the model reports what is too small."""
+    height, width = (max(side // config["patch_size"], 1) for side in config["img_size"])
+    return height, width
+
+
+def _masks_of(state: dict, height: int, width: int, depth: int) -> list[torch.Tensor | None]:
+    """The mask of each layer: what the checkpoint holds of a file, or else built anew."""
+    spec = Settings.from_dict(state["settings"]).mask.spec
+    if state.get("mask") is None:
+        return spec.build_layers(height, width, depth)
+    return [None if layer in spec.global_layers else state["mask"] for layer in range(depth)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ import utils
 from attention import diagonal
 from masks import MaskSpec
 from pipeline import augment, identity, sources
+from pipeline.layout import Layout
 from runtime import hardware
 from training import optimizers, tracking
 from training.budget import Budget
-from training.settings import FLAGS, RECIPES, SECTIONS, Settings, strong_lr
+from training.settings import FLAGS, MASK_FLAGS, RECIPES, SECTIONS, Settings, strong_lr
 from utils import UsageError
 
 COMPILE = ("off", "auto", "default", "reduce-overhead")
@@ -26,6 +27,7 @@ WORTH_COMPILING = 10  # epochs, or minutes
 # The choices of a flag come from the module that implements them.
 CHOICES = {
     "mask_type": masks.MASK_TYPES,
+    "edge": masks.EDGES,
     "backend": attention.BACKENDS,
     "dataset": sources.DATASETS,
     "recipe": RECIPES,
@@ -47,7 +49,8 @@ def build_parser() -> utils.ArgumentParser:
     for section in SECTIONS.values():
         group = parser.add_argument_group(section.title)
         for setting in fields(section):
-            if setting.name != "debug":  # added to every script by ArgumentParser
+            # ArgumentParser adds --debug to every script.
+            if setting.name in FLAGS and setting.name != "debug":
                 group.add_argument(f"--{setting.name}", **_options(setting))
     return parser
 
@@ -86,8 +89,9 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
     _check(args)
     settings = {name: getattr(args, name) for name in FLAGS}
 
-    if args.mask_type == "full":
-        settings["expansion_step"] = None
+    with utils.usage_errors():
+        mask = MaskSpec.of_flags(**{name: getattr(args, name) for name in MASK_FLAGS})
+        settings |= mask.with_hash().to_settings()
     for name, value in models.PRESETS[args.model].items():
         settings[name] = settings[name] or value
     if args.lr is None:
@@ -102,7 +106,7 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
     settings["compile"] = resolve_compile(args.compile, device, budget)
 
     if args.run_name is None:
-        settings["run_name"] = MaskSpec(args.mask_type, args.expansion_step).run_name
+        settings["run_name"] = Settings.from_dict(settings).default_run_name
     if args.dataset_name is None:
         settings["dataset_name"] = identity.default_dataset_name(args.dataset, args.data_dir)
     for name in ("run_name", "dataset_name"):
@@ -121,12 +125,29 @@ def _check(args: argparse.Namespace) -> None:
             f"--grad_accumulation {args.grad_accumulation} asks for more micro-batches than "
             f"--batch_size {args.batch_size} has images; use at most {args.batch_size}"
         )
-    if args.skip_unreadable and args.dataset != identity.IMAGE_FOLDER:
-        raise UsageError(
-            f"--skip_unreadable is for --dataset {identity.IMAGE_FOLDER}, "
-            f"got --dataset {args.dataset}"
-        )
+    for name in ("skip_unreadable", "split_folder", "labels"):
+        if getattr(args, name) and args.dataset != identity.IMAGE_FOLDER:
+            raise UsageError(
+                f"--{name} is for --dataset {identity.IMAGE_FOLDER}, got --dataset {args.dataset}"
+            )
+    Layout(args.split_folder, args.labels)  # raises if these do not go together
+    _check_start(args)
     tracking.check_installed(args.track)
+
+
+def _check_start(args: argparse.Namespace) -> None:
+    if args.pretrained is not None and args.init_from is not None:
+        raise UsageError("--pretrained and --init_from both say what to start from; give one")
+    if args.freeze is None:
+        return
+    if args.pretrained is None and args.init_from is None:
+        raise UsageError(
+            f"--freeze {args.freeze} keeps layers as they are, which needs weights that were "
+            "trained: add --pretrained or --init_from"
+        )
+    depth = args.depth or models.PRESETS[args.model]["depth"]
+    if args.freeze > depth:
+        raise UsageError(f"--freeze {args.freeze}: the model has {depth} blocks")
 
 
 def complete(found: dict, asked: Settings) -> dict:

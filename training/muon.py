@@ -19,7 +19,7 @@ class Muon(torch.optim.Muon):
     training", section 2.2), so that both can share one learning rate and weight decay.
     """
 
-    def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float):
+    def __init__(self, parameters: list[Tensor] | list[dict], lr: float, weight_decay: float):
         super().__init__(
             parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )

@@ -15,7 +15,11 @@ from training.muon import Muon
 from training.settings import OptimizationSettings
 
 OPTIMIZERS = ("adamw", "muon")
-NOT_DECAYED = ("cls_token", "pos_embed")  # vectors (norms and biases) do not decay either
+NOT_DECAYED = (
+    "cls_token",
+    "reg_token",
+    "pos_embed",
+)  # vectors (norms and biases) do not decay either
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -27,10 +31,15 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW with weight decay on matrices only; with "muon", Muon for the matrices of the blocks.
 
+    Frozen parameters are left out. With `layer_decay`, layers farther from the head have smaller
+    learning rates, see `layer_of`; the first group of the first optimizer has that of the head.
+
     Muon (Jordan et al. 2024) orthogonalizes the update of a matrix. Both share one learning rate
     and weight decay.
     """
-    parameters = dict(model.named_parameters())  # in a fixed order: states are saved by position
+    parameters = {  # in a fixed order: states are saved by position
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     by_muon = {}
     if settings.optimizer == "muon":
         by_muon = {
@@ -40,17 +49,49 @@ def build_optimizers(
         }
 
     rest = {name: p for name, p in parameters.items() if name not in by_muon}
-    decayed = [p for name, p in rest.items() if is_decayed(name, p)]
-    others = [p for name, p in rest.items() if not is_decayed(name, p)]
+    decayed = {name: p for name, p in rest.items() if is_decayed(name, p)}
+    others = {name: p for name, p in rest.items() if not is_decayed(name, p)}
+    depth = len(model.blocks)
     groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        *groups_by_layer(decayed, depth, settings, settings.weight_decay),
+        *groups_by_layer(others, depth, settings, 0.0),
     ]
     optimizers = [torch.optim.AdamW(groups, lr=settings.lr, fused=True)]
 
     if by_muon:
-        optimizers.append(Muon(list(by_muon.values()), settings.lr, settings.weight_decay))
+        groups = groups_by_layer(by_muon, depth, settings, settings.weight_decay)
+        optimizers.append(Muon(groups, settings.lr, settings.weight_decay))
     return optimizers
+
+
+def groups_by_layer(
+    parameters: dict[str, Tensor], depth: int, settings: OptimizationSettings, weight_decay: float
+) -> list[dict]:
+    """Parameter groups, those of the last layers first; a single one without layer decay.
+
+    A group's learning rate is that of the head times `layer_decay` to the power of its distance
+    (Clark et al. 2020, ELECTRA, section 3.1; for ViTs Bao et al. 2022, BEiT, appendix).
+    """
+    by_distance = {}
+    for name, parameter in parameters.items():
+        distance = depth + 1 - layer_of(name, depth) if settings.layer_decay < 1 else 0
+        by_distance.setdefault(distance, []).append(parameter)
+
+    return [
+        {
+            "params": group,
+            "lr": settings.lr * settings.layer_decay**distance,
+            "weight_decay": weight_decay,
+        }
+        for distance, group in sorted(by_distance.items(), key=lambda item: item[0])
+    ]
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Embeddings and tokens are layer 0, the blocks 1 to `depth`, norm and head `depth` + 1."""
+    if name.startswith("blocks."):
+        return 1 + int(name.split(".")[1])
+    return depth + 1 if name.startswith(("norm.", "head.")) else 0
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int) -> float:

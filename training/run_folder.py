@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import Timeout
 
 import utils
+from interop import weight_files
 from pipeline import identity
 from runtime import distributed, locks
 from training.command_line import complete
@@ -46,8 +47,10 @@ def read_to_resume(folder: Path) -> RunRecord | None:
     """The run to resume, or None if there is none yet. Raises UserError for an older format."""
     record = RunRecord.read(folder, formats=(FORMAT,))
     if record is not None:
-        needed = {"attention": {"backend": str, "backend_reason": str}}
-        utils.check_sections(folder / utils.CONFIG, record.config, needed)
+        needed = {"backend": str, "backend_reason": str}
+        path, about = folder / utils.CONFIG, record.config["attention"]
+        for mask in about.get("masks") or [about]:
+            utils.check_sections(path, {"attention": mask}, {"attention": needed})
     return record
 
 
@@ -64,6 +67,7 @@ def is_finished(folder: Path, settings: Settings, data: dict | None) -> bool:
     record, finished = read_to_resume(folder), False
     if record is not None:
         refuse_other_settings(folder, record.config["settings"], settings)
+        refuse_other_weights(folder, record.config.get("weights"), settings)
         if data is not None:
             refuse_other_data(folder, record.config["data"], data)
         is_read = data is None or "checksum" in data
@@ -88,7 +92,31 @@ def is_finished(folder: Path, settings: Settings, data: dict | None) -> bool:
 def refuse_other_settings(folder: Path, found: dict, asked: Settings) -> None:
     """Raise UsageError if the folder's run has other settings, as far as results depend on them."""
     result = {key: value for key, value in asked.to_dict().items() if key not in MAY_CHANGE}
-    _refuse(folder, "settings", complete(found, asked), result)
+    found = complete(found, asked)
+    hint = ""
+    if (asked.optimization.epochs or 0) > (found["epochs"] or 0):
+        last = folder / utils.CHECKPOINT
+        hint = f". To train on from its weights, start a new run with --init_from {last}"
+    _refuse(folder, "settings", found, result, hint)
+
+
+def refuse_other_weights(folder: Path, found: dict | None, asked: Settings) -> None:
+    """Raise UsageError if the folder's run started from other weights.
+
+    `found` is what it has noted, None for drawn weights. A file is the same if its content is,
+    wherever it lies; if it is gone, which does not keep a run from resuming, if its path is.
+    """
+    there = found or {"file": "none", "sha256": None}
+    path = asked.start.path
+    here = path or "none"
+    is_same = here == there["file"]
+    if path is not None and Path(path).is_file():
+        is_same = weight_files.hash_of(Path(path)) == there["sha256"]
+        here = f"{path} as it is now"
+
+    if not is_same:
+        differing = [f"{there['file']} there, {here} asked for"]
+        identity.refuse_other(folder, "starting weights", differing)
 
 
 def refuse_other_data(folder: Path, found: dict, data: dict) -> None:
@@ -99,13 +127,13 @@ def refuse_other_data(folder: Path, found: dict, data: dict) -> None:
     _refuse(folder, "data", found, asked)
 
 
-def _refuse(folder: Path, what: str, found: dict, asked: dict) -> None:
+def _refuse(folder: Path, what: str, found: dict, asked: dict, hint: str = "") -> None:
     differing = [
         f"{key} {found.get(key)!r} there, {value!r} asked for"
         for key, value in asked.items()
         if _result_of(found.get(key)) != _result_of(value)
     ]
-    identity.refuse_other(folder, what, differing)
+    identity.refuse_other(folder, what, differing, hint)
 
 
 def _result_of(value):
@@ -137,9 +165,16 @@ def make_config(
 
     found = record.config
     refuse_other_data(record.folder, found["data"], data)
-    config["attention"]["backend_seconds"] = found["attention"].get("backend_seconds")
+    _keep_timings(config["attention"], found["attention"])
     earlier = found["resumed"] if isinstance(found.get("resumed"), list) else []
     return config | {"provenance": found["provenance"], "resumed": [*earlier, provenance]}
+
+
+def _keep_timings(about: dict, found: dict) -> None:
+    """What the choice of a backend was based on, which is not measured again."""
+    pairs = zip(about.get("masks", [about]), found.get("masks", [found]), strict=True)
+    for mask, mask_found in pairs:
+        mask["backend_seconds"] = mask_found.get("backend_seconds")
 
 
 def summarize(history: list[dict], config: dict) -> dict:

@@ -31,8 +31,15 @@ REQUIRED = {
 }
 OPTIONAL = {
     "settings": {
+        "dilation": int,
+        "edge": str,
+        "mask_seed": int,
+        "mask_file": str,
+        "mask_hash": str,
+        "global_layers": str,
+        "num_registers": int,
         "model": str,
-        "img_size": int,
+        "img_size": (int, str),
         "patch_size": int,
         "pool": str,
         "grad_accumulation": int,
@@ -44,9 +51,12 @@ OPTIONAL = {
         "attention_share_of_flops": float,
         "backend": str,
         "backend_reason": str,
+        "masks": list,
     },
     "provenance": {"device": str, "git_commit": str, "versions": dict},
 }
+# Of runs that did not start from drawn weights.
+WEIGHTS = {"weights": {"file": str, "sha256": str, "source": str}}
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ class RunRecord:
                 f"{path} has format {config.get('format')!r}, expected {expected}; move it away"
             )
         utils.check_sections(path, config, REQUIRED, OPTIONAL)
+        if config.get("weights") is not None:
+            utils.check_sections(path, config, WEIGHTS)
         if not (config["settings"]["epochs"] or config["settings"].get("minutes")):
             raise UserError(
                 f"{path} says neither epochs nor minutes, so it is damaged; move it away"

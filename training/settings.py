@@ -7,13 +7,16 @@ torch, so that sweeps and reports start at once.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, get_type_hints
 
 import utils
 from masks import MaskSpec
-from pipeline import identity
+from patterns.spec import format_layers, parse_layers
+from pipeline import identity, sizes
+from pipeline.layout import Layout
 from training.budget import DEFAULT_EPOCHS, Budget
 from utils import number_type
 
@@ -59,9 +62,18 @@ positive = number_type(int, minimum=1)
 at_least_0 = number_type(float, minimum=0)
 above_0 = number_type(float, above=0)
 share = number_type(float, minimum=0, maximum=1)
+rate = number_type(float, above=0, maximum=1)
 fraction = number_type(float, minimum=0, below=1)
 width = number_type(int, minimum=1, maximum=65_536)
 num_blocks = number_type(int, minimum=1, maximum=1000)
+
+
+def layers(text: str) -> str | None:
+    """`7,3` -> `3,7`, for an argument of layers; the number of layers is checked later."""
+    try:
+        return format_layers(parse_layers(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def flag(
@@ -81,6 +93,11 @@ def flag(
     return field(metadata={**about, "may_change": may_change})
 
 
+def resolved() -> Any:
+    """A field that is no flag: it follows from the flags when a run begins."""
+    return field(metadata={"default": None, "help": None, "may_change": False})
+
+
 # --------------------------------------------------------------------------------------------------
 # The settings
 
@@ -90,14 +107,31 @@ class MaskSettings:
     title: ClassVar[str] = "attention pattern"
 
     mask_type: str = flag("full", "who attends to whom")
-    expansion_step: int | None = flag(  # patches; None for full
-        1, "reach, in patches; not for full", number_type(int, minimum=0), "S"
+    expansion_step: int | None = flag(  # patches; None where the mask type has no step
+        1, "reach, in patches", number_type(int, minimum=0), "S"
+    )
+    dilation: int = flag(1, "distance from one neighbor to the next, in patches", positive, "D")
+    edge: str = flag("truncate", "shift: at the border, as many neighbors as elsewhere")
+    mask_seed: int = flag(
+        0, "which random mask is drawn", number_type(int, minimum=0, below=2**32), "N"
+    )
+    mask_file: str | None = flag(
+        None,
+        "bool [N, N] over the patches, instead of a mask type: .npy, .pt, or .png with white for "
+        "True",
+        utils.home_path,
+        "FILE",
+        may_change=True,  # what it held is in mask_hash
+    )
+    mask_hash: str | None = resolved()
+    global_layers: str | None = flag(
+        None, "layers of full attention, counted from 0, as in 3,7,11", layers, "LAYERS"
     )
     backend: str = flag("auto", "how masked attention is computed")
 
     @property
     def spec(self) -> MaskSpec:
-        return MaskSpec(self.mask_type, self.expansion_step)
+        return MaskSpec(**{field.name: getattr(self, field.name) for field in fields(MaskSpec)})
 
 
 @dataclass(frozen=True)
@@ -118,6 +152,19 @@ class DataSettings:
         fraction,
         "F",
     )
+    split_folder: float = flag(
+        0.0,
+        "for imagefolder without test/: fraction of each class to take as test images",
+        fraction,
+        "F",
+    )
+    labels: str | None = flag(  # a path, in data_dir or from here
+        None,
+        "for imagefolder without class folders: CSV with the columns file,class",
+        utils.home_path,
+        "CSV",
+        may_change=True,
+    )
     skip_unreadable: bool = flag(
         False, "for imagefolder: leave out images that cannot be read", may_change=True
     )
@@ -134,6 +181,17 @@ class DataSettings:
     def eval_split(self) -> str:
         """What accuracies are of; a key of EVAL_SPLITS."""
         return "holdout" if self.holdout else "test"
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.split_folder, self.labels)
+
+    @property
+    def reading_options(self) -> dict:
+        """How to read an image folder, for `data.load_dataset`; other data has no options."""
+        if self.dataset != identity.IMAGE_FOLDER:
+            return {}
+        return {"skip_unreadable": self.skip_unreadable, "layout": self.layout}
 
 
 # What a run can be evaluated on, and how messages and reports call it.
@@ -155,9 +213,17 @@ class ModelSettings:
     embed_dim: int = flag(None, "width (default: by preset)", width, "E")
     depth: int = flag(None, "blocks (default: by preset)", num_blocks, "L")
     num_heads: int = flag(None, "heads (default: by preset)", width, "H")
-    img_size: int = flag(224, "images are resized to this side", positive, "PX")  # pixels
+    img_size: int | str = flag(  # pixels: 224, or height x width: "192x320"
+        224, "images are resized to this side, or to height x width like 192x320", sizes.parse, "PX"
+    )
     patch_size: int = flag(16, "side of a patch", positive, "PX")  # pixels
     pool: str = flag(PLAIN["pool"], "* class token (global), or mean of the patches")
+    num_registers: int = flag(
+        0,
+        "learned tokens beside the class token, global like it (Darcet et al. 2023)",
+        number_type(int, minimum=0, maximum=1000),
+        "R",
+    )
     dropout: float = flag(
         PLAIN["dropout"], "* probability; not on attention weights", fraction, "P"
     )
@@ -167,6 +233,38 @@ class ModelSettings:
         fraction,
         "P",
     )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return sizes.sides_of(self.img_size)
+
+
+@dataclass(frozen=True)
+class StartSettings:
+    title: ClassVar[str] = "starting weights"
+
+    # Runs may name the same file by another path: its content is compared, see run_folder.py.
+    pretrained: str | None = flag(
+        None,
+        "start from a ViT of timm, torchvision or Hugging Face (.safetensors, .pth)",
+        utils.home_path,
+        "FILE",
+        may_change=True,
+    )
+    init_from: str | None = flag(
+        None, "start from the last.pt of another run", utils.home_path, "FILE", may_change=True
+    )
+    freeze: int | None = flag(
+        None,
+        "keep the embeddings and the first N blocks as they are",
+        number_type(int, minimum=0),
+        "N",
+    )
+
+    @property
+    def path(self) -> str | None:
+        return self.pretrained or self.init_from
 
 
 @dataclass(frozen=True)
@@ -204,6 +302,9 @@ class OptimizationSettings:
         above_0,
     )
     weight_decay: float = flag(PLAIN["weight_decay"], "* on weight matrices only", at_least_0)
+    layer_decay: float = flag(
+        1.0, "factor on the learning rate, for each layer farther from the head; 1 = off", rate, "D"
+    )
     warmup_fraction: float = flag(0.1, "of the training; then cosine to 0", fraction, "F")
     label_smoothing: float = flag(
         PLAIN["label_smoothing"], "* probability moved off the true class", fraction, "P"
@@ -256,7 +357,7 @@ class RunSettings:
         may_change=True,
     )
     run_name: str = flag(
-        None, "folder name (default: <mask_type>_expansion_<step>, or full)", metavar="NAME"
+        None, "folder name (default: by the mask, as 2d_cardinal_expansion_2)", metavar="NAME"
     )
     log_every: int = flag(  # steps
         0,
@@ -287,6 +388,7 @@ class Settings:
     data: DataSettings
     recipe: RecipeSettings
     model: ModelSettings
+    start: StartSettings
     augmentation: AugmentationSettings
     optimization: OptimizationSettings
     machine: MachineSettings
@@ -305,18 +407,29 @@ class Settings:
         }
         return cls(**sections)
 
+    @property
+    def default_run_name(self) -> str:
+        return default_run_name(self.mask.spec, self.model.num_registers)
+
     def to_dict(self) -> dict:
-        """One key per flag, as in `config.json`."""
+        """One key per field, as in `config.json`."""
         return {name: value for section in asdict(self).values() for name, value in section.items()}
 
     def changed(self, **values) -> Settings:
         return Settings.from_dict(self.to_dict() | values)
 
 
+def default_run_name(mask: MaskSpec, num_registers: int) -> str:
+    """The folder of a run, whatever its seed: runs that a sweep compares have different ones."""
+    return mask.run_name + (f"_registers_{num_registers}" if num_registers else "")
+
+
 # --------------------------------------------------------------------------------------------------
-# Derived: section name -> dataclass; flag -> its field and its default; the flags that may change
+# Derived: section name -> dataclass; setting -> its field, its default; which may change
 
 SECTIONS = get_type_hints(Settings)
-FLAGS = {field.name: field for section in SECTIONS.values() for field in fields(section)}
-DEFAULTS = {name: field.metadata["default"] for name, field in FLAGS.items()}
-MAY_CHANGE = {name for name, field in FLAGS.items() if field.metadata["may_change"]}
+SETTINGS = {field.name: field for section in SECTIONS.values() for field in fields(section)}
+FLAGS = {name: field for name, field in SETTINGS.items() if field.metadata["help"] is not None}
+MASK_FLAGS = [field.name for field in fields(MaskSpec) if field.name in FLAGS]
+DEFAULTS = {name: field.metadata["default"] for name, field in SETTINGS.items()}
+MAY_CHANGE = {name for name, field in SETTINGS.items() if field.metadata["may_change"]}

@@ -179,12 +179,21 @@ class Trainer:
                 "ranks": of_ranks,
                 "settings": self.settings.to_dict(),
                 "model_config": self.model.config,
+                "mask": self.mask_from_file(),
                 "data": self.config["data"],
+                "weights": self.config.get("weights"),
                 **vars(self.progress),
             }
             save_checkpoint(self.folder, state)
         self.saved_at, self.saved = time.monotonic(), self.place
         self.vote = distributed.Vote()  # what was voted on before is done
+
+    def mask_from_file(self) -> torch.Tensor | None:
+        """The mask of --mask_file, bool [N, N], so that the model can be rebuilt without it."""
+        if self.settings.mask.mask_type != "file":
+            return None
+        masks = [compiled.mask for compiled in self.model.layer_masks]
+        return next((mask for mask in masks if mask is not None), None)
 
     def load(self, state: dict) -> None:
         """Continue from a saved state, on the same number of processes or another."""
@@ -449,10 +458,11 @@ class Trainer:
 
         Counts the matrix products of forward and backward (three times the forward's), and only the
         pairs of tokens that the mask allows; what activation checkpointing computes twice counts
-        once (Chowdhery et al. 2022, PaLM, appendix B).
+        once (Chowdhery et al. 2022, PaLM, appendix B). Frozen layers have less of a backward, so
+        with them it is unknown.
         """
         peak = hardware.peak_flops(self.device, self.settings.machine.precision)
-        if peak is None:
+        if peak is None or self.settings.start.freeze is not None:
             return None
         flops = 3 * self.config["attention"]["forward_flops_per_image"] * images_per_second
         return 100 * flops / (peak * distributed.WORLD_SIZE)

@@ -1,0 +1,1 @@
+"""Who may attend to whom on a grid of patches. Imports no torch, except to make tensors."""
