@@ -79,7 +79,7 @@ def test_a_picture_that_cannot_be_drawn_is_only_a_warning(tmp_path, monkeypatch,
     def fail(*arguments):
         raise RuntimeError("no\nfont")
 
-    monkeypatch.setattr(main.mask_pictures, "draw_attention_mask", fail)
+    monkeypatch.setattr(main.mask_pictures, "draw_attention_masks", fail)
     assert run(tmp_path, "--epochs", "1") == 0
     assert (folder_of(tmp_path) / "summary.json").exists()
 
