@@ -19,17 +19,18 @@ import torch
 import attention
 import utils
 from analysis import comparison, prediction, summary
-from analysis.trained_model import SPLITS, TrainedModel
+from analysis.trained_model import SPLITS, TrainedModel, load_model
 from interop import export
 from pipeline import sizes
 from runtime import distributed, hardware
-from training.checkpoints import load_checkpoint, rebuild_model
 from training.evaluation import evaluate
 from training.settings import Settings
 from utils import UsageError
 
 OF_ANALYZE = ("limit", "images", "patch")  # flags that need --analyze
+HOW = ("batch_size", "precision", "backend")  # how the model runs
 ELSEWHERE = ("data_dir", "labels", "split_folder")  # settings of the data that a flag may replace
+IMAGES = ("split", *ELSEWHERE)  # which images of which data
 
 
 def parse_args(argv=None):
@@ -38,7 +39,9 @@ def parse_args(argv=None):
     )
     add_what(parser)
     add_where(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.usual = {name: parser.get_default(name) for name in vars(args)}
+    return args
 
 
 def add_what(parser: argparse.ArgumentParser) -> None:
@@ -158,9 +161,7 @@ def check_flags(args) -> None:
     if args.analyze and args.compare:
         raise UsageError("--analyze looks at one --checkpoint; leave out --compare")
     if args.export:
-        export.check_suffix(args.export)
-        if args.analyze or args.compare:
-            raise UsageError("--export writes one --checkpoint; leave out --analyze and --compare")
+        check_export(args)
     given = [name for name in OF_ANALYZE if getattr(args, name) is not None]
     if given and not args.analyze:
         raise UsageError(f"--{given[0]} needs --analyze")
@@ -172,14 +173,30 @@ def check_flags(args) -> None:
         )
 
 
+def check_export(args) -> None:
+    export.check_suffix(args.export)
+    refuse(
+        ("compare", "analyze", "predict", "output", *HOW, *IMAGES),
+        args,
+        "--export only writes the model of one --checkpoint",
+    )
+
+
 def check_predict(args) -> None:
-    others = [name for name in ("compare", "analyze", *ELSEWHERE) if getattr(args, name)]
-    if others:
-        raise UsageError(
-            f"--predict takes one --checkpoint and no data but its own; leave out --{others[0]}"
-        )
+    refuse(
+        ("compare", "analyze", *IMAGES),
+        args,
+        "--predict takes one --checkpoint and no data but its own",
+    )
     if args.output and args.output.suffix != ".csv":
         raise UsageError(f"--output {args.output} must end in .csv; a picture is written beside it")
+
+
+def refuse(names: tuple[str, ...], args, reason: str) -> None:
+    """Raise UsageError if one of these flags, which would have no effect, is not as usual."""
+    for name in names:
+        if getattr(args, name) != args.usual[name]:
+            raise UsageError(f"{reason}; leave out --{name}")
 
 
 def main(argv=None) -> int:
@@ -233,8 +250,7 @@ def run_evaluation(trained: TrainedModel, args, provenance: dict) -> int:
 
 
 def run_export(args) -> int:
-    state = load_checkpoint(args.checkpoint)
-    model = rebuild_model(state, backend="dense")
+    state, model = load_model(args.checkpoint, torch.device("cpu"), img_size=size_of(args))
     mask = dataclasses.asdict(Settings.from_dict(state["settings"]).mask)
     print("\n".join(export.write(args.export, model, state["data"], mask)))
     return 0

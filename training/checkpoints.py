@@ -134,11 +134,17 @@ def rebuild_model(
 
     With the averaged weights, if the run had any. For images of another `img_size` (height, width)
     than in training, the positions are resampled and the mask is built for the new grid. Raises
-    ValueError if that size does not fit the patches.
+    ValueError if that size does not fit the patches, or a mask from a file does not fit the grid.
     """
     config = state["model_config"]
     trained_grid = grid_of(config)
     config = config | {"img_size": tuple(img_size or config["img_size"])}
+    if state.get("mask") is not None and grid_of(config) != trained_grid:
+        height, width = trained_grid
+        raise ValueError(
+            f"the run's mask is from a file, for a grid of {height}x{width} patches alone; choose "
+            "the image size of the training"
+        )
     mask = _masks_of(state, *grid_of(config), config["depth"])
     model = models.VisionTransformer(**config, attention_mask=mask, backend=backend)
 
