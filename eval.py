@@ -40,7 +40,12 @@ def parse_args(argv=None):
     add_what(parser)
     add_where(parser)
     args = parser.parse_args(argv)
-    args.usual = {name: parser.get_default(name) for name in vars(args)}
+    if args.export:
+        reason = "--export only writes the model of one --checkpoint"
+        parser.refuse(args, ("compare", "analyze", "predict", "output", *HOW, *IMAGES), reason)
+    if args.predict:
+        reason = "--predict takes one --checkpoint and no data but its own"
+        parser.refuse(args, ("compare", "analyze", *IMAGES), reason)
     return args
 
 
@@ -161,42 +166,16 @@ def check_flags(args) -> None:
     if args.analyze and args.compare:
         raise UsageError("--analyze looks at one --checkpoint; leave out --compare")
     if args.export:
-        check_export(args)
+        export.check_suffix(args.export)
     given = [name for name in OF_ANALYZE if getattr(args, name) is not None]
     if given and not args.analyze:
         raise UsageError(f"--{given[0]} needs --analyze")
-    if args.predict:
-        check_predict(args)
+    if args.predict and args.output and args.output.suffix != ".csv":
+        raise UsageError(f"--output {args.output} must end in .csv; a picture is written beside it")
     if (args.analyze or args.compare) and args.output and args.output.suffix != ".json":
         raise UsageError(
             f"--output {args.output} must end in .json; arrays and pictures are written beside it"
         )
-
-
-def check_export(args) -> None:
-    export.check_suffix(args.export)
-    refuse(
-        ("compare", "analyze", "predict", "output", *HOW, *IMAGES),
-        args,
-        "--export only writes the model of one --checkpoint",
-    )
-
-
-def check_predict(args) -> None:
-    refuse(
-        ("compare", "analyze", *IMAGES),
-        args,
-        "--predict takes one --checkpoint and no data but its own",
-    )
-    if args.output and args.output.suffix != ".csv":
-        raise UsageError(f"--output {args.output} must end in .csv; a picture is written beside it")
-
-
-def refuse(names: tuple[str, ...], args, reason: str) -> None:
-    """Raise UsageError if one of these flags, which would have no effect, is not as usual."""
-    for name in names:
-        if getattr(args, name) != args.usual[name]:
-            raise UsageError(f"{reason}; leave out --{name}")
 
 
 def main(argv=None) -> int:
