@@ -88,7 +88,8 @@ def findings(results: Study) -> list[str]:
     for run in (run for row in results.rows for run in row.runs):
         if run.state != "done":
             epoch = max(run.curve("eval_accuracy"), default=0)
-            unfinished.append(f"{run.name} (epoch {epoch} of {run.settings.optimization.budget})")
+            budget = run.settings.optimization.budget
+            unfinished.append(f"{run.name} (epoch {epoch} of {budget.epochs or budget})")
     if unfinished:
         names = ", ".join(unfinished)
         notes.append(f"Unfinished runs, plotted up to their latest epoch: {names}.")

@@ -38,7 +38,7 @@ def write_run(
         "img_size": 16,
         "patch_size": 4,
         "pool": "cls",
-        "epochs": len(accuracies),
+        "epochs": max(1, len(accuracies)),
         "device": "cpu",
     } | changes
     is_known = mask_type in masks.MASK_TYPES

@@ -72,7 +72,6 @@ MODELS = {
             use_rot_pos_emb=True,
             use_abs_pos_emb=False,
             num_reg_tokens=4,
-            qk_norm=True,
             init_values=0.5,
         ),
         5,

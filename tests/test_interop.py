@@ -66,7 +66,11 @@ def test_a_full_mask_changes_nothing(name, backend):
     assert_close(output_of(localize(model, "full"), images), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("timm")])
+# The formulas of timm 1.0.22 add a boolean mask to the scores.
+OF_TIMM = [name for name in MODELS if name.startswith("timm") and "formulas" not in name]
+
+
+@pytest.mark.parametrize("name", OF_TIMM)
 def test_timm_computes_the_same_with_its_attn_mask(name):
     model, images = build(name), images_for(name)
     if "attn_mask" not in inspect.signature(model.forward).parameters:

@@ -9,7 +9,9 @@ from image_folders import make_classes, make_flat, run_arguments
 
 import eval as evaluation
 import main
+import run_experiments
 import utils
+from masks import MaskSpec
 from pipeline import identity, imagefolder, layout, sources
 from pipeline.layout import Layout
 from sweep import plan
@@ -277,12 +279,12 @@ def test_a_sweep_reads_the_folder_as_the_run_does(tmp_path):
     root = make_flat(tmp_path / "pets")
     options = ["--data_dir", str(root), "--split_folder=0.2", "--labels", "labels.csv"]
 
-    class Args:
-        main_options = options
-        dataset, output_dir, dataset_name, seeds = "imagefolder", str(tmp_path / "out"), None, [0]
+    def plan_of(*more):
+        sweep = ["--dataset", "imagefolder", "--output_dir", str(tmp_path / "out")]
+        args = run_experiments.parse_args([*sweep, "--", *options, *more])
+        return plan.make_plan(args, "cpu", [MaskSpec()])
 
-    (run,) = plan.make_plan(Args, "cpu", [plan.MaskSpec()])
+    (run,) = plan_of()
     assert run.data == identity.describe("imagefolder", str(root), LABELED)
-    Args.main_options = [*options, "--split_folder", "much"]
     with pytest.raises(utils.UsageError, match="--split_folder: expected a number"):
-        plan.make_plan(Args, "cpu", [plan.MaskSpec()])
+        plan_of("--split_folder", "much")

@@ -276,6 +276,26 @@ def test_rows_are_not_columns_and_queries_are_not_keys(tmp_path, open_page, monk
     assert box["width"] / box["height"] == pytest.approx(width / height, rel=0.02)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_the_slider_follows_masks_that_differ_by_layer(tmp_path, open_page, layers):
+    """Windows of a model of four layers, one of them global, on a grid that is not square."""
+    height, width = 5, 7
+    changes = {"depth": 4, "pool": "mean", "global_layers": "3"}
+    for mask_type, step in [("full", None), ("2d_window", 1)]:
+        write_grid(write_run(tmp_path, mask_type, step, **changes), height, width)
+    opened = open_page(make_page(tmp_path))
+    opened.fill("#layers", str(layers))
+
+    spec = masks.MaskSpec("2d_window", 1, global_layers=(3,))
+    of_layers = spec.build_layer_arrays(height, width, 4)
+    center = (height // 2) * width + width // 2
+    found = drawn(opened, 1, width)
+    last = np.ones((35, 35), bool) if layers == 4 else of_layers[layers - 1]
+    assert found["neighbors"] == set(last[center].nonzero()[0])
+    assert found["reached"] == set(masks.reachable(of_layers, layers)[center].nonzero()[0])
+    assert len(found["reached"]) == (9, 30, 35, 35)[layers - 1]
+
+
 def test_the_masks_answer_to_keys_and_to_a_tap(sweep, open_page):
     opened = open_page(sweep, has_touch=True)
     svg = opened.query_selector_all("figure.mask svg")[1]
@@ -429,7 +449,7 @@ def test_a_grid_that_is_too_large_to_play_with(tmp_path, open_page):
 
 
 def test_two_hundred_runs_are_a_page_of_five_megabytes_in_ten_seconds(tmp_path, open_page):
-    patterns = [(kind, step) for kind in masks.MASK_TYPES[1:] for step in range(1, 13)]
+    patterns = [(kind, step) for kind in masks.STUDIED[1:] for step in range(1, 13)]
     for mask_type, step in [("full", None), *patterns]:
         for seed in range(4):
             accuracies = [30, 50 + (step or 0) + seed]

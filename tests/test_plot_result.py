@@ -29,7 +29,7 @@ CURVES = ["accuracy_over_time", "accuracy_curves", "loss_curves", "generalizatio
 def write_sweep(root, steps, seeds):
     for seed in seeds:
         write_run(root, "full", None, seed, accuracies=[40 + seed, 80 + seed])
-        for number, mask_type in enumerate(masks.MASK_TYPES[1:]):
+        for number, mask_type in enumerate(masks.STUDIED[1:]):
             for step in steps:
                 accuracies = [30 + seed + number, 60 + 3 * step + seed + number]
                 rate = 1000.0 + 10 * step
@@ -187,7 +187,7 @@ def test_curves_of_many_runs_have_panels_by_mask_type_with_full_in_each(tmp_path
     write_sweep(tmp_path, steps=[1, 2, 3], seeds=[0])
     figure = curves.draw_curves(rows_of(tmp_path), "accuracy")
     assert len(figure.axes) == 2 * 4
-    assert [axes.get_title() for axes in figure.axes[:4]] == list(masks.MASK_TYPES[1:])
+    assert [axes.get_title() for axes in figure.axes[:4]] == list(masks.STUDIED[1:])
     for axes in figure.axes:
         lines = lines_of(axes)
         assert list(lines) == ["full", "step 1", "step 2", "step 3"]
@@ -210,7 +210,7 @@ def test_accuracy_against_the_true_number_of_neighbors(tmp_path):
     (axes,) = charts.draw_accuracy_vs_neighbors(rows).axes
     lines = lines_of(axes)
     assert axes.get_xscale() == "log"
-    assert list(lines) == list(masks.MASK_TYPES)
+    assert list(lines) == list(masks.STUDIED)
 
     assert lines["full"].get_data() == ([16], [80.5])
     x, y = lines["2d_cardinal"].get_data()
@@ -249,7 +249,7 @@ SHOWN_AS = {
     "back\\slash `code` | <b>": "back\\slash `code` | <b>",
     "mark\u202e": r"mark\u202e",
 }
-PATTERNS = list(masks.MASK_TYPES[1:])
+PATTERNS = list(masks.STUDIED[1:])
 
 
 def write_named(root, names, mask_types=("2d_cardinal",), **options):

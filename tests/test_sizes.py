@@ -100,6 +100,16 @@ def test_the_model_is_timms_on_rectangles(img_size):
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
 
 
+# Whether a patch attends to one that is this many rows and columns away, at step 1.
+REACHES = {
+    "full": lambda dy, dx: True,
+    "2d_cardinal": lambda dy, dx: dy + dx <= 1,
+    "2d_circle": lambda dy, dx: dy + dx <= 1,
+    "2d_all_neighbors": lambda dy, dx: max(dy, dx) <= 1,
+    "axial": lambda dy, dx: dy == 0 or dx == 0,
+}
+
+
 @pytest.mark.parametrize("mask_type", masks.MASK_TYPES)
 def test_on_a_3x5_grid_a_patch_reaches_just_its_neighbors(mask_type):
     """Change the pixels of one patch, and see which tokens change after one layer."""
@@ -120,14 +130,16 @@ def test_on_a_3x5_grid_a_patch_reaches_just_its_neighbors(mask_type):
         model(changed)
     differs = (tokens[0] - tokens[1]).abs().amax(1) > 1e-6  # [N]
 
-    place, nominal = 5 * row + column, settings.mask.spec.num_neighbors(15)
+    spec, place = settings.mask.spec, 5 * row + column
     for query in range(15):
-        dy, dx = abs(query // 5 - row), abs(query % 5 - column)
-        expected = {
-            "full": True,
-            "2d_cardinal": dy + dx <= 1,
-            "2d_all_neighbors": max(dy, dx) <= 1,
-        }.get(mask_type, abs(query - place) <= nominal // 2)
+        if mask_type in REACHES:
+            dy, dx = abs(query // 5 - row), abs(query % 5 - column)
+            expected = REACHES[mask_type](dy, dx)
+        elif mask_type.startswith("1d"):
+            expected = abs(query - place) <= spec.num_neighbors(3, 5) // 2
+        else:  # by no rule on offsets: what the mask says
+            (mask,) = spec.build_layers(3, 5, 1)
+            expected = bool(mask[query, place])
         assert differs[query] == expected, query
 
 

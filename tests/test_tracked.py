@@ -80,7 +80,9 @@ def test_the_files_that_a_document_names_are_tracked(document):
     files = tracked()
     files |= {str(folder) for file in files for folder in PurePosixPath(file).parents}
     # The file tree in the README names files without their folder.
-    in_folders = {name.partition("/")[2] for name in files if name.endswith((".py", ".html"))}
+    in_folders = {
+        name.partition("/")[2] for name in files if name.endswith((".py", ".html", ".ipynb"))
+    }
 
     def is_tracked(name):
         return name in in_folders or any(f"{folder}{name}" in files for folder in FOLDERS)
