@@ -28,8 +28,9 @@ from training.settings import Settings
 from utils import UsageError
 
 OF_ANALYZE = ("limit", "images", "patch")  # flags that need --analyze
-NOT_WITH_EXPORT = ("analyze", "compare", "predict", "output")
+HOW = ("batch_size", "precision", "backend")  # how the model runs
 ELSEWHERE = ("data_dir", "labels", "split_folder")  # settings of the data that a flag may replace
+IMAGES = ("split", *ELSEWHERE)  # which images of which data
 
 
 def parse_args(argv=None):
@@ -38,7 +39,14 @@ def parse_args(argv=None):
     )
     add_what(parser)
     add_where(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.export:
+        reason = "--export only writes the model of one --checkpoint"
+        parser.refuse(args, ("compare", "analyze", "predict", "output", *HOW, *IMAGES), reason)
+    if args.predict:
+        reason = "--predict takes one --checkpoint and no data but its own"
+        parser.refuse(args, ("compare", "analyze", *IMAGES), reason)
+    return args
 
 
 def add_what(parser: argparse.ArgumentParser) -> None:
@@ -159,28 +167,15 @@ def check_flags(args) -> None:
         raise UsageError("--analyze looks at one --checkpoint; leave out --compare")
     if args.export:
         export.check_suffix(args.export)
-        others = [name for name in NOT_WITH_EXPORT if getattr(args, name)]
-        if others:
-            raise UsageError(f"--export only writes a --checkpoint; leave out --{others[0]}")
     given = [name for name in OF_ANALYZE if getattr(args, name) is not None]
     if given and not args.analyze:
         raise UsageError(f"--{given[0]} needs --analyze")
-    if args.predict:
-        check_predict(args)
+    if args.predict and args.output and args.output.suffix != ".csv":
+        raise UsageError(f"--output {args.output} must end in .csv; a picture is written beside it")
     if (args.analyze or args.compare) and args.output and args.output.suffix != ".json":
         raise UsageError(
             f"--output {args.output} must end in .json; arrays and pictures are written beside it"
         )
-
-
-def check_predict(args) -> None:
-    others = [name for name in ("compare", "analyze", *ELSEWHERE) if getattr(args, name)]
-    if others:
-        raise UsageError(
-            f"--predict takes one --checkpoint and no data but its own; leave out --{others[0]}"
-        )
-    if args.output and args.output.suffix != ".csv":
-        raise UsageError(f"--output {args.output} must end in .csv; a picture is written beside it")
 
 
 def main(argv=None) -> int:
@@ -234,7 +229,7 @@ def run_evaluation(trained: TrainedModel, args, provenance: dict) -> int:
 
 
 def run_export(args) -> int:
-    state, model = load_model(args.checkpoint, torch.device("cpu"), "dense", size_of(args))
+    state, model = load_model(args.checkpoint, torch.device("cpu"), img_size=size_of(args))
     mask = dataclasses.asdict(Settings.from_dict(state["settings"]).mask)
     print("\n".join(export.write(args.export, model, state["data"], mask)))
     return 0

@@ -96,6 +96,12 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"argument {flag}: expected a value, got '--'")
         return super().parse_known_args(args, namespace)
 
+    def refuse(self, args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+        """Exit with a usage error if one of these flags is given, which would have no effect."""
+        for name in names:
+            if getattr(args, name) != self.get_default(name):
+                self.error(f"{reason}; leave out --{name}")
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 

@@ -231,7 +231,7 @@ def describe(report: dict) -> str:
         f"uniform, {report['distance_ceiling']:.1f} at most with this mask",
     ]
     layers = zip(report["distance"], report["entropy"], strict=True)
-    for layer, (distances, entropies) in enumerate(layers, start=1):
+    for layer, (distances, entropies) in enumerate(layers):
         lines.append(
             f"  layer {layer:>2}: distance {in_words(distances, 1)}, "
             f"entropy {in_words(entropies, 2)}"

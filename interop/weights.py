@@ -162,7 +162,8 @@ def _refuse_other_registers(weights: Weights, model: VisionTransformer) -> None:
     )
     if there and there != here:
         raise UsageError(
-            f"{weights.origin} has {there} register tokens, the model asked for {here}"
+            f"{weights.origin} has {there} register tokens, the model asked for {here}; use "
+            f"--num_registers {there}"
         )
 
 

@@ -40,17 +40,17 @@ def draw_layers(analyses: dict[Row, list[Analysis]], is_distance: bool) -> Figur
         key = "distance" if is_distance else "entropy"
         values = _mean([found[key] for found in numbers])  # [layers, heads]
         known = ~np.isnan(values).all(axis=1)
-        layers = 1 + np.flatnonzero(known)
+        layers = np.flatnonzero(known)
         values = values[known]
         axes.plot(layers, np.nanmean(values, axis=1), **style, label=label, markersize=5)
         low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
         axes.fill_between(layers, low, high, color=style["color"], alpha=0.12, linewidth=0)
         if is_distance:
             ceiling = _mean([ceiling_of(found) for found in numbers])  # [layers]
-            axes.plot(1 + np.arange(len(ceiling)), ceiling, color=style["color"], **DOTTED)
+            axes.plot(np.arange(len(ceiling)), ceiling, color=style["color"], **DOTTED)
 
     ylabel = "mean attention distance (pixels)" if is_distance else "entropy, 1 = uniform"
-    figures.style_axes(axes, xlabel="layer", ylabel=ylabel)
+    figures.style_axes(axes, xlabel="layer, counted from 0", ylabel=ylabel)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
     figures.add_legend_below(figure)

@@ -46,7 +46,14 @@ def parse_args(argv=None):
     types = utils.json_list(str, masks.MASK_TYPES)
     picture_help = "patterns of the picture (default: all)"
     add("--mask_types", type=types, metavar="JSON", help=picture_help)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.picture:
+        unused = [name for name in MASK_FLAGS if name not in ("expansion_step", "mask_seed")]
+        reason = "--picture draws all patterns, or those in --mask_types, and variants of them"
+        parser.refuse(args, [*unused, "patch", "layer"], reason)
+    else:
+        parser.refuse(args, ["mask_types"], "without --picture, --mask_type is printed")
+    return args
 
 
 def main(argv=None) -> int:

@@ -71,7 +71,7 @@ def test_the_numbers_of_seeds_and_heads_are_averaged(tmp_path):
 
     (axes,) = analysis_charts.draw_layers(found, True).axes
     line, ceiling = axes.lines
-    assert list(line.get_xdata()) == [1, 2]
+    assert list(line.get_xdata()) == [0, 1], "counted as --global_layers counts them"
     assert list(line.get_ydata()) == pytest.approx([1.5 * 2, 1.5 * 3])
     assert set(ceiling.get_ydata()) == {9.0}
     low, high = np.array(axes.collections[0].get_paths()[0].vertices)[:, 1].min(), 7.5
@@ -82,7 +82,7 @@ def test_the_numbers_of_seeds_and_heads_are_averaged(tmp_path):
 def test_layers_without_a_choice_have_no_entropy(tmp_path):
     write_analysis(write_run(tmp_path))
     (axes,) = analysis_charts.draw_layers(analyses.load(study_of(tmp_path)), False).axes
-    assert list(axes.lines[0].get_xdata()) == [1]
+    assert list(axes.lines[0].get_xdata()) == [0]
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.6])
 
 

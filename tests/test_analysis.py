@@ -391,7 +391,9 @@ def analyze(checkpoint, output, *arguments):
 def test_an_analysis_is_written_beside_the_checkpoint(local, capsys):
     options = ["--checkpoint", str(local), "--device", "cpu", "--backend", BACKENDS[-1]]
     assert evaluation.main([*options, "--analyze", "--limit", "100"]) == 0
-    assert "mean attention distance in pixels" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "mean attention distance in pixels" in out
+    assert "layer  0: distance" in out
     report = utils.read_json(local.with_name("analysis_test.json"))
     assert (report["num_images"], report["num_images_in_split"]) == (100, 360)
     assert report["arrays"] == "analysis_test.npz"

@@ -300,3 +300,13 @@ def test_bad_command_lines_end_in_one_line(arguments, code, words, run_script):
     assert found == code
     assert len(err.splitlines()) == 1
     assert words in err
+
+
+def test_quick_leaves_what_is_asked_for():
+    quick = benchmark.parse_args(["--quick", "--device", "cpu"])
+    assert (quick.mask_types, quick.grids, quick.rounds) == (["2d_all_neighbors"], [14, 28], 7)
+
+    flags = ["--mask_types", '["random"]', "--grids", "[5]", "--rounds", "3", "--device", "cpu"]
+    asked = benchmark.parse_args(["--quick", *flags])
+    assert (asked.mask_types, asked.grids, asked.rounds) == (["random"], [5], 3)
+    assert asked.expansion_steps == [1]

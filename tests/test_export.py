@@ -139,6 +139,19 @@ def test_wrong_requests_are_one_line(tmp_path, run_script):
     assert code == 2
     assert "leave out --analyze" in error
 
+    for flags in (
+        "--predict x.png",
+        "--output m",
+        "--split train",
+        "--precision bf16",
+        "--labels x",
+    ):
+        code, _, error = run_script(
+            evaluation.main, *checkpoint, "--export", "m.pt2", *flags.split()
+        )
+        assert code == 2
+        assert f"leave out {flags.split()[0]}" in error
+
     model = make_model()
     model.head.bias.data[0] = float("nan")
     with pytest.raises(utils.UserError, match="not finite; nothing was exported"):

@@ -431,7 +431,9 @@ def test_the_same_data_is_plotted_together(tmp_path, first, second):
 LOGS = utils.REPOSITORY / "experiments" / "logs"
 
 
-@pytest.mark.parametrize("logs", sorted(path for path in LOGS.iterdir() if path.is_dir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "logs", sorted(path for path in LOGS.iterdir() if path.is_dir()), ids=lambda path: path.name
+)
 def test_the_committed_logs_can_be_plotted(logs):
     assert plot_result.load_comparison(logs)
 

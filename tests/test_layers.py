@@ -284,6 +284,10 @@ def test_a_checkpoint_keeps_the_mask_of_a_file(tmp_path):
     model = checkpoints.rebuild_model(state)
     assert model.layer_masks[0].mask is None
     assert torch.equal(model.layer_masks[1].mask, torch.from_numpy(mask))
+    # 2x8 patches are as many as 4x4, but not those that the mask is for.
+    state = checkpoints.load_checkpoint(folder / utils.CHECKPOINT)
+    with pytest.raises(ValueError, match="for a grid of 4x4 patches alone"):
+        checkpoints.rebuild_model(state, img_size=(4, 16))
     (row,) = results.group_by_pattern(results.load_runs(tmp_path))
     assert not row.mask.is_known, "the file is gone"
     assert row.label == "mine.npy, full in layer 0"

@@ -177,6 +177,25 @@ def test_the_command_line_prints_a_neighborhood_as_characters(capsys):
     assert "6 of patch 0x1" in printed[0]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--picture p.png --dilation 2",
+        "--picture p.png --mask_type axial",
+        "--picture p.png --mask_file m.npy",
+        "--picture p.png --layer 1",
+        '--mask_types ["axial"]',
+    ],
+)
+def test_the_command_line_refuses_flags_without_effect(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        masks.main(flags.split())
+    assert stopped.value.code == 2
+    assert f"leave out {flags.split()[-2]}" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_command_line_shows_full_attention_and_draws_a_picture(capsys, tmp_path):
     masks.main(["--mask_type", "full", "--grid", "2x3"])
     assert capsys.readouterr().out.splitlines()[1:] == ["# # #", "# @ #"[::-1]]

@@ -207,6 +207,8 @@ def test_gray_of_16_bits_has_the_range_that_it_had_in_training(tmp_path, predict
         (["--analyze"], "leave out --analyze"),
         (["--data_dir", "x"], "leave out --data_dir"),
         (["--labels", "x"], "leave out --labels"),
+        (["--split_folder", "0"], "leave out --split_folder"),
+        (["--split", "train"], "leave out --split"),
         (["--output", "x.json"], "must end in .csv"),
         (["--img_size", "0"], "at least 1"),
     ],

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from parsers import parser_of
+from parsers import COMMAND_LINES, parser_of
 
 import masks
 import utils
@@ -81,8 +81,8 @@ def test_commands_are_understood(command):
         assert not arguments
         return
 
-    module = {"masks.py": "report.mask_command_line"}.get(script, script.removesuffix(".py"))
-    args = importlib.import_module(module).parse_args(arguments)
+    module = script.removesuffix(".py")
+    args = importlib.import_module(COMMAND_LINES.get(module, module)).parse_args(arguments)
     if script == "run_experiments.py":
         importlib.import_module("main").parse_args(args.main_options)
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from image_folders import make_classes, run_arguments
@@ -340,6 +341,19 @@ def test_evaluating_at_another_size_says_what_was_done(local, run_script):
     code, _, err = run_script(evaluation.main, *options, "--img_size", "30")
     assert code == 2
     assert "30x30 is not a multiple of patch_size 8" in err
+
+
+def test_an_export_has_the_size_that_is_asked_for(local, tmp_path, run_script):
+    path = tmp_path / "model.safetensors"
+    options = ["--checkpoint", str(local / "last.pt"), "--export", str(path)]
+    code, out, err = run_script(evaluation.main, *options, "--img_size", "32x48")
+    assert (code, err) == (0, "")
+    assert "positions interpolated from the 3x5 grid to 4x6" in out
+
+    expected = checkpoints.rebuild_model(checkpoints.load_checkpoint(local / "last.pt"), "dense")
+    written = safetensors.torch.load_file(path)
+    theirs = timm.layers.resample_abs_pos_embed(expected.pos_embed.data, [4, 6], [3, 5])
+    torch.testing.assert_close(written["pos_embed"], theirs)
 
 
 def test_results_at_another_size_do_not_get_into_the_report(local, trained, run_script):

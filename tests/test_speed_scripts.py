@@ -70,6 +70,10 @@ def test_interop_benchmark_refuses_what_it_cannot_time(tmp_path, run_script, mon
     assert (code, err.count("\n")) == (2, 1)
     assert "localize knows VisionTransformer and Eva, not SwinTransformer" in err
 
+    code, _, err = run("--mask_type", "2d_window")  # whose layers have different masks
+    assert (code, err.count("\n")) == (2, 1)
+    assert "invalid choice: '2d_window'" in err
+
     tiny = ("--model", "vit_tiny_patch16_224", "--img_size", "32")
     monkeypatch.setattr(interop, "localize", lambda model, spec: wrong(localize(model, spec)))
     code, _, err = run(*tiny)

@@ -226,7 +226,8 @@ def test_positions_are_resized_as_by_timm(tmp_path, old_size, new_size):
 def test_registers_stay_apart(tmp_path):
     """Of three prefix tokens, the class token's position is taken, those of registers refused."""
     path = save(tmp_path / "vit.pth", make_timm(reg_tokens=2))
-    assert "has 2 register tokens, the model asked for 0" in refusal(path, UsageError)
+    message = refusal(path, UsageError)
+    assert "has 2 register tokens, the model asked for 0; use --num_registers 2" in message
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def rebuild_model(
 
     With the averaged weights, if the run had any. For images of another `img_size` (height, width)
     than in training, the positions are resampled and the mask is built for the new grid. Raises
-    ValueError if that size does not fit the patches.
+    ValueError if that size does not fit the patches, or if a mask from a file is for another grid.
     """
     config = state["model_config"]
     trained_grid = grid_of(config)
