@@ -286,7 +286,7 @@ def test_a_checkpoint_keeps_the_mask_of_a_file(tmp_path):
     assert torch.equal(model.layer_masks[1].mask, torch.from_numpy(mask))
     # 2x8 patches are as many as 4x4, but not those that the mask is for.
     state = checkpoints.load_checkpoint(folder / utils.CHECKPOINT)
-    with pytest.raises(ValueError, match="for a grid of 4x4 patches alone"):
+    with pytest.raises(ValueError, match="for the 4x4 grid of patches in training"):
         checkpoints.rebuild_model(state, img_size=(4, 16))
     (row,) = results.group_by_pattern(results.load_runs(tmp_path))
     assert not row.mask.is_known, "the file is gone"
