@@ -73,8 +73,8 @@ def draw_differences(studies: Sequence[Study]) -> Figure:
 
 
 def _draw_panel(axes: Axes, study: Study, patterns: list[str]) -> None:
-    seeds = {found.accuracies.n for found in study.against_full.values()}
-    n = "–".join(str(number) for number in sorted({min(seeds), max(seeds)}))
+    seeds = sorted(found.accuracies.n for found in study.against_full.values()) or [0]
+    n = "–".join(str(number) for number in dict.fromkeys([seeds[0], seeds[-1]]))
     title = "\n".join(text.label(label_of(study), COLUMNS).splitlines())
     figures.style_axes(axes, title=f"{title}\n(n = {n} seeds)")
     axes.axvline(0, color="0.4", linewidth=1, linestyle="--")

@@ -43,6 +43,13 @@ def test_the_table_has_a_line_per_mask_and_a_column_per_study(studies):
     assert lines[4].endswith("| **+2.00 (+1.75 to +2.25)** | – |")
 
 
+def test_a_study_without_a_pair_is_empty(tmp_path, studies):
+    nothing = write_study(tmp_path / "none")
+    _, axes = overview.draw_differences([studies[0], nothing]).axes
+    assert "(n = 0 seeds)" in axes.get_title()
+    assert overview.format_differences([studies[0], nothing]).count("| – |") == 2
+
+
 def test_what_is_drawn(studies):
     first, second = overview.draw_differences(studies).axes
     assert [tick.get_text() for tick in first.get_yticklabels()] == [

@@ -333,7 +333,7 @@ def test_an_unavailable_gpu_is_reported_before_anything_is_tried_on_it(
 # Signals and threads
 
 
-@pytest.mark.parametrize("place", ["load_dataset", "choose_backend"])
+@pytest.mark.parametrize("place", ["load_dataset", "choose_backends"])
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
 )
@@ -367,7 +367,7 @@ def test_a_request_to_stop_during_a_long_call_into_torch_is_met_as_well(tmp_path
         f"    pathlib.Path({str(tmp_path)!r}, 'measures').touch()\n"
         # Half a minute on one core.
         "    x = torch.ones(16_384, 16_384)\n    x @ x\n"
-        "main.choose_backend = be_slow\nutils.run_cli(main.main)\n"
+        "main.choose_backends = be_slow\nutils.run_cli(main.main)\n"
     )
     options = ["--mask_type", "2d_cardinal", "--output_dir", str(tmp_path / "out")]
     process = subprocess.Popen(
@@ -435,7 +435,7 @@ def test_no_rank_waits_for_another_that_is_stopped_before_the_training(tmp_path)
         "def be_slow(*args, **kwargs):\n"
         f"    pathlib.Path({str(tmp_path)!r}, 'measures').touch()\n"
         "    while True:\n        time.sleep(0.05)\n"
-        "main.choose_backend = be_slow\nutils.run_cli(main.main, distributed.leave)\n"
+        "main.choose_backends = be_slow\nutils.run_cli(main.main, distributed.leave)\n"
     )
     torchrun = ["sweep/torchrun.py", "--standalone", "--nproc_per_node", "2", str(runner)]
     options = ["--mask_type", "2d_cardinal", "--output_dir", str(tmp_path / "out")]

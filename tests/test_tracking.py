@@ -200,6 +200,7 @@ def test_a_run_may_begin_without_and_go_on_with_a_tracker(name, tmp_path, monkey
         if state["epoch"] == 3:  # the one that comes next
             raise KilledError
 
+    monkeypatch.setattr(trainer, "SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(trainer, "save_checkpoint", save_and_die)
     with pytest.raises(KilledError):
         run(tmp_path, "--epochs", "3")
