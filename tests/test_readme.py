@@ -359,6 +359,19 @@ def test_a_table_of_speed_is_filled_from_its_report(monkeypatch):
     assert speed_tables.fill_tables(spoiled) == table
 
 
+def test_the_gain_of_localize_is_that_of_the_report():
+    report = utils.read_json(utils.REPOSITORY / "experiments/benchmark/interop_cpu.json")
+    forward, both = [row["speedup"] for row in report["rows"] if row["model"] == "localized"]
+    said = " ".join(DOCUMENTS[README].split())
+    assert f"is {forward['median']:.2f} times as fast forward" in said
+    assert f"and {both['median']:.2f} times forward and backward" in said
+
+    said = " ".join(DOCUMENTS[utils.REPOSITORY / "docs" / "interop.md"].split())
+    for measured in (forward, both):
+        quartiles = f"{measured['q1']:.2f} to {measured['q3']:.2f}"
+        assert re.search(rf"{measured['median']:.2f} times [^.]*\((quartiles )?{quartiles}\)", said)
+
+
 def test_the_table_of_the_pipeline_is_that_of_the_report():
     report = utils.read_json(utils.REPOSITORY / "experiments/benchmark/pipeline_cpu.json")
     for name, *cells in rows_of(BENCHMARKS, "| images/s | at 32×32 |"):
