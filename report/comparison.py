@@ -76,9 +76,8 @@ def study(rows: list[Row]) -> Study:
         accuracies = ([run.eval_accuracy for run in runs] for runs in (local, full))
         compared[row] = statistics.compare_paired(*accuracies)
 
-    tested = [row for row, comparison in compared.items() if comparison.p is not None]
-    corrected = statistics.holm([compared[row].p for row in tested])
-    p_holm = dict(zip(tested, corrected, strict=True))
+    corrected = statistics.holm([comparison.p for comparison in compared.values()])
+    p_holm = dict(zip(compared, corrected, strict=True))
 
     against_full = {}
     for row, found in pairs.items():
@@ -86,7 +85,7 @@ def study(rows: list[Row]) -> Study:
             row=row,
             seeds=tuple(run.seed for run, _ in found),
             accuracies=compared[row],
-            p_holm=p_holm.get(row),
+            p_holm=p_holm[row],
             rates=_comparable_rates(found),
         )
     return Study(rows, same_as, against_full)

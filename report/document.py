@@ -8,7 +8,7 @@ from __future__ import annotations
 from urllib.parse import quote
 
 from pipeline import sizes
-from report import answer, table, text
+from report import answer, shapes, table, text
 from report.comparison import Study, name_of
 from report.plots import Plot
 from report.results import Row
@@ -28,6 +28,12 @@ def format_report(
         f"{text.markdown(describe_setup(rows))}.",
         table.format_table(results),
     ]
+    compared = shapes.against_windows(results)
+    if compared:
+        lines = [map(text.markdown, shapes.cells(found)) for found in compared]
+        compared_shapes = text.markdown_table(shapes.TITLES, lines).rstrip()
+        parts += [f"## {shapes.TITLE}", compared_shapes, shapes.NOTE]
+
     for name, plot in plots.items():
         heading, caption = text.markdown(plot.title), text.markdown(plot.caption)
         file = f"figures/{quote(name)}"

@@ -95,15 +95,15 @@ def _draw_panel(axes: Axes, study: Study, patterns: list[str]) -> None:
 
 def format_differences(studies: Sequence[Study]) -> str:
     """The same as a Markdown table: a column per study; bold where Holm's p is at most 0.05."""
-    lines = [["mask", *map(label_of, studies)], ["---", *["---:"] * len(studies)]]
+    lines = []
     for pattern in patterns_in(studies):
         found = [compared(study, pattern) for study in studies]
         lines.append([text.markdown(pattern), *map(_cell, found)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text.markdown_table(["mask", *map(label_of, studies)], lines)
 
 
 def _cell(found: AgainstFull | None) -> str:
     if found is None:
         return table.MISSING
-    cell = table.format_difference(found)
+    cell = table.format_difference(found.accuracies)
     return f"**{cell}**" if found.is_significant else cell

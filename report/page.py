@@ -17,6 +17,7 @@ from report import (
     figures,
     mask_grids,
     plots,
+    shapes,
     statistics,
     table,
     text,
@@ -69,6 +70,9 @@ def format_page(
     contents = [("table", "Results")]
     if results.against_full:
         contents.append(("against-full", "Seed by seed"))
+    against_windows = shapes.against_windows(results)
+    if against_windows:
+        contents.append(("against-windows", "Shapes"))
     contents += [(section.id, section.title) for section in sections]
     if masks is not None:
         contents.append(("masks", "Masks"))
@@ -85,6 +89,13 @@ def format_page(
         comparisons=[_seed_by_seed(found) for found in results.against_full.values()],
         comparison_titles=COMPARISONS,
         comparison_note=COMPARISON_NOTE,
+        shapes=[
+            {"color": color_of(found.row), "cells": shapes.cells(found)}
+            for found in against_windows
+        ],
+        shape_titles=shapes.TITLES,
+        shape_heading=shapes.TITLE,
+        shape_note=shapes.NOTE,
         sections=sections,
         masks=masks,
         differences=[*differences, *document.findings(results)],
@@ -185,9 +196,6 @@ def _cells(row: Row, number: int, results: Study) -> dict:
 def _seed_by_seed(found: AgainstFull) -> dict:
     accuracies = found.accuracies
 
-    def p(value: float | None) -> str:
-        return table.MISSING if value is None else comparison.format_p(value)
-
     def interval(value: statistics.Interval | None) -> str:
         return table.MISSING if value is None else comparison.format_interval(value)
 
@@ -198,9 +206,9 @@ def _seed_by_seed(found: AgainstFull) -> dict:
         f"{accuracies.mean:+.2f}",
         interval(accuracies.interval),
         interval(accuracies.bootstrap),
-        p(accuracies.p),
-        p(found.p_holm),
-        p(accuracies.p_permutation),
+        table.format_p(accuracies.p),
+        table.format_p(found.p_holm),
+        table.format_p(accuracies.p_permutation),
         table.MISSING if found.speed is None else f"{found.speed:.2f}",
     ]
     return {"color": color_of(found.row), "cells": cells}

@@ -117,17 +117,20 @@ def _bootstrap(differences: np.ndarray) -> Interval | None:
     return Interval(float(found.low), float(found.high))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """p values corrected for their number, in the same order (Holm 1979).
 
-    Rejecting those of at most 0.05 rejects any true hypothesis with at most 5 % probability.
+    Rejecting those of at most 0.05 rejects any true hypothesis with at most 5 % probability. None
+    stands for a test that could not be made, and stays.
     """
-    p_values = np.asarray(p_values, dtype=float)
-    order = np.argsort(p_values)
-    factors = np.arange(len(p_values), 0, -1)
-    corrected = np.empty_like(p_values)
-    corrected[order] = np.maximum.accumulate(factors * p_values[order]).clip(max=1)
-    return corrected.tolist()
+    made = [index for index, p in enumerate(p_values) if p is not None]
+    made.sort(key=lambda index: p_values[index])
+
+    corrected, largest = [None] * len(p_values), 0.0
+    for rank, index in enumerate(made):
+        largest = max(largest, (len(made) - rank) * p_values[index])
+        corrected[index] = min(1.0, largest)
+    return corrected
 
 
 def detectable_difference(std: float, n: int, power: float = 0.8, level: float = LEVEL) -> float:

@@ -10,8 +10,8 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from report import statistics, text
-from report.comparison import AgainstFull, Study, format_interval, format_p, study
+from report import comparison, statistics, text
+from report.comparison import Study, format_interval, study
 from report.results import GIB, Row, Spread
 from training.settings import EVAL_SPLITS
 
@@ -80,21 +80,26 @@ def _difference(row: Row, results: Study) -> Cell:
     accuracies = found.accuracies
     bounds = accuracies.interval or (None, None)
     values = (accuracies.mean, bounds[0], bounds[1], accuracies.n)
-    return Cell(format_difference(found), values)
+    return Cell(format_difference(accuracies), values)
 
 
-def format_difference(found: AgainstFull) -> str:
+def format_difference(found: statistics.Comparison | None) -> str:
     """`+1.20 (+0.35 to +2.05)`: mean and 95 % interval, in percentage points."""
-    accuracies = found.accuracies
-    if accuracies.interval is None:
-        return f"{accuracies.mean:+.2f} (n = {accuracies.n})"
-    return f"{accuracies.mean:+.2f} ({format_interval(accuracies.interval)})"
+    if found is None:
+        return MISSING
+    if found.interval is None:
+        return f"{found.mean:+.2f} (n = {found.n})"
+    return f"{found.mean:+.2f} ({format_interval(found.interval)})"
 
 
 def _p(row: Row, results: Study) -> Cell:
     found = results.against_full.get(row)
     p = None if found is None else found.p_holm
-    return Cell(MISSING if p is None else format_p(p), (p,))
+    return Cell(format_p(p), (p,))
+
+
+def format_p(p: float | None) -> str:
+    return MISSING if p is None else comparison.format_p(p)
 
 
 def _throughput(row: Row, results: Study) -> Cell:

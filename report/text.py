@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def one_line(text: str) -> str:
@@ -78,6 +78,12 @@ def markdown(text: str) -> str:
     # An underscore between letters or digits needs no escape.
     special = r"[\\`*|<\[\]~&$]|(?<![^\W_])_|_(?![^\W_])"
     return re.sub(special, r"\\\g<0>", one_line(text))
+
+
+def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already; names on the left, numbers aligned right."""
+    rule = ["---", *["---:"] * (len(titles) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [titles, rule, *lines])
 
 
 def code(text: str) -> str:
