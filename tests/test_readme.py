@@ -90,8 +90,22 @@ def test_commands_are_understood(command):
 def test_other_commands_are_known():
     """A command of another kind needs a check of its own here."""
     others = [line for line in COMMANDS if line not in OF_SCRIPTS]
-    kinds = ("make ", "pip install -r requirements", "python3 -m venv ", "bash experiments/gpu.sh")
+    kinds = (
+        *("make ", "pip install -r requirements", "python3 -m venv ", "bash experiments/gpu.sh"),
+        *("bash experiments/study.sh", "git clone ", "echo "),
+    )
     assert [line for line in others if not line.removeprefix("SMALL=1 ").startswith(kinds)] == []
+
+
+def test_the_parts_of_the_study_exist():
+    script = (utils.REPOSITORY / "experiments" / "study.sh").read_text(encoding="utf-8")
+    parts = re.search(r"^PARTS=\((.*)\)$", script, flags=re.MULTILINE)[1].split()
+    used = {line.split()[2] for line in COMMANDS if re.match(r"bash experiments/study.sh \w", line)}
+    assert used
+    assert used <= set(parts)
+    assert [
+        row[0].strip("`") for row in rows_of(DOCUMENTS[EXPERIMENTS], "| part | data |")
+    ] == parts
 
 
 def test_make_targets_exist():
