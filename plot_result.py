@@ -22,15 +22,16 @@ from report import (
     differences,
     document,
     figures,
+    logs,
     page,
     plots,
     results,
     table,
 )
 from report.comparison import Study
+from report.logs import Run
 from report.page import Picture, Section
 from report.plots import Plot
-from report.results import Run
 
 
 def parse_args(argv=None):
@@ -131,7 +132,7 @@ def load_comparison(results_path: Path) -> list[Run]:
     if not results_path.is_dir():
         raise utils.UsageError(f"--results_path {results_path} does not exist or is not a folder")
 
-    runs = results.load_runs(results_path)
+    runs = logs.load_runs(results_path)
     if not runs:
         raise utils.UserError(
             f"no runs in {results_path}: expected folders like full/seed_0, as main.py writes them"

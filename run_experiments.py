@@ -17,7 +17,7 @@ import masks
 import utils
 from patterns.spec import parse_layers
 from pipeline import identity
-from report import differences, results, table
+from report import differences, logs, results, table
 from sweep import gpus, launch, slurm
 from sweep.plan import (
     DONE,
@@ -172,7 +172,7 @@ def report(plan: list[PlannedRun], jobs: list[Job]) -> None:
     not_done = [job.run.folder for job in jobs if job.state != DONE]
     foreign = {folder for folder in not_done if (folder / utils.SUMMARY).exists()}
     folders = dict.fromkeys(run.folder for run in plan if run.folder not in foreign)
-    runs = [run for run in map(results.load_run, folders) if run is not None]
+    runs = [run for run in map(logs.load_run, folders) if run is not None]
     if runs:
         print(f"\n{table.rows_as_table(results.group_by_pattern(runs))}")
     for note in differences.differing_settings(runs):

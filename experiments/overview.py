@@ -12,14 +12,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
-from report import comparison, figures, overview, results
+from report import comparison, figures, logs, overview, results
 
 LOGS = utils.REPOSITORY / "experiments" / "logs"
 STUDIES = ("digits",)
 
 
 def load() -> list[comparison.Study]:
-    runs = [results.load_runs(LOGS / name) for name in STUDIES]
+    runs = [logs.load_runs(LOGS / name) for name in STUDIES]
     return [comparison.study(results.group_by_pattern(runs_of_one)) for runs_of_one in runs]
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import utils
 from report import text
 from report.comparison import Study, format_interval
-from report.results import Row, Run
+from report.logs import Run
+from report.results import Row
 from report.statistics import Interval
 
 FORMAT = 1

@@ -15,7 +15,8 @@ from report.comparison import (
     format_ratio,
     name_of,
 )
-from report.results import Row, Run
+from report.logs import Run
+from report.results import Row
 from report.statistics import Interval
 
 POWER = 0.8  # of the differences that are called detectable

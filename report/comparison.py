@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from report import statistics, text
-from report.results import Row, Run, is_grid
+from report.logs import Run
+from report.results import Row, is_grid
 from report.statistics import Interval
 
 SIGNIFICANT = 0.05

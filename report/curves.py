@@ -22,7 +22,8 @@ from report.charts import (
     name_of_split,
     styles_of,
 )
-from report.results import GAPS, Row
+from report.logs import GAPS
+from report.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ MARKERS_PER_CURVE = 8
 NOT_NAMED = {"color": "#DDDDDD", "linewidth": 0.7, "zorder": 1}
 
 UNITS = {"accuracy": "%", "loss": "nats"}
-X_LABELS = {"epoch": "epoch", "seconds": "time (s)"}
+X_LABELS = {"epoch": "epoch", "seconds": "time trained (s)"}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from report.results import MAY_DIFFER, Run
+from report.logs import MAY_DIFFER, Run
 from training.settings import FLAGS
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import masks
 from report import figures, text
 from report.comparison import Study
-from report.results import Row, Run, is_grid
+from report.logs import Run
+from report.results import Row, is_grid
 
 MAX_GRIDS = 24
 DEFAULT_DEPTH = 12  # of a run that did not write it

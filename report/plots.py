@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from report import charts, curves
 from report.comparison import Study
-from report.results import Row, Run
+from report.logs import Run
+from report.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,9 +26,8 @@ CURVES = (
     "them after the epoch. {n}."
 )
 SECONDS = (
-    "Against the time since the start, mean over seeds, with the evaluation after each epoch; "
-    "comparable only between undisturbed runs on one device. Band: from the lowest seed to the "
-    "highest. {n}."
+    "Against the time trained, without evaluations, mean over seeds; comparable only between "
+    "undisturbed runs on one device. Band: from the lowest seed to the highest. {n}."
 )
 GAP = (
     "Above zero, a model does better on the images that it trains on than on others; augmentation, "

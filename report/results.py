@@ -1,112 +1,23 @@
-"""Turn runs on disk into rows and tables. Imports neither torch nor matplotlib.
+"""Runs -> rows, one per attention pattern. Imports neither torch nor matplotlib.
 
-A run is a folder `<run_name>/seed_<n>/` with config.json, metrics.jsonl and, once it is done,
-summary.json. A row is one attention pattern: all runs that share a run name, one per seed.
-Accuracies are those of the FINAL epoch, in percent; only finished runs count. A number that a run
-did not write stays missing (None) and never becomes 0.
+A row has all runs that share a run name, one per seed. Accuracies are those of the FINAL epoch, in
+percent; only finished runs count.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-import utils
+import numpy as np
+
 from masks import EDGES, MASK_TYPES, MAX_PATCHES, MaskSpec
-from report import text
-from training.run_record import RunRecord, number
-from training.settings import MAY_CHANGE, default_run_name
+from report.logs import Run
+from training.run_record import number
+from training.settings import default_run_name
 
 GIB = 2**30
-
-# How much better a model is on what it trains on: in points, in nats.
-GAPS = ("gap_accuracy", "gap_loss")
-
-# Settings in which the runs of a sweep are meant to differ, and settings that say where a run
-# computes, not what. The device is compared by its name, which is in the provenance.
-OF_THE_MASK = {field.name for field in fields(MaskSpec)}
-MAY_DIFFER = {*OF_THE_MASK, "num_registers", "run_name", "seed", *MAY_CHANGE}
-
-
-@dataclass(frozen=True)
-class Run(RunRecord):
-    """A run folder whose files could all be read."""
-
-    @property
-    def name(self) -> str:
-        """The run's name in messages."""
-        return f"{text.one_line(self.settings.run.run_name)} seed {self.seed}"
-
-    @property
-    def seed(self) -> int:
-        return self.settings.optimization.seed
-
-    @property
-    def eval_accuracy(self) -> float | None:
-        """After the final epoch, in percent; None for a run that is not finished."""
-        return None if self.summary is None else number(self.summary["final"], "eval_accuracy")
-
-    def curve(self, metric: str) -> dict[int, float]:
-        """Epoch -> value, for the epochs that have one; `metric` may be one of GAPS."""
-        if metric not in GAPS:
-            return super().curve(metric)
-
-        kind = metric.removeprefix("gap_")
-        trained, evaluated = self.curve(f"train_{kind}"), self.curve(f"eval_{kind}")
-        sign = 1 if kind == "accuracy" else -1  # a lower loss is better
-        epochs = trained.keys() & evaluated.keys()
-        return {epoch: sign * (trained[epoch] - evaluated[epoch]) for epoch in sorted(epochs)}
-
-    @property
-    def images_per_second(self) -> float | None:
-        """Training throughput without the first epoch; None for a run that is not finished."""
-        return None if self.summary is None else number(self.summary, "train_images_per_second")
-
-    @cached_property
-    def clock(self) -> dict[int, float]:
-        """Epoch -> seconds from the start to its end, as far as all epochs before have a time."""
-        seconds = self.curve("epoch_seconds")
-        clock, passed = {}, 0.0
-        for epoch in range(1, len(self.metrics) + 1):
-            if epoch not in seconds:
-                break
-            passed += seconds[epoch]
-            clock[epoch] = passed
-        return clock
-
-    def seconds_to(self, accuracy: float) -> float | None:
-        """Time from the start to the end of the first epoch of at least this accuracy."""
-        reached = [epoch for epoch, x in self.curve("eval_accuracy").items() if x >= accuracy]
-        return self.clock.get(min(reached)) if reached else None
-
-    @property
-    def speed_conditions(self) -> dict[str, object]:
-        """What must be equal for images/s and memory to be comparable, beside the settings."""
-        provenance, machine = self.config["provenance"], self.settings.machine
-        return {
-            "device": provenance.get("device"),
-            "torch": (provenance.get("versions") or {}).get("torch"),
-            "--grad_accumulation": machine.grad_accumulation,
-            "--checkpoint_activations": machine.checkpoint_activations,
-        }
-
-    @cached_property
-    def compared_settings(self) -> dict:
-        """All that must be equal for a fair comparison, but the mask and the seed."""
-        apart = MAY_DIFFER - {"num_registers"} | {"backend"}
-        settings = self.settings.to_dict()
-        compared = {key: settings[key] for key in settings if key not in apart}
-        return compared | {"starting weights": self.start}
-
-    @property
-    def start(self) -> str:
-        """The weights that it started from, the same for the same file wherever it lies."""
-        about = self.config.get("weights")
-        return f"{about['source']} {about['sha256'][:8]}" if about else "drawn"
 
 
 @dataclass(frozen=True)
@@ -222,8 +133,7 @@ class Row:
 
     @property
     def num_images_evaluated(self) -> int | None:
-        key = {"test": "num_test", "holdout": "num_held_out"}[self.eval_split]
-        return number(self.runs[0].config["data"], key)
+        return self.runs[0].num_images_evaluated
 
     @property
     def peak_memory_bytes(self) -> float | None:
@@ -244,62 +154,48 @@ class Row:
         return f"{state}, batches in {parts} parts" if parts > 1 else state
 
     def curve(self, metric: str, over: str = "epoch") -> list[tuple[float, float, float, float]]:
-        """(x, mean, lowest, highest) for each epoch, over the seeds that have reached it.
+        """(epoch, mean, lowest, highest) for each epoch, over the seeds that have reached it.
 
-        x is the epoch, or with `over="seconds"` the mean time from the start to its end. As that
-        may run backwards where the seeds become fewer, such a curve ends before, and seeds without
-        times are left out.
+        With `over="seconds"`, x is the time trained. Seeds reach their epochs at different times,
+        so values are read off the lines between the epochs of each seed, from where all have one to
+        where the first ends.
         """
-        runs = [run for run in self.runs if over == "epoch" or run.clock]
-        curves = [run.curve(metric) for run in runs]
+        if over == "seconds":
+            return self._curve_over_time(metric)
 
+        curves = [run.curve(metric) for run in self.runs]
         points = []
         for epoch in sorted(set().union(*curves)):
             values = [curve[epoch] for curve in curves if epoch in curve]
-            x = epoch
-            if over == "seconds":
-                times = [run.clock[epoch] for run in runs if epoch in run.clock]
-                if len(times) < len(runs) or len(values) < len(runs):
-                    break
-                x = statistics.fmean(times)
-            points.append((x, statistics.fmean(values), min(values), max(values)))
+            points.append((epoch, statistics.fmean(values), min(values), max(values)))
+        return points
+
+    def _curve_over_time(self, metric: str) -> list[tuple[float, float, float, float]]:
+        lines = []
+        for run in self.runs:
+            curve = run.curve(metric)
+            line = [(run.clock[epoch], curve[epoch]) for epoch in run.clock if epoch in curve]
+            if line:
+                lines.append(tuple(zip(*line, strict=True)))
+        if not lines:
+            return []
+
+        start = max(times[0] for times, _ in lines)
+        end = min(times[-1] for times, _ in lines)
+        times = {time for times, _ in lines for time in times if start <= time <= end}
+
+        points = []
+        for time in sorted(times):
+            values = [float(np.interp(time, *line)) for line in lines]
+            points.append((time, statistics.fmean(values), min(values), max(values)))
         return points
 
     def seconds_to(self, accuracy: float) -> Spread | None:
-        """Time from the start to the end of the first epoch of at least this accuracy.
+        """Seconds trained until the end of the first epoch of at least this accuracy.
 
         Over the finished seeds that get there and wrote their times; None if there are none.
         """
         return Spread.of(run.seconds_to(accuracy) for run in self.done)
-
-
-# -------------------------------------------------------------------------------------------------
-# Reading
-
-
-def load_runs(results_path: Path) -> list[Run]:
-    """All runs in and below `results_path`, sorted by path; other files and folders are ignored."""
-    folders = sorted(path.parent for path in Path(results_path).rglob(utils.CONFIG))
-    folders = [folder for folder in folders if re.fullmatch(r"seed_\d+", folder.resolve().name)]
-    return [run for run in map(load_run, folders) if run is not None]
-
-
-def load_run(folder: Path) -> Run | None:
-    """The run in a folder; None if there is none, or, with a warning, if a file is unreadable."""
-    try:
-        run = Run.read(folder)
-        if run is not None:
-            _ = run.metrics, run.summary  # read both now, while the run can still be skipped
-        return run
-    except utils.UserError as error:
-        utils.warn(f"skipped a run: {error}")
-        return None
-
-
-def is_grid(value: object) -> bool:
-    """Whether a config's `grid` is what main.py writes: rows and columns of patches."""
-    are_two = isinstance(value, list) and len(value) == 2
-    return are_two and all(type(side) is int and 0 < side <= MAX_PATCHES for side in value)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -370,3 +266,9 @@ def _natural_order(row: Row) -> tuple:
 def _sortable(value: object) -> tuple:
     """A key by which values of damaged logs can be compared too."""
     return (False, value) if isinstance(value, (int, tuple)) else (True, str(value))
+
+
+def is_grid(value: object) -> bool:
+    """Whether a config's `grid` is what main.py writes: rows and columns of patches."""
+    are_two = isinstance(value, list) and len(value) == 2
+    return are_two and all(type(side) is int and 0 < side <= MAX_PATCHES for side in value)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from report import statistics, table, text
 from report.comparison import Study
-from report.results import Row, Run
+from report.logs import Run
+from report.results import Row
 from report.statistics import Comparison
 
 TITLE = "2D shapes against 1D windows"

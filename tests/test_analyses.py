@@ -8,7 +8,7 @@ from fake_runs import write_run
 
 import plot_result
 import utils
-from report import analyses, analysis_charts, analysis_plots, comparison, results
+from report import analyses, analysis_charts, analysis_plots, comparison, logs, results
 
 CLASSES = ["cat", "dog", "<b>"]
 
@@ -60,7 +60,7 @@ def write_comparison(folder, name="compare_full_seed_0_test", **changes):
 
 
 def study_of(path):
-    return comparison.study(results.group_by_pattern(results.load_runs(path)))
+    return comparison.study(results.group_by_pattern(logs.load_runs(path)))
 
 
 def test_the_numbers_of_seeds_and_heads_are_averaged(tmp_path):

@@ -11,11 +11,11 @@ from fake_runs import write_run
 
 import masks
 import utils
-from report import answer, comparison, mask_grids, results, statistics, table
+from report import answer, comparison, logs, mask_grids, results, statistics, table
 
 
 def study_of(path):
-    return comparison.study(results.group_by_pattern(results.load_runs(path)))
+    return comparison.study(results.group_by_pattern(logs.load_runs(path)))
 
 
 def write_pattern(root, mask_type, step, accuracies, **options):
@@ -325,8 +325,27 @@ def test_the_time_to_an_accuracy(tmp_path):
     assert row.seconds_to(70).mean == (20 + 15) / 2
     assert row.seconds_to(75) == results.Spread(30, None, 1)
     assert row.seconds_to(90) is None
+
+
+def test_curves_over_time_are_read_off_between_the_epochs(tmp_path):
+    """The second seed is twice as fast, and has one epoch more."""
+    write_run(tmp_path, "full", None, 0, [50, 70], images_per_second=10)  # at 10 and 20 s
+    write_run(tmp_path, "full", None, 1, [40, 60, 64, 74], images_per_second=20)  # 5, 10, 15, 20 s
+    (row,) = study_of(tmp_path).rows
     points = row.curve("eval_accuracy", "seconds")
-    assert points == [(7.5, 50, 50, 50), (15, 65, 60, 70), (22.5, 75, 70, 80)]
+    assert points == [(10, 55, 50, 60), (15, 62, 60, 64), (20, 72, 70, 74)]
+
+
+def test_logs_without_the_time_of_training_have_it_by_subtraction(tmp_path):
+    """The 20 test images of an epoch of 11 s take one second of it."""
+    folder = write_run(tmp_path, "full", None, 0, [50, 70], images_per_second=10)
+    (row,) = study_of(tmp_path).rows
+    assert row.runs[0].clock == {1: 10, 2: 20}
+
+    rows = utils.read_json_lines(folder / utils.METRICS)
+    utils.write_json_lines(folder / utils.METRICS, [row | {"train_seconds": None} for row in rows])
+    (row,) = study_of(tmp_path).rows
+    assert row.runs[0].clock == {1: 10, 2: 20}
 
 
 def test_full_attention_stays_what_others_are_compared_with(tmp_path):

@@ -15,7 +15,7 @@ import main
 import plot_result
 import utils
 from pipeline import holdout, sources
-from report import differences, results
+from report import differences, logs
 from training import checkpoints, trainer
 
 CPU = torch.device("cpu")
@@ -298,7 +298,7 @@ def test_runs_of_different_splits_are_not_compared(tmp_path, run_script):
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "results.md").exists()
 
-    one, other = (results.load_run(folder.parent) for folder in tmp_path.rglob(utils.CONFIG))
+    one, other = (logs.load_run(folder.parent) for folder in tmp_path.rglob(utils.CONFIG))
     assert not differences.is_same_data(one, other)
     assert any(
         note.startswith("--holdout") for note in differences.differing_settings([one, other])

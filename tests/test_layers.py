@@ -19,7 +19,7 @@ from analysis.attention_maps import watch_attention
 from analysis.observers import AttentionMeasures
 from masks import MaskSpec
 from models import VisionTransformer
-from report import results
+from report import logs, results
 from training import checkpoints
 
 GRID = (3, 4)
@@ -230,7 +230,7 @@ def test_a_run_records_its_layers_and_is_found_again(output, capsys):
 
 def test_the_report_compares_runs_with_as_many_registers(output, tmp_path):
     assert run(output, "--epochs", "2") == 0  # full attention without registers
-    rows = results.group_by_pattern(results.load_runs(output))
+    rows = results.group_by_pattern(logs.load_runs(output))
     assert [row.label for row in rows] == [
         "full",
         "full, 2 registers",
@@ -288,7 +288,7 @@ def test_a_checkpoint_keeps_the_mask_of_a_file(tmp_path):
     state = checkpoints.load_checkpoint(folder / utils.CHECKPOINT)
     with pytest.raises(ValueError, match="for the 4x4 grid of patches in training"):
         checkpoints.rebuild_model(state, img_size=(4, 16))
-    (row,) = results.group_by_pattern(results.load_runs(tmp_path))
+    (row,) = results.group_by_pattern(logs.load_runs(tmp_path))
     assert not row.mask.is_known, "the file is gone"
     assert row.label == "mine.npy, full in layer 0"
     assert row.is_named_by_default
@@ -301,7 +301,7 @@ def test_seeds_of_one_mask_are_one_row_wherever_its_file_lies(tmp_path):
         np.save(path, np.tri(16, dtype=bool))
         arguments = ["--mask_file", str(path), "--seed", str(seed), "--epochs", "1"]
         assert run(tmp_path, *arguments) == 0
-    (row,) = results.group_by_pattern(results.load_runs(tmp_path))
+    (row,) = results.group_by_pattern(logs.load_runs(tmp_path))
     assert [found.seed for found in row.runs] == [0, 1]
 
 

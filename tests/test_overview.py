@@ -3,7 +3,7 @@
 import pytest
 from fake_runs import write_run
 
-from report import comparison, overview, results
+from report import comparison, logs, overview, results
 
 FULL = [70.0, 71.0, 72.0]
 
@@ -18,7 +18,7 @@ def write_study(root, **differences):
             accuracies = [50, FULL[seed] + gain]
             settings = {"accuracies": accuracies, "img_size": 32, "label": root.name}
             write_run(root, mask_type, int(step), seed, **settings)
-    return comparison.study(results.group_by_pattern(results.load_runs(root)))
+    return comparison.study(results.group_by_pattern(logs.load_runs(root)))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import masks
 import plot_result
 import utils
 from patterns import table
-from report import mask_grids, page, results
+from report import logs, mask_grids, page, results
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BENCHMARK = utils.REPOSITORY / "experiments" / "benchmark" / "attention_cpu_auto.json"
@@ -502,6 +502,6 @@ def test_what_is_no_report_of_a_benchmark_is_refused(tmp_path, content, said, ru
 def test_targets_are_round_and_below_the_best(tmp_path):
     for step, accuracy in [(None, 61.2), (1, 78.9)]:
         write_run(tmp_path, "2d_cardinal" if step else "full", step, 0, [accuracy])
-    rows = results.group_by_pattern(results.load_runs(tmp_path))
+    rows = results.group_by_pattern(logs.load_runs(tmp_path))
     assert page.choose_targets(rows) == [60, 65, 70, 75]
     assert page.choose_targets(rows[:1]) == [58, 59, 60, 61]

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 import masks
 import plot_result
 import utils
-from report import charts, comparison, curves, figures, plots, results, table
+from report import charts, comparison, curves, figures, logs, plots, results, table
 
 PLOTS = (
     "accuracy_vs_throughput",
@@ -37,7 +37,7 @@ def write_sweep(root, steps, seeds):
 
 
 def rows_of(path):
-    return results.group_by_pattern(results.load_runs(path))
+    return results.group_by_pattern(logs.load_runs(path))
 
 
 def run_script(*arguments):

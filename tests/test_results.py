@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import masks
 import utils
-from report import differences, results, table
+from report import differences, logs, results, table
 
 
 def change_json(path, change):
@@ -28,9 +28,9 @@ def change_json(path, change):
 def test_runs_are_found_at_every_depth(tmp_path):
     folder = write_run(tmp_path)
     write_run(tmp_path, "2d_cardinal", 1, seed=1)
-    assert len(results.load_runs(tmp_path)) == len(results.load_runs(tmp_path / "digits")) == 2
-    assert [run.folder for run in results.load_runs(folder.parent)] == [folder]
-    (run,) = results.load_runs(folder)
+    assert len(logs.load_runs(tmp_path)) == len(logs.load_runs(tmp_path / "digits")) == 2
+    assert [run.folder for run in logs.load_runs(folder.parent)] == [folder]
+    (run,) = logs.load_runs(folder)
     assert (run.name, run.state, len(run.metrics)) == ("full seed 0", "done", 2)
 
 
@@ -43,10 +43,10 @@ def test_what_is_not_a_run_is_silently_ignored(tmp_path, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("not JSON")
 
-    assert len(results.load_runs(tmp_path)) == 1
-    assert results.load_run(tmp_path / "digits" / "full" / "seed_7") is None
-    assert results.load_run(tmp_path / "nowhere") is None
-    assert results.load_runs(tmp_path / "nowhere") == []
+    assert len(logs.load_runs(tmp_path)) == 1
+    assert logs.load_run(tmp_path / "digits" / "full" / "seed_7") is None
+    assert logs.load_run(tmp_path / "nowhere") is None
+    assert logs.load_runs(tmp_path / "nowhere") == []
     assert capsys.readouterr().err == ""
 
 
@@ -68,7 +68,7 @@ def test_a_broken_run_is_skipped_with_one_line(tmp_path, capsys, name, text, sai
     write_run(tmp_path, seed=1)
     broken = write_run(tmp_path, seed=0)
     (broken / name).write_text(text)
-    assert [run.settings.optimization.seed for run in results.load_runs(tmp_path)] == [1]
+    assert [run.settings.optimization.seed for run in logs.load_runs(tmp_path)] == [1]
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert said in error
@@ -79,7 +79,7 @@ def test_a_half_written_last_line_is_skipped_with_a_warning(tmp_path, capsys):
     folder = write_run(tmp_path, finished=False)
     with open(folder / utils.METRICS, "a") as file:
         file.write('{"epoch": 3, "eval_acc')
-    (run,) = results.load_runs(tmp_path)
+    (run,) = logs.load_runs(tmp_path)
     assert run.state == "incomplete"
     assert run.curve("eval_accuracy") == {1: 50.0, 2: 60.0}
     assert "half-written last line 3" in capsys.readouterr().err
@@ -88,7 +88,7 @@ def test_a_half_written_last_line_is_skipped_with_a_warning(tmp_path, capsys):
 def test_a_run_that_has_just_started(tmp_path):
     folder = write_run(tmp_path, finished=False)
     (folder / utils.METRICS).unlink()
-    (run,) = results.load_runs(tmp_path)
+    (run,) = logs.load_runs(tmp_path)
     assert (run.metrics, run.state, run.curve("eval_loss")) == ([], "incomplete", {})
 
 
@@ -113,7 +113,7 @@ def test_a_row_reports_the_final_epoch_of_its_finished_runs(tmp_path):
     write_run(tmp_path, seed=0, accuracies=[99, 80], images_per_second=100.0, peak_memory_bytes=5)
     write_run(tmp_path, seed=1, accuracies=[10, 84], images_per_second=300.0, peak_memory_bytes=7)
     write_run(tmp_path, seed=2, accuracies=[1, 2], images_per_second=900.0, finished=False)
-    (row,) = results.group_by_pattern(results.load_runs(tmp_path))
+    (row,) = results.group_by_pattern(logs.load_runs(tmp_path))
     assert row.accuracy == results.Spread(82, pytest.approx(math.sqrt(8)), 2)
     assert row.throughput.mean == 200
     assert row.peak_memory_bytes == 7
@@ -129,11 +129,11 @@ def test_a_missing_number_stays_missing(tmp_path, value):
         del summary["train_images_per_second"]
 
     change_json(folders[0] / utils.SUMMARY, spoil)
-    (row,) = results.group_by_pattern(results.load_runs(tmp_path))
+    (row,) = results.group_by_pattern(logs.load_runs(tmp_path))
     assert row.accuracy == results.Spread(70, None, 1)
     assert row.throughput.n == 1
     change_json(folders[1] / utils.SUMMARY, spoil)
-    (row,) = results.group_by_pattern(results.load_runs(tmp_path))
+    (row,) = results.group_by_pattern(logs.load_runs(tmp_path))
     assert row.accuracy is row.throughput is row.peak_memory_bytes is None
     assert table.rows_as_table([row]).count("–") == 5
 
@@ -141,7 +141,7 @@ def test_a_missing_number_stays_missing(tmp_path, value):
 def test_a_curve_is_taken_over_the_seeds_that_have_the_epoch(tmp_path):
     write_run(tmp_path, seed=0, accuracies=[10, 20, 30])
     write_run(tmp_path, seed=1, accuracies=[20, 40], finished=False)
-    (row,) = results.group_by_pattern(results.load_runs(tmp_path))
+    (row,) = results.group_by_pattern(logs.load_runs(tmp_path))
     assert row.curve("eval_accuracy") == [(1, 15, 10, 20), (2, 30, 20, 40), (3, 30, 30, 30)]
     assert row.curve("no_such_metric") == []
 
@@ -159,7 +159,7 @@ def test_rows_are_in_natural_order(tmp_path):
     write_run(tmp_path, "full", None, run_name="a_full_of_my_own")
     write_run(tmp_path, "2d_spiral", 1)  # from another checkout
 
-    rows = results.group_by_pattern(results.load_runs(tmp_path))
+    rows = results.group_by_pattern(logs.load_runs(tmp_path))
     found = [(row.mask.mask_type, row.mask.expansion_step) for row in rows]
     assert found == [patterns[0], *patterns, ("2d_spiral", 1)]
     labels = [row.label for row in rows[:3]]
@@ -171,12 +171,12 @@ def test_differing_settings(tmp_path):
     write_run(tmp_path, seed=0)
     write_run(tmp_path, "2d_cardinal", 1, seed=1)
     assert differences.differing_settings([]) == []
-    assert differences.differing_settings(results.load_runs(tmp_path)) == []
+    assert differences.differing_settings(logs.load_runs(tmp_path)) == []
 
     write_run(tmp_path, "2d_cardinal", 2, epochs=9, device_name="Slide rule", dropout=0.5)
     before = "(2d_cardinal_expansion_1 seed 1, full seed 0)"
     now = "(2d_cardinal_expansion_2 seed 0)"
-    assert differences.differing_settings(results.load_runs(tmp_path)) == [
+    assert differences.differing_settings(logs.load_runs(tmp_path)) == [
         f"--dropout differs between the runs: 0.1 {before}; 0.5 {now}",
         f"--epochs differs between the runs: 2 {before}; 9 {now}",
         "device differs between the runs, so images/s and peak memory are not comparable: "
@@ -197,7 +197,7 @@ def test_table(tmp_path):
     write_run(tmp_path, "2d_cardinal", 2, 1, [50], finished=False)
     write_run(tmp_path, "1d_cardinal", 1, 0, [50], finished=False, run_name="a|b")
 
-    markdown = table.rows_as_table(results.group_by_pattern(results.load_runs(tmp_path)))
+    markdown = table.rows_as_table(results.group_by_pattern(logs.load_runs(tmp_path)))
     lines = markdown.splitlines()
     assert len({len(line) for line in lines}) == 1, "the columns are aligned"
     cells = []
@@ -228,7 +228,7 @@ def test_the_state_says_that_batches_were_split(tmp_path):
     for seed, parts in enumerate([1, 2]):
         write_run(tmp_path, seed=seed, grad_accumulation=parts)
 
-    runs = results.load_runs(tmp_path)
+    runs = logs.load_runs(tmp_path)
     assert results.group_by_pattern(runs)[0].state == "done, batches in 2 parts"
     (note,) = differences.differing_settings(runs)
     assert note.startswith("--grad_accumulation differs")
@@ -241,5 +241,5 @@ def test_a_damaged_holdout_is_skipped_with_a_warning(tmp_path, holdout, capsys):
     config = utils.read_json(path)
     config["settings"]["holdout"] = holdout
     utils.write_json(path, config)
-    assert results.load_runs(tmp_path) == []
+    assert logs.load_runs(tmp_path) == []
     assert "settings.holdout is" in capsys.readouterr().err

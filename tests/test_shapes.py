@@ -5,7 +5,7 @@ import pytest
 from fake_runs import write_run
 from scipy import stats
 
-from report import comparison, page, results, shapes
+from report import comparison, logs, page, results, shapes
 
 
 def write_pattern(root, mask_type, step, accuracies, mean_neighbors, **options):
@@ -15,7 +15,7 @@ def write_pattern(root, mask_type, step, accuracies, mean_neighbors, **options):
 
 
 def compare(root):
-    study = comparison.study(results.group_by_pattern(results.load_runs(root)))
+    study = comparison.study(results.group_by_pattern(logs.load_runs(root)))
     return {found.row.label: found for found in shapes.against_windows(study)}
 
 
@@ -90,7 +90,7 @@ def test_only_common_seeds_count(tmp_path):
 def test_the_page_shows_them(tmp_path):
     write_pattern(tmp_path, "1d_cardinal", 2, [70, 71], 8.6)
     write_pattern(tmp_path, "2d_all_neighbors", 1, [72, 75], 7.6)
-    study = comparison.study(results.group_by_pattern(results.load_runs(tmp_path)))
+    study = comparison.study(results.group_by_pattern(logs.load_runs(tmp_path)))
     html = page.format_page(study, [], [], "")
     assert f"<h2>{shapes.TITLE}</h2>" in html
     assert "+3.00 (-9.71 to +15.71)" in html
