@@ -68,16 +68,15 @@ class Run(RunRecord):
     @cached_property
     def train_seconds(self) -> dict[int, float]:
         """Epoch -> its seconds of training, without the evaluation."""
-        measured = self.curve("train_seconds")
-        if measured or not self.num_images_evaluated:
-            return measured
-
-        # In logs before November 2026 they are to be found by subtraction.
         whole, rates = self.curve("epoch_seconds"), self.curve("eval_images_per_second")
-        return {
-            epoch: whole[epoch] - self.num_images_evaluated / rates[epoch]
-            for epoch in whole.keys() & {epoch for epoch, rate in rates.items() if rate > 0}
-        }
+        num_images = self.num_images_evaluated
+
+        # Logs before November 2026 do not have it, but what it follows from.
+        seconds = {}
+        for epoch in whole.keys() & rates.keys():
+            if num_images and rates[epoch] > 0:
+                seconds[epoch] = whole[epoch] - num_images / rates[epoch]
+        return seconds | self.curve("train_seconds")
 
     @cached_property
     def clock(self) -> dict[int, float]:
@@ -90,6 +89,12 @@ class Run(RunRecord):
             passed += seconds[epoch]
             clock[epoch] = passed
         return clock
+
+    @cached_property
+    def share_done(self) -> dict[int, float]:
+        """Epoch -> share of the training that is done at its end, of those that have a time."""
+        budget = self.settings.optimization.budget
+        return {epoch: budget.share_done(epoch, seconds) for epoch, seconds in self.clock.items()}
 
     def seconds_to(self, accuracy: float) -> float | None:
         """Seconds trained until the end of the first epoch of at least this accuracy."""

@@ -156,9 +156,8 @@ class Row:
     def curve(self, metric: str, over: str = "epoch") -> list[tuple[float, float, float, float]]:
         """(epoch, mean, lowest, highest) for each epoch, over the seeds that have reached it.
 
-        With `over="seconds"`, x is the time trained. Seeds reach their epochs at different times,
-        so values are read off the lines between the epochs of each seed, from where all have one to
-        where the first ends.
+        With `over="seconds"`, x is the mean time trained, and seeds are averaged at equal shares of
+        their training: those that are given minutes do not end their epochs at the same time.
         """
         if over == "seconds":
             return self._curve_over_time(metric)
@@ -171,23 +170,26 @@ class Row:
         return points
 
     def _curve_over_time(self, metric: str) -> list[tuple[float, float, float, float]]:
+        """Values between two epochs of a seed are read off the line from one to the other."""
         lines = []
         for run in self.runs:
             curve = run.curve(metric)
-            line = [(run.clock[epoch], curve[epoch]) for epoch in run.clock if epoch in curve]
+            line = [(run.share_done[n], run.clock[n], curve[n]) for n in run.clock if n in curve]
             if line:
                 lines.append(tuple(zip(*line, strict=True)))
         if not lines:
             return []
 
-        start = max(times[0] for times, _ in lines)
-        end = min(times[-1] for times, _ in lines)
-        times = {time for times, _ in lines for time in times if start <= time <= end}
+        start = max(shares[0] for shares, _, _ in lines)
+        end = min(shares[-1] for shares, _, _ in lines)
+        shares = {share for shares, _, _ in lines for share in shares if start <= share <= end}
 
         points = []
-        for time in sorted(times):
-            values = [float(np.interp(time, *line)) for line in lines]
-            points.append((time, statistics.fmean(values), min(values), max(values)))
+        for share in sorted(shares):
+            times = [np.interp(share, shares, seconds) for shares, seconds, _ in lines]
+            values = [float(np.interp(share, shares, values)) for shares, _, values in lines]
+            x = float(np.mean(times))
+            points.append((x, statistics.fmean(values), min(values), max(values)))
         return points
 
     def seconds_to(self, accuracy: float) -> Spread | None:

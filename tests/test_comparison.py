@@ -327,10 +327,24 @@ def test_the_time_to_an_accuracy(tmp_path):
     assert row.seconds_to(90) is None
 
 
-def test_curves_over_time_are_read_off_between_the_epochs(tmp_path):
-    """The second seed is twice as fast, and has one epoch more."""
-    write_run(tmp_path, "full", None, 0, [50, 70], images_per_second=10)  # at 10 and 20 s
-    write_run(tmp_path, "full", None, 1, [40, 60, 64, 74], images_per_second=20)  # 5, 10, 15, 20 s
+def test_curves_over_time_average_seeds_by_epoch(tmp_path):
+    write_run(tmp_path, "full", None, 0, [50, 70, 80], images_per_second=10)  # 10 s per epoch
+    write_run(tmp_path, "full", None, 1, [50, 60, 70], images_per_second=20)  # 5 s
+    write_run(tmp_path, "full", None, 2, [50], finished=False, images_per_second=20, epochs=3)
+    (row,) = study_of(tmp_path).rows
+    assert row.curve("eval_accuracy", "seconds") == [(20 / 3, 50, 50, 50)]
+
+    (tmp_path / "digits/full/seed_2" / utils.METRICS).unlink()
+    (row,) = study_of(tmp_path).rows
+    points = row.curve("eval_accuracy", "seconds")
+    assert points == [(7.5, 50, 50, 50), (15, 65, 60, 70), (22.5, 75, 70, 80)]
+
+
+def test_curves_over_time_average_seeds_by_the_clock(tmp_path):
+    """Of 20 seconds, an epoch takes the first seed 10 and the second 5."""
+    options = {"epochs": None, "minutes": 1 / 3}
+    write_run(tmp_path, "full", None, 0, [50, 70], images_per_second=10, **options)
+    write_run(tmp_path, "full", None, 1, [40, 60, 64, 74], images_per_second=20, **options)
     (row,) = study_of(tmp_path).rows
     points = row.curve("eval_accuracy", "seconds")
     assert points == [(10, 55, 50, 60), (15, 62, 60, 64), (20, 72, 70, 74)]
