@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from report import figures, table, text
+from report import figures, plots, table, text
 from report.comparison import AgainstFull, Study
 from report.results import Row
 
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANEL = (2.6, 0.34)  # inches: the width of a panel, the height of one of its lines
+PANELS_PER_ROW = 3
+PANEL = (2.6, 0.3)  # inches: the width of a panel, the height of one of its lines
 NAMES = 1.3  # inches beside the panels
 COLUMNS = 30  # of text, in the title of a panel
 
@@ -30,8 +33,19 @@ def label_of(study: Study) -> str:
     return text.one_line(study.rows[0].runs[0].config["data"]["label"])
 
 
+def setting_of(study: Study) -> str:
+    """How its runs were trained, as far as studies of the same data may differ."""
+    settings = study.rows[0].runs[0].settings
+    facts = [str(settings.optimization.budget)]
+    if settings.model.pool == "cls":
+        facts.append("class token")
+    if settings.augmentation.mix:
+        facts.append("mixed images")
+    return ", ".join(facts)
+
+
 def name_of(row: Row) -> str:
-    """A pattern in words: a 1D window has one name here, whichever 2D shape it is the twin of."""
+    """A pattern in words: a 1D window has one name here, whichever 2D shape it is as large as."""
     if not row.is_named_by_default or row.mask.mask_type not in SHAPES:
         return row.label
     return f"{SHAPES[row.mask.mask_type]} of {row.num_neighbors_nominal}"
@@ -55,17 +69,22 @@ def compared(study: Study, pattern: str) -> AgainstFull | None:
 
 @figures.drawing()
 def draw_differences(studies: Sequence[Study]) -> Figure:
-    """Accuracy minus that of full attention, with 95 % intervals: a panel per study.
+    """Accuracy minus that of full attention: a panel per study.
 
-    Markers are full where Holm's p is at most 0.05.
+    Bars are 95 % intervals, dots single seeds, and markers full where Holm's p is at most 0.05.
     """
     patterns = patterns_in(studies)
-    width = NAMES + PANEL[0] * len(studies)
-    figure = figures.new_figure(width, 1.1 + PANEL[1] * len(patterns))
-    panels = figure.subplots(1, len(studies), sharey=True, squeeze=False)[0]
+    num_columns = min(len(studies), PANELS_PER_ROW)
+    num_rows = math.ceil(len(studies) / PANELS_PER_ROW)
+    size = (NAMES + PANEL[0] * num_columns, (1.0 + PANEL[1] * len(patterns)) * num_rows)
+    figure = figures.new_figure(*size)
+    panels = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flat
 
-    for study, axes in zip(studies, panels, strict=True):
-        _draw_panel(axes, study, patterns)
+    for axes, study in itertools.zip_longest(panels, studies):
+        if study is None:
+            axes.remove()
+        else:
+            _draw_panel(axes, study, patterns)
     panels[0].set_yticks(range(len(patterns)), patterns)
     panels[0].invert_yaxis()  # the first pattern on top
     figure.supxlabel("accuracy minus that of full attention (points)", fontsize=9)
@@ -73,24 +92,32 @@ def draw_differences(studies: Sequence[Study]) -> Figure:
 
 
 def _draw_panel(axes: Axes, study: Study, patterns: list[str]) -> None:
-    seeds = sorted(found.accuracies.n for found in study.against_full.values()) or [0]
-    n = "–".join(str(number) for number in dict.fromkeys([seeds[0], seeds[-1]]))
     title = "\n".join(text.label(label_of(study), COLUMNS).splitlines())
-    figures.style_axes(axes, title=f"{title}\n(n = {n} seeds)")
+    seeds = plots.describe_n(found.seeds for found in study.against_full.values())
+    facts = f"{setting_of(study)}, {seeds.removesuffix(' per pattern')}"
+    figures.style_axes(axes, title=f"{title}\n{facts}")
+    axes.title.set_fontsize(9)
     axes.axvline(0, color="0.4", linewidth=1, linestyle="--")
 
     for height, pattern in enumerate(patterns):
         found = compared(study, pattern)
-        if found is None:
-            continue
-        style = figures.style_of(found.row.mask.mask_type)
-        interval, mean = found.accuracies.interval, found.accuracies.mean
-        if interval is not None:
-            axes.plot(interval[:2], [height, height], color=style["color"], linewidth=2)
-        fill = style["color"] if found.is_significant else "white"
-        axes.plot(
-            mean, height, style["marker"], color=style["color"], markerfacecolor=fill, markersize=7
-        )
+        if found is not None:
+            _draw_line(axes, found, height)
+
+
+def _draw_line(axes: Axes, found: AgainstFull, height: int) -> None:
+    """A pattern: each seed, the interval, the mean."""
+    is_window = found.row.mask.mask_type.startswith("1d_")  # one pattern under two names
+    style = figures.style_of("1d_all_neighbors" if is_window else found.row.mask.mask_type)
+    color, accuracies = style["color"], found.accuracies
+
+    seeds = accuracies.differences
+    if accuracies.interval is not None:
+        axes.plot(accuracies.interval[:2], [height, height], color=color, linewidth=2, zorder=1)
+    axes.plot(seeds, [height] * len(seeds), ".", color="0.2", markersize=4, zorder=2)
+    fill = color if found.is_significant else "white"
+    mean = {"color": color, "markerfacecolor": fill, "markersize": 7, "zorder": 3}
+    axes.plot(accuracies.mean, height, style["marker"], **mean)
 
 
 def format_differences(studies: Sequence[Study]) -> str:
@@ -99,7 +126,8 @@ def format_differences(studies: Sequence[Study]) -> str:
     for pattern in patterns_in(studies):
         found = [compared(study, pattern) for study in studies]
         lines.append([text.markdown(pattern), *map(_cell, found)])
-    return text.markdown_table(["mask", *map(label_of, studies)], lines)
+    columns = [text.markdown(f"{label_of(study)}, {setting_of(study)}") for study in studies]
+    return text.markdown_table(["mask", *columns], lines)
 
 
 def _cell(found: AgainstFull | None) -> str:

@@ -46,7 +46,7 @@ def test_the_table_has_a_line_per_mask_and_a_column_per_study(studies):
 def test_a_study_without_a_pair_is_empty(tmp_path, studies):
     nothing = write_study(tmp_path / "none")
     _, axes = overview.draw_differences([studies[0], nothing]).axes
-    assert "(n = 0 seeds)" in axes.get_title()
+    assert axes.get_title().endswith("none\n2 epochs, class token, n = 0 seeds")
     assert overview.format_differences([studies[0], nothing]).count("| – |") == 2
 
 
@@ -59,7 +59,7 @@ def test_what_is_drawn(studies):
     ]
 
     def marked(axes):
-        lines = [line for line in axes.lines if line.get_marker() not in ("None", None, "")]
+        lines = [line for line in axes.lines if line.get_marker() not in ("None", None, "", ".")]
         return {
             line.get_ydata()[0]: (line.get_xdata()[0], line.get_markerfacecolor() != "white")
             for line in lines
@@ -67,5 +67,25 @@ def test_what_is_drawn(studies):
 
     assert marked(first) == {1: (pytest.approx(0.1), False), 2: (pytest.approx(2), True)}
     assert marked(second) == {0: (pytest.approx(1), False), 1: (pytest.approx(0.1), False)}
-    assert "(n = 3 seeds)" in first.get_title()
-    assert "(n = 1–3 seeds)" in second.get_title()
+    assert first.get_title().endswith("one\n2 epochs, class token, n = 3 seeds")
+    assert second.get_title().endswith("a|b\n2 epochs, class token, n = 1 to 3 seeds")
+
+    dots = [line for line in first.lines if line.get_marker() == "."]
+    assert [list(line.get_xdata()) for line in dots] == [
+        pytest.approx([3.0, -3.0, 0.3]),
+        pytest.approx([2.0, 2.1, 1.9]),
+    ]
+
+
+def test_studies_of_the_same_data_are_told_apart(tmp_path):
+    write_run(tmp_path, accuracies=[70], pool="mean", mix=0.5, epochs=12, label="CIFAR")
+    study = comparison.study(results.group_by_pattern(logs.load_runs(tmp_path)))
+    header = overview.format_differences([study]).splitlines()[0]
+    assert header == "| mask | CIFAR, 12 epochs, mixed images |"
+
+
+def test_many_studies_are_in_several_rows(tmp_path, studies):
+    panels = overview.draw_differences([*studies, *studies]).axes
+    tops = [round(panel.get_position().y1, 2) for panel in panels]
+    assert len(panels) == 4
+    assert tops[0] == tops[1] == tops[2] > tops[3]
