@@ -139,7 +139,7 @@ def add_where(parser: argparse.ArgumentParser) -> None:
     output_help = (
         "JSON to write (default: eval_<split>.json, analysis_<split>.json or "
         "compare_<run of B>_<split>.json beside the checkpoint); with --predict: CSV to write "
-        "(default: predictions.csv there)"
+        "(default: predictions.csv there, at another size predictions_<size>.csv)"
     )
     add("--output", type=Path, metavar="FILE", help=output_help)
 
@@ -262,7 +262,7 @@ def run_prediction(args, device: torch.device) -> int:
     predictor = prediction.Predictor.load(args.checkpoint, device, *options)
     found = predictor.predict(files, args.batch_size)
 
-    output = args.output or args.checkpoint.with_name("predictions.csv")
+    output = args.output or args.checkpoint.with_name(predictor.file_name)
     picture = prediction.write(output, found, predictor.class_names)
     print(f"{prediction.describe(found, predictor.class_names)}\nwrote {output} and {picture}")
     if found.unreadable:

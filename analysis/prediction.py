@@ -26,7 +26,7 @@ import utils
 from analysis import contact_sheet
 from analysis.trained_model import load_model
 from models import VisionTransformer
-from pipeline import bit_depth, imagefiles, imagefolder, pixels
+from pipeline import bit_depth, imagefiles, imagefolder, pixels, sizes
 from pipeline.imagefiles import some_of
 from pipeline.imagefolder import UnreadableError
 from report import figures
@@ -90,6 +90,7 @@ class Predictor:
     class_names: list[str]
     mean: list[float]
     std: list[float]
+    trained_size: tuple[int, int]  # (H, W) of the images in training
     read_size: tuple[int, int]  # (H, W) to read files at
     gray_bits: dict[int, int] | None  # of the training images, see `bit_depth.find_ranges`
     device: torch.device
@@ -110,7 +111,8 @@ class Predictor:
 
         # Training images that were resized to what the model wants are so now; others had a size.
         read_size = tuple(about["image_shape"][1:])
-        if read_size == tuple(state["model_config"]["img_size"]):
+        trained_size = tuple(state["model_config"]["img_size"])
+        if read_size == trained_size:
             read_size = model.config["img_size"]
 
         bits = about.get("gray_bits")
@@ -122,11 +124,17 @@ class Predictor:
             class_names=about["class_names"],
             mean=about["mean"],
             std=about["std"],
+            trained_size=trained_size,
             read_size=read_size,
             gray_bits=bits and {int(stored): used for stored, used in bits.items()},
             device=device,
             precision=precision,
         )
+
+    @property
+    def file_name(self) -> str:
+        """Of the CSV: `predictions.csv`, at another size `predictions_192x320.csv`."""
+        return f"predictions{sizes.suffix(self.model.config['img_size'], self.trained_size)}.csv"
 
     def predict(self, files: list[Path], batch_size: int) -> Predictions:
         """Raises UserError if no file can be read."""

@@ -13,7 +13,7 @@ from torch import Tensor
 import data
 import utils
 from models import VisionTransformer
-from pipeline import identity
+from pipeline import identity, sizes
 from runtime import hardware
 from training.checkpoints import grid_of, load_checkpoint, rebuild_model
 from training.settings import EVAL_SPLITS, Settings
@@ -99,10 +99,7 @@ class TrainedModel:
     @property
     def file_suffix(self) -> str:
         """What tells this split at this size apart in names of files: `test`, `test_192x320`."""
-        size = self.model.config["img_size"]
-        if size == self.trained_size:
-            return self.split_name
-        return f"{self.split_name}_{size[0]}x{size[1]}"
+        return self.split_name + sizes.suffix(self.model.config["img_size"], self.trained_size)
 
     @property
     def split(self) -> data.Split:
@@ -176,15 +173,15 @@ def describe_resizing(state: dict, model: VisionTransformer) -> str:
         return "x".join(map(str, sides))
 
     trained = state["model_config"]
-    sizes = f"{by(model.config['img_size'])} pixels instead of {by(trained['img_size'])}"
+    change = f"{by(model.config['img_size'])} pixels instead of {by(trained['img_size'])}"
     if model.grid == grid_of(trained):
-        return f"{sizes}, the same {by(model.grid)} grid"
+        return f"{change}, the same {by(model.grid)} grid"
 
     done = f"positions interpolated from the {by(grid_of(trained))} grid to {by(model.grid)}"
     spec = Settings.from_dict(state["settings"]).mask.spec
     if any(compiled.mask is not None for compiled in model.layer_masks.different):
         done += f", the mask {spec.label} rebuilt for it"
-    return f"{sizes}: {done}"
+    return f"{change}: {done}"
 
 
 def image_request(settings: Settings, img_size: tuple[int, int], split_name: str) -> dict:

@@ -36,6 +36,11 @@ def sides_of(img_size: int | str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def suffix(size: tuple[int, int], usual: tuple[int, int]) -> str:
+    """What tells a file about images of another size than usual apart: `""` or `_192x320`."""
+    return "" if tuple(size) == tuple(usual) else f"_{size[0]}x{size[1]}"
+
+
 def in_words(img_size: int | str) -> str:
     """For sentences: 224 -> `224×224`. Anything goes, since a log may be damaged."""
     words = str(img_size).split("x")

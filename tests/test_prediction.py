@@ -161,6 +161,13 @@ def test_predictions_at_another_size_use_the_pixels_that_are_there(trained, pred
     assert float(row["probability"]) == pytest.approx(expected.max().item(), abs=1e-5)
 
 
+def test_predictions_of_two_sizes_are_two_files(trained):
+    checkpoint = trained[1] / "last.pt"
+    sizes = (None, (24, 40), (48, 80))
+    names = [prediction.Predictor.load(checkpoint, CPU, img_size=x).file_name for x in sizes]
+    assert names == ["predictions.csv", "predictions.csv", "predictions_48x80.csv"]
+
+
 def test_gray_models_read_gray(tmp_path, predict):
     flags = "--dataset digits --model vit_micro --depth 1 --img_size 16 --patch_size 4 --epochs 1"
     assert main.main([*flags.split(), "--device", "cpu", "--output_dir", str(tmp_path)]) == 0
