@@ -34,11 +34,11 @@ from benchmarks.candidates import (
     DTYPES,
     Candidate,
     attention_candidates,
-    model_candidates,
     shapes_on,
     usable_backends,
 )
 from benchmarks.memory import PEAK_MEMORY_IS, peak_memory_of
+from benchmarks.whole_models import model_candidates
 from report import figures
 from runtime import hardware
 from utils import UserError, json_list, number_type

@@ -1,4 +1,4 @@
-"""What benchmark.py times: attention patterns by backend, other libraries, and whole models.
+"""What benchmark.py times: attention patterns by backend, and other libraries.
 
 Shapes: B batch, N patches, G global tokens, T = G + N tokens, H heads, D head dim.
 """
@@ -12,17 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import attention
-import models
 from attention import diagonal
+from benchmarks.errors import largest_error
 from masks import MaskSpec
-from runtime import hardware
 
 FULL = "full SDPA"
-WITHOUT = "no attention"
 OURS = tuple(name for name in attention.BACKENDS if name not in ("auto", "measure"))
 BACKENDS = ("auto", *OURS, "uncompiled", "local-attention", "natten")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,8 +30,6 @@ SHAPES = {
     "cpu": {14: (8, 12), 28: (2, 12), 56: (1, 12), 112: (1, 3)},
     "cuda": {14: (128, 12), 28: (32, 12), 64: (8, 12), 128: (2, 12)},
 }
-PATCH_SIZE = 4  # of the models; their images have PATCH_SIZE * grid pixels per side
-NUM_CHECKED_ROWS = 32
 
 # At the border, NATTEN's windows are shifted instead of truncated: the speed is comparable, but the
 # pattern is not the same and so cannot be checked.
@@ -289,206 +284,3 @@ def natten_peer(mask: Tensor) -> Callable:
         return na2d(q, k, v, kernel_size=window).flatten(1, 2)
 
     return attend
-
-
-# -------------------------------------------------------------------------------------------------
-# Checking attention
-
-
-def largest_error(
-    attend: Callable,
-    qkv: Tensor,
-    mask: Tensor | None,
-    num_global: int,
-    of_one_image: bool | None = None,
-) -> float:
-    """Largest error of outputs and gradients against dense attention in float64.
-
-    Only some rows are compared and receive a gradient: a float64 matrix of all rows would be large.
-    With `of_one_image`, the default on CUDA, where batches are large, these are rows of the last
-    image's first and last head.
-    """
-    num_tokens = qkv.shape[1]
-    on_cuda = qkv.device.type == "cuda"
-    where = qkv.device if on_cuda else torch.device("cpu")  # Apple's GPUs have no float64
-    images, heads = slice(None), slice(None)
-    if on_cuda if of_one_image is None else of_one_image:
-        images, heads = slice(-1, None), sorted({0, qkv.shape[3] - 1})
-
-    def part(x: Tensor) -> Tensor:
-        """What is compared of [B, T, ..., H, D]."""
-        return x.detach()[images][..., heads, :].to(where, torch.float64)
-
-    rows = checked_rows(num_tokens)
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.zeros_like(qkv[:, :, 0])  # [B, T, H, D]
-    part_grad = part(grad)  # [b, T, h, D]
-    part_grad[:, rows] = torch.randn(part_grad[:, rows].shape, generator=generator).to(part_grad)
-    # The rounding of `grad` must not count as an error of what is computed from it.
-    part_grad = part_grad.to(grad.dtype).to(torch.float64)
-    grad[images, :, heads] = part_grad.to(grad)
-    out = attend(qkv)
-    (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
-
-    exact_qkv = part(qkv).requires_grad_()
-    q, k, v = exact_qkv.permute(2, 0, 3, 1, 4)  # each [b, h, T, D]
-    scores = q[:, :, rows] @ k.transpose(-1, -2) / qkv.shape[-1] ** 0.5  # [b, h, rows, T]
-    if mask is not None:
-        allowed = torch.ones(len(rows), num_tokens, dtype=torch.bool)
-        is_patch = rows >= num_global
-        allowed[is_patch, num_global:] = mask[rows[is_patch] - num_global]
-        scores = scores.masked_fill(~allowed.to(where), float("-inf"))
-    exact = (scores.softmax(-1) @ v).transpose(1, 2)  # [b, rows, h, D]
-    (exact_grad,) = torch.autograd.grad(exact, exact_qkv, part_grad[:, rows])
-
-    output_error = (part(out)[:, rows] - exact).abs().max()
-    gradient_error = (part(grad_qkv) - exact_grad).abs().max()
-    return largest([output_error, gradient_error])
-
-
-def largest(errors: list[Tensor]) -> float:
-    """The largest error, or NaN if any of them is NaN (which Python's max() would miss)."""
-    return torch.stack(errors).max().item()
-
-
-def checked_rows(num_tokens: int) -> Tensor:
-    """Rows to compare: some spread out, the global token among them, and some consecutive ones.
-
-    Consecutive rows share keys, so that sums of gradients are checked too.
-    """
-    half = NUM_CHECKED_ROWS // 2
-    spread_out = torch.linspace(0, num_tokens - 1, min(num_tokens, half)).long()
-    consecutive = num_tokens // 2 + torch.arange(min(num_tokens // 2, half))
-    return torch.cat([spread_out, consecutive]).unique()
-
-
-# -------------------------------------------------------------------------------------------------
-# Whole models
-
-
-def model_candidates(args, grid: int, backends: list[str], device: torch.device) -> list[Candidate]:
-    """Standard ViTs with a class token: ours, with full attention and each pattern, and timm's."""
-    batch_size, _ = shape_of(args, grid, device)
-    img_size = PATCH_SIZE * grid
-    config = {"img_size": img_size, "patch_size": PATCH_SIZE, "dropout": 0.0}
-    config |= models.PRESETS[args.model]
-    if args.depth:
-        config["depth"] = args.depth
-    if args.num_heads:
-        config["num_heads"] = args.num_heads
-
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, img_size, img_size, generator=generator).to(device)
-    labels = torch.arange(batch_size, device=device) % config.get("num_classes", 10)
-
-    def build(spec: MaskSpec, backend: str) -> models.VisionTransformer:
-        torch.manual_seed(0)
-        masks = spec.build_layers(grid, grid, config["depth"])
-        model = models.VisionTransformer(**config, attention_mask=masks, backend=backend)
-        if args.compile != "off":
-            model.compile_blocks(args.compile)
-        return model.to(device)
-
-    def step(model: torch.nn.Module) -> Tensor:
-        model.zero_grad()
-        with hardware.autocast(device, args.dtype):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        return loss.detach()
-
-    def candidate(
-        backend: str,
-        mask: MaskSpec,
-        num_neighbors_mean: float,
-        model: torch.nn.Module,
-        reference: torch.nn.Module | None = None,
-        ceiling: float = 1.0,
-    ) -> Candidate:
-        has_reference = reference is not None
-        return Candidate(
-            backend=backend,
-            mask=mask,
-            num_neighbors_mean=num_neighbors_mean,
-            num_sequences=batch_size,
-            ceiling=ceiling,
-            run=lambda: step(model),
-            check=(lambda: model_error(step, model, reference)) if has_reference else None,
-        )
-
-    full = build(MaskSpec(), "dense")
-    full_flops = models.count_forward_flops(full)
-    bare = without_attention(build(MaskSpec(), "dense"))
-    bare_ceiling = full_flops["total"] / (full_flops["total"] - full_flops["attention"])
-    candidates = [
-        candidate(FULL, MaskSpec(), grid * grid, full),
-        candidate(WITHOUT, MaskSpec(), 0, bare, ceiling=bare_ceiling),
-    ]
-    if "timm" in backends:
-        twin = timm_twin(full).to(device)
-        if args.compile != "off":
-            twin = torch.compile(twin, mode=args.compile, dynamic=False)
-        candidates.append(candidate("timm", MaskSpec(), grid * grid, twin, full))
-
-    our_backends = [name for name in backends if name in attention.BACKENDS]
-    for spec in masks_of(args):
-        reference = build(spec, "dense")
-        num_neighbors_mean = reference.layer_masks.mean_neighbors(grid * grid)
-        ceiling = full_flops["total"] / models.count_forward_flops(reference)["total"]
-        for backend in our_backends:
-            model = build(spec, backend)
-            if backend == "auto":
-                choose_for_model(model, batch_size, DTYPES[args.dtype], device)
-            if backend in ("auto", model.layer_masks.backend):
-                candidates.append(
-                    candidate(backend, spec, num_neighbors_mean, model, reference, ceiling)
-                )
-    return candidates
-
-
-def choose_for_model(
-    model: models.VisionTransformer, batch_size: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    num_heads = model.config["num_heads"]
-    head_dim = model.config["embed_dim"] // num_heads
-    for compiled in model.layer_masks.different:
-        choose(compiled, batch_size, num_heads, head_dim, dtype, device)
-
-
-def model_error(step: Callable, model: torch.nn.Module, reference: torch.nn.Module) -> float:
-    """Largest relative difference of the losses and of the position embeddings' gradients.
-
-    Differences are divided by the largest reference value, because these gradients are small.
-    """
-    pairs = [
-        (step(model), step(reference)),
-        (model.pos_embed.grad, reference.pos_embed.grad),
-    ]
-    return largest([(found - right).abs().max() / right.abs().max() for found, right in pairs])
-
-
-class ValuesAlone(models.Attention):
-    """An attention layer without the attention: values pass through unchanged."""
-
-    def forward(self, x: Tensor, compiled: attention.CompiledMask) -> Tensor:
-        _, _, v = self.qkv(x).chunk(3, dim=-1)
-        return self.proj_drop(self.proj(v))
-
-
-def without_attention(model: models.VisionTransformer) -> models.VisionTransformer:
-    """Remove attention from a model: no pattern and no backend can be faster than this."""
-    size = {name: model.config[name] for name in ("embed_dim", "num_heads", "dropout")}
-    for block in model.blocks:
-        values_alone = ValuesAlone(**size)
-        values_alone.load_state_dict(block.attn.state_dict())
-        block.attn = values_alone.to(block.norm1.weight.device)
-    return model
-
-
-def timm_twin(model: models.VisionTransformer) -> torch.nn.Module:
-    """timm's ViT with the same sizes and weights."""
-    from timm.models import VisionTransformer
-
-    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
-    twin = VisionTransformer(**{name: model.config[name] for name in names})
-    twin.load_state_dict(model.state_dict())
-    return twin

@@ -700,7 +700,7 @@ def test_a_kernel_that_the_compiler_rejects_runs_uncompiled(compiled_here, monke
 
 def test_errors_are_computed_on_a_device_that_has_float64(monkeypatch):
     """Apple's GPUs lack it: tensors are copied to the CPU first."""
-    from benchmarks import candidates
+    from benchmarks import errors
 
     class OnApple(torch.Tensor):
         def double(self):
@@ -711,7 +711,7 @@ def test_errors_are_computed_on_a_device_that_has_float64(monkeypatch):
 
     qkv = random_qkv(13, dtype=torch.float32).detach().as_subclass(OnApple).requires_grad_()
     compiled = local_mask("dense")
-    error = candidates.largest_error(lambda x: attend_packed(x, compiled), qkv, compiled.mask, 1)
+    error = errors.largest_error(lambda x: attend_packed(x, compiled), qkv, compiled.mask, 1)
     assert error < 1e-5
 
 

@@ -12,7 +12,7 @@ import benchmark
 import masks
 import models
 import utils
-from benchmarks import candidates, charts, memory
+from benchmarks import candidates, charts, errors, memory, whole_models
 from runtime import hardware
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_on_one_image_and_two_heads_an_error_is_found_there(wrong):
         return out + where
 
     def error_of(function):
-        return candidates.largest_error(function, qkv, mask, 1, of_one_image=True)
+        return errors.largest_error(function, qkv, mask, 1, of_one_image=True)
 
     assert error_of(attend) < 1e-5
     found = error_of(lambda qkv: attend(qkv, 0.5))
@@ -116,7 +116,7 @@ def test_compiled_models_are_checked_and_timed(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     args = benchmark.parse_args([*LIGHT, "--level", "model", "--model", "vit_micro"])
     args.compile = "default"
-    made = candidates.model_candidates(args, 3, ["dense", "timm"], CPU)
+    made = whole_models.model_candidates(args, 3, ["dense", "timm"], CPU)
     assert len(compiled) > len(made)  # the references, too
     assert all(c.check() < 1e-4 for c in made if c.check is not None)
 
@@ -144,7 +144,7 @@ def test_separate_q_k_and_v_are_checked_and_timed():
 
 def test_models_compute_the_same_and_have_a_ceiling():
     args = benchmark.parse_args([*LIGHT, "--level", "model", "--model", "vit_micro"])
-    made = candidates.model_candidates(args, 3, ["dense", "timm"], CPU)
+    made = whole_models.model_candidates(args, 3, ["dense", "timm"], CPU)
     assert [c.backend for c in made] == ["full SDPA", "no attention", "timm", "dense", "dense"]
     assert all(c.check() < 1e-4 for c in made[2:])
     assert made[2].ceiling == 1
@@ -157,7 +157,10 @@ def test_auto_is_measured_as_it_chooses(level, monkeypatch):
     monkeypatch.setattr(attention, "choose_backend", lambda *args, **kwargs: choice)
     monkeypatch.setattr(candidates.diagonal, "can_compile", lambda device_type: False)
     args = benchmark.parse_args([*LIGHT, "--level", level, "--model", "vit_micro"])
-    build = candidates.attention_candidates if level == "attention" else candidates.model_candidates
+    build = {
+        "attention": candidates.attention_candidates,
+        "model": whole_models.model_candidates,
+    }[level]
     made = build(args, 3, ["auto"], CPU)
     assert [c.backend for c in made if c.mask.mask_type != "full"] == ["auto"] * 2
     assert made[-1].check() < 1e-4
@@ -179,19 +182,19 @@ def test_a_model_with_another_mask_is_seen():
         return loss.detach()
 
     images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    assert candidates.model_error(step, build(1), build(1)) == 0
-    assert candidates.model_error(step, build(1), build(2)) > 0.1
+    assert whole_models.model_error(step, build(1), build(1)) == 0
+    assert whole_models.model_error(step, build(1), build(2)) > 0.1
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 9, 12545])
 def test_checked_rows_contain_both_ends_and_consecutive_rows(num_tokens):
-    rows = candidates.checked_rows(num_tokens).tolist()
+    rows = errors.checked_rows(num_tokens).tolist()
     assert rows == sorted(set(rows))
     assert (rows[0], rows[-1]) == (0, num_tokens - 1)
-    assert len(rows) <= candidates.NUM_CHECKED_ROWS
-    if num_tokens > candidates.NUM_CHECKED_ROWS:
+    assert len(rows) <= errors.NUM_CHECKED_ROWS
+    if num_tokens > errors.NUM_CHECKED_ROWS:
         num_consecutive = sum(b - a == 1 for a, b in itertools.pairwise(rows))
-        assert num_consecutive >= candidates.NUM_CHECKED_ROWS // 2 - 1
+        assert num_consecutive >= errors.NUM_CHECKED_ROWS // 2 - 1
 
 
 def test_an_interrupt_keeps_the_grids_that_are_done(tmp_path, monkeypatch):
@@ -218,7 +221,7 @@ def test_a_wrong_candidate_is_refused():
     wrong = masks.build_attention_mask("2d_all_neighbors", 1, 3, 3)
     attend = attend_with(attention.compile_mask(wrong, 0, "dense"))
     qkv = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
-    made[1].check = lambda: candidates.largest_error(attend, qkv, mask, 0)
+    made[1].check = lambda: errors.largest_error(attend, qkv, mask, 0)
     with pytest.raises(utils.UserError, match="2d_cardinal, step 1: dense is off by"):
         benchmark.prepare(made, 1e-4, CPU)
 
@@ -252,8 +255,8 @@ def test_a_wrong_gradient_is_seen():
     qkv = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
     right = attend_with(compiled)
     wrong = attend_with(compiled, before=gradient_times(1.01).apply)
-    assert candidates.largest_error(right, qkv, None, 0) < 1e-5
-    assert candidates.largest_error(wrong, qkv, None, 0) > 1e-4
+    assert errors.largest_error(right, qkv, None, 0) < 1e-5
+    assert errors.largest_error(wrong, qkv, None, 0) > 1e-4
 
 
 def test_a_gradient_of_nan_is_seen():
@@ -261,7 +264,7 @@ def test_a_gradient_of_nan_is_seen():
     compiled = attention.compile_mask(None)
     qkv = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
     wrong = attend_with(compiled, before=gradient_times(float("nan")).apply)
-    assert np.isnan(candidates.largest_error(wrong, qkv, None, 0))
+    assert np.isnan(errors.largest_error(wrong, qkv, None, 0))
 
 
 def test_quartiles():
