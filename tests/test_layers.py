@@ -20,7 +20,7 @@ from analysis.observers import AttentionMeasures
 from masks import MaskSpec
 from models import VisionTransformer
 from report import logs, results
-from training import checkpoints
+from training import building, checkpoints
 
 GRID = (3, 4)
 SMALL = {
@@ -256,12 +256,12 @@ def test_an_analysis_of_layers_is_drawn(output):
 
 def test_a_run_goes_on_with_the_backends_it_began_with(output, tmp_path):
     settings = main.resolve_settings(main.parse_args([*DIGITS, *LAYERED]))
-    model = main.build_model(settings, 1, 10)
+    model = building.build_model(settings, 1, 10)
     recorded = [
         {"backend": name, "backend_reason": "then"} for name in ("dense", "native", "dense")
     ]
     device = torch.device("cpu")
-    choices = main.recorded_choices({"masks": recorded}, model, settings, device)
+    choices = building.recorded_choices({"masks": recorded}, model, settings, device)
     model.layer_masks.apply_choices(choices)
     assert [compiled.backend for compiled in model.layer_masks] == ["dense", "native"] + [
         "dense"

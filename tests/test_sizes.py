@@ -20,7 +20,7 @@ import plot_result
 import utils
 from pipeline import augment, mixing, pixels, sizes
 from sweep import plan
-from training import checkpoints
+from training import building, checkpoints
 from training.command_line import parse_args, resolve_settings
 from training.settings import Settings
 
@@ -116,7 +116,7 @@ def test_on_a_3x5_grid_a_patch_reaches_just_its_neighbors(mask_type):
     flags = ["--img_size", "24x40", "--patch_size", "8", "--mask_type", mask_type]
     flags += ["--model", "vit_micro", "--depth", "1", "--pool", "mean", "--device", "cpu"]
     settings = resolve_settings(parse_args(flags))
-    model = main.build_model(settings, 3, 4).eval()
+    model = building.build_model(settings, 3, 4).eval()
     assert model.grid == (3, 5)
 
     tokens = []
