@@ -26,9 +26,9 @@ import utils
 from analysis import contact_sheet
 from analysis.trained_model import load_model
 from models import VisionTransformer
-from pipeline import bit_depth, imagefiles, imagefolder, pixels, sizes
+from pipeline import bit_depth, decoding, imagefiles, imagefolder, in_threads, pixels, sizes
+from pipeline.decoding import UnreadableError
 from pipeline.imagefiles import some_of
-from pipeline.imagefolder import UnreadableError
 from report import figures
 from runtime import hardware
 from training.settings import Settings
@@ -143,7 +143,7 @@ class Predictor:
         has_tiff = any(header.is_tiff for header in headers.values())
         to_show = set(spread(list(headers), NUM_SHOWN))
 
-        with imagefolder.quiet_libraries(has_tiff) as stream:
+        with in_threads.quiet_libraries(has_tiff) as stream:
             ranges, remarks = self.ranges_of(headers, found.unreadable, stream)
             batches = self.read_batches(list(headers), batch_size, ranges, found.unreadable, stream)
             for paths, images in batches:
@@ -173,7 +173,7 @@ class Predictor:
 
         def read(path: Path) -> Tensor | None:
             try:
-                image = imagefolder.read_image(path, *self.read_size, ranges)
+                image = decoding.read_image(path, *self.read_size, ranges)
             except UnreadableError as error:
                 unreadable[path] = error
                 return None
@@ -182,7 +182,7 @@ class Predictor:
 
         is_hidden = not stream.isatty()
         with (
-            ThreadPoolExecutor(imagefolder.num_threads()) as pool,
+            ThreadPoolExecutor(in_threads.num_threads()) as pool,
             tqdm(desc="predicting", total=len(files), disable=is_hidden, file=stream) as bar,
         ):
             for start in range(0, len(files), batch_size):
@@ -252,6 +252,6 @@ def describe(found: Predictions, class_names: list[str]) -> str:
 
 def reasons_of(unreadable: dict[Path, UnreadableError]) -> str:
     reasons = [
-        f"{path} ({imagefolder.short_reason(error)})" for path, error in sorted(unreadable.items())
+        f"{path} ({decoding.short_reason(error)})" for path, error in sorted(unreadable.items())
     ]
     return some_of(reasons, NAMES_SHOWN)

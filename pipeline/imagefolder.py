@@ -9,54 +9,42 @@ wants. A file `label.txt` in the root sets the display name (default: the folder
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
+from PIL import Image
 
 import utils
 from pipeline import bit_depth, identity
+from pipeline.decoding import (
+    Header,
+    UnreadableError,
+    largest_value,
+    read_header,
+    read_image,
+    short_reason,
+)
 from pipeline.imagefiles import (
     ImageFiles,
     names_of_classes,
     read_label,
-    readable_formats,
     some_of,
 )
+from pipeline.in_threads import attempt, quiet_libraries
 from pipeline.layout import DEFAULT, Layout
-from utils import UserError, first_line
+from utils import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Labeled = tuple[Tensor, Tensor]  # uint8 images [n, 3, H, W], int64 labels [n]
 
-MAX_PIXELS = 64_000_000  # per file; decoding takes 4 bytes per pixel, 8 with transparency
-CHUNK = 8  # files that a thread takes at a time
 UNREADABLE_SHOWN = 20
 EXAMPLES_SHOWN = 3
-
-# A tag of TIFF 6.0 that says what the channels beyond color are, and its values for opacity.
-EXTRA_SAMPLES = 338
-OPACITY = (1, 2)
-
-# Only one reader at a time may redirect stderr; a second one would save, and later restore, the
-# first one's replacement.
-STDERR_LOCK = threading.Lock()
-
-
-class UnreadableError(UserError):
-    """A file that should be an image but cannot be read."""
 
 
 @dataclass
@@ -69,17 +57,6 @@ class Folder:
     label: str  # display name in tables and plots
     files: dict  # from identity.fingerprint
     notes: dict = field(default_factory=dict)  # anything unusual, for config.json
-
-
-@dataclass(frozen=True)
-class Header:
-    """What is known about an image before its pixels are decoded."""
-
-    size: tuple[int, int]  # (width, height), after rotation by the EXIF orientation
-    depth: bit_depth.Depth | None  # None for 8 bits or fewer
-    is_tiff: bool
-    is_animated: bool
-    has_unused_channels: bool
 
 
 def read(
@@ -177,7 +154,7 @@ def _relative(paths: list[Path], root: Path) -> list[str]:
 
 def read_headers(paths: list[Path], unreadable: dict[Path, UnreadableError]) -> dict[Path, Header]:
     """The headers that can be read; the other files are added to `unreadable`."""
-    headers = _attempt(read_header, paths, "reading headers", unreadable, sys.stderr)
+    headers = attempt(read_header, paths, "reading headers", unreadable, sys.stderr)
 
     pairs = zip(paths, headers, strict=True)
     return {path: header for path, header in pairs if header is not None}
@@ -189,7 +166,7 @@ def find_ranges(
     """The range of values of gray images with more than 8 bits, and remarks for the user."""
     depths = {path: header.depth for path, header in headers.items() if header.depth is not None}
     paths = list(depths)
-    largest = _attempt(_largest_value, paths, "reading the range of values", unreadable, stream)
+    largest = attempt(largest_value, paths, "reading the range of values", unreadable, stream)
     return bit_depth.find_ranges(dict(zip(paths, largest, strict=True)), depths)
 
 
@@ -245,7 +222,7 @@ def _read_split(
         pixels = np.array(read_image(path, height, width, ranges))  # [H, W, 3]
         images[index_of[path]] = torch.from_numpy(pixels).permute(2, 0, 1)
 
-    _attempt(fill, paths, "reading images", unreadable, stream)
+    attempt(fill, paths, "reading images", unreadable, stream)
 
     is_readable = torch.tensor([path not in unreadable for path in paths])
     if is_readable.all():
@@ -292,198 +269,3 @@ def _report_skipped(root: Path, unreadable: dict[Path, UnreadableError], notes: 
     noun = "image" if len(names) == 1 else "images"
     examples = some_of(names, UNREADABLE_SHOWN)
     warn(f"{root}: left out {len(names)} {noun} that cannot be read: {examples}")
-
-
-def short_reason(error: UnreadableError) -> str:
-    if error.__cause__ is None:
-        return f"more than {MAX_PIXELS // 1_000_000} million pixels"
-    return _reason(error.__cause__)
-
-
-def _reason(error: BaseException) -> str:
-    """On one line, without the name of the file."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not in a format that Pillow can read"
-    return first_line(error)
-
-
-# --------------------------------------------------------------------------------------------------
-# One file
-
-
-def read_image(
-    path: Path, height: int, width: int, ranges: bit_depth.Ranges | None = None
-) -> Image.Image:
-    """The file as RGB, resized and center-cropped to height x width if it has another size.
-
-    A copy of a large image takes hundreds of megabytes, so it is rotated in place, and resized
-    before the transparency is resolved.
-    """
-    with _opened(path) as image:
-        # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is enough.
-        enough = 2 * max(height, width)
-        image.draft(None, (enough, enough))
-        image.load()  # the first frame of an animation
-        ImageOps.exif_transpose(image, in_place=True)
-
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
-        if image.mode.startswith("I"):  # 16- or 32-bit gray, which convert() would clip at 255
-            image = _gray_to_8_bits(image, ranges or {})
-
-        mode = "RGBA" if image.has_transparency_data else "RGB"
-        if image.mode != mode:
-            image = image.convert(mode)
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), Image.BILINEAR)
-
-        if mode == "RGBA":
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image).convert("RGB")
-        return image
-
-
-def _gray_to_8_bits(image: Image.Image, ranges: bit_depth.Ranges) -> Image.Image:
-    values = np.asarray(image)
-    pixels = bit_depth.to_8_bits(values, bit_depth.depth_of(image), ranges)
-
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # a PNG may declare one value to be transparent
-        pixels[values == transparent] = 255
-    return Image.fromarray(pixels)
-
-
-def read_header(path: Path) -> Header:
-    with _opened(path) as image:
-        # Not image.getexif(), which for a PNG decodes the whole file.
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-
-        # For a TIFF, Pillow gives the size after rotation.
-        is_on_its_side = orientation in (5, 6, 7, 8) and image.format != "TIFF"
-        size = image.size[::-1] if is_on_its_side else image.size
-
-        # The second picture in a phone's JPEG (MPO) may be a preview.
-        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
-
-        extra_channels = getattr(image, "tag_v2", {}).get(EXTRA_SAMPLES, ())
-        return Header(
-            size=size,
-            depth=bit_depth.depth_of(image),
-            is_tiff=image.format == "TIFF",
-            is_animated=is_animated,
-            has_unused_channels=any(meaning not in OPACITY for meaning in extra_channels),
-        )
-
-
-def _largest_value(path: Path) -> int:
-    with _opened(path) as image:
-        return bit_depth.largest_value(image)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image in a file, not yet decoded.
-
-    Whatever fails here or in the caller's block becomes an UnreadableError that names the file.
-    """
-    try:
-        # Restricted to these formats, as Pillow would pass an EPS to Ghostscript, which runs it.
-        with Image.open(path, formats=readable_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UnreadableError(
-                    f"{path} has {image.width}x{image.height} pixels, more than "
-                    f"{MAX_PIXELS // 1_000_000} million; make it smaller"
-                )
-            yield image
-    except (UnreadableError, MemoryError):
-        raise
-    except Exception as error:  # Pillow may raise anything
-        reason = _reason(error)
-        raise UnreadableError(
-            f"cannot read {path} as an image: {reason}; remove or replace it"
-        ) from error
-
-
-# --------------------------------------------------------------------------------------------------
-# Many files
-
-
-def _attempt(
-    function: Callable,
-    paths: list[Path],
-    title: str,
-    unreadable: dict[Path, UnreadableError],
-    stream: TextIO,
-) -> list:
-    """`function` of every path; None for those that fail, which are added to `unreadable`."""
-
-    def attempt(path):
-        try:
-            return function(path)
-        except UnreadableError as error:
-            unreadable[path] = error
-            return None
-
-    return map_with_bar(attempt, paths, title, stream)
-
-
-def map_with_bar(function: Callable, items, title: str, stream: TextIO) -> list:
-    """`function` of every item, in threads, as decoding releases the GIL.
-
-    Threads take items in chunks. Handing over small images one by one would cost more time waiting
-    for the GIL than the images take.
-    """
-    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-    is_hidden = not stream.isatty()
-    stopping = threading.Event()
-    results = []
-
-    def work(chunk) -> list:
-        return [function(item) for item in chunk if not stopping.is_set()]
-
-    with (
-        ThreadPoolExecutor(num_threads()) as pool,
-        tqdm(desc=title, total=len(items), leave=False, disable=is_hidden, file=stream) as bar,
-    ):
-        try:
-            for done in pool.map(work, chunks):
-                results += done
-                bar.update(len(done))
-        except BaseException:  # including Ctrl-C; the pool would read all other files first
-            stopping.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
-
-
-def num_threads() -> int:
-    return min(16, os.cpu_count() or 1)
-
-
-@contextlib.contextmanager
-def quiet_libraries(has_tiff: bool) -> Iterator[TextIO]:
-    """If there are TIFFs, hide what C libraries write to stderr; yields a stream to the real one.
-
-    About the pixels of odd files libtiff prints remarks of its own, next to the error that names
-    the file.
-    """
-    with STDERR_LOCK if has_tiff else contextlib.nullcontext():
-        try:
-            descriptor = os.dup(2) if has_tiff else None
-        except OSError:  # stderr is closed
-            descriptor = None
-        if descriptor is None:
-            yield sys.stderr
-            return
-
-        with (
-            open(descriptor, "w", errors="backslashreplace") as stream,
-            open(os.devnull, "w") as nowhere,
-        ):
-            sys.stderr.flush()
-            try:
-                os.dup2(nowhere.fileno(), 2)
-                yield stream
-            finally:
-                stream.flush()
-                os.dup2(descriptor, 2)

@@ -17,7 +17,7 @@ from PIL import EpsImagePlugin, Image
 
 import main
 import utils
-from pipeline import imagefiles, imagefolder
+from pipeline import decoding, imagefiles, imagefolder, in_threads
 from runtime import distributed
 from utils import UserError
 
@@ -44,7 +44,7 @@ def read_tree(root):
 
 
 def read_one(path, side=8):
-    return np.asarray(imagefolder.read_image(path, side, side)).astype(int)
+    return np.asarray(decoding.read_image(path, side, side)).astype(int)
 
 
 def is_plain(pixels, color, tolerance=0):
@@ -543,7 +543,7 @@ def test_stderr_is_restored_after_two_threads_have_read_at_once(tmp_path, capfd)
     first_is_in, second_may_go = threading.Event(), threading.Event()
 
     def read(others_turn, mine):
-        with imagefolder.quiet_libraries(has_tiff=True):
+        with in_threads.quiet_libraries(has_tiff=True):
             others_turn.set()
             mine.wait(0.2)
 
@@ -806,7 +806,7 @@ def test_several_frames_are_a_warning(tmp_path, capsys):
 def test_floats_are_refused(tmp_path):
     Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match=r"float\.tif.*floating-point"):
-        imagefolder.read_image(tmp_path / "float.tif", 8, 8)
+        decoding.read_image(tmp_path / "float.tif", 8, 8)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -822,7 +822,7 @@ def test_damaged_bytes_give_an_image_or_a_user_error(tmp_path, name):
             damaged[position] = generator.integers(256)
         (tmp_path / name).write_bytes(damaged)
         with contextlib.suppress(UserError):
-            imagefolder.read_header(tmp_path / name)
+            decoding.read_header(tmp_path / name)
             assert read_one(tmp_path / name).shape == (8, 8, 3)
 
 
@@ -841,7 +841,7 @@ def test_the_first_failure_stops_the_reading(monkeypatch):
         time.sleep(0.001)
 
     with pytest.raises(KeyboardInterrupt):
-        imagefolder.map_with_bar(fail_early, range(5000), "", sys.stderr)
+        in_threads.map_with_bar(fail_early, range(5000), "", sys.stderr)
     assert len(calls) < 1000
 
 
@@ -854,5 +854,5 @@ def test_no_file_is_left_open(tmp_path):
     before = len(os.listdir(descriptors))
     imagefolder.read(tmp_path, (8, 8))
     with pytest.raises(UserError):
-        imagefolder.read_image(tmp_path / "bad.png", 8, 8)
+        decoding.read_image(tmp_path / "bad.png", 8, 8)
     assert len(os.listdir(descriptors)) == before
