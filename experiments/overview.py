@@ -1,6 +1,9 @@
-"""All studies side by side: the figure and the table at the top of the README.
+"""The studies side by side: the figure and the table at the top of the README.
 
-python experiments/overview.py   # writes experiments/logs/overview.png, .svg and .md
+    python experiments/overview.py
+
+Writes experiments/logs/overview.png, .svg and .md, and the same as recipes.* for the studies of
+CIFAR images that differ in how they are trained. Studies without results yet are left out.
 """
 
 from __future__ import annotations
@@ -15,18 +18,41 @@ import utils
 from report import comparison, figures, logs, overview, results
 
 LOGS = utils.REPOSITORY / "experiments" / "logs"
-STUDIES = ("digits",)
+STUDIES = {
+    "overview": (
+        "digits",
+        "cifar10-jpeg",
+        "fashion_mnist",
+        "tiny-imagenet-20",
+        "cifar10-jpeg-pixels",
+    ),
+    "recipes": (
+        "cifar10-jpeg",
+        "cifar10-jpeg-20-epochs",
+        "cifar10-jpeg-cutmix",
+        "cifar10-jpeg-class-token",
+    ),
+}
 
 
-def load() -> list[comparison.Study]:
-    runs = [logs.load_runs(LOGS / name) for name in STUDIES]
-    return [comparison.study(results.group_by_pattern(runs_of_one)) for runs_of_one in runs]
+def load(name: str) -> list[comparison.Study]:
+    """Those of a group that have a finished run to compare with full attention."""
+    found = []
+    for folder in STUDIES[name]:
+        runs = logs.load_runs(LOGS / folder)
+        study = comparison.study(results.group_by_pattern(runs))
+        if study.against_full:
+            found.append(study)
+        else:
+            print(f"{name}: no results of {folder} yet")
+    return found
 
 
 def main() -> None:
-    studies = load()
-    figures.save_as(overview.draw_differences(studies), LOGS / "overview")
-    utils.write_text(LOGS / "overview.md", overview.format_differences(studies))
+    for name in STUDIES:
+        if studies := load(name):
+            figures.save_as(overview.draw_differences(studies), LOGS / name)
+            utils.write_text(LOGS / f"{name}.md", overview.format_differences(studies))
 
 
 if __name__ == "__main__":
