@@ -15,8 +15,9 @@ from processes import alive, wait_for
 import utils
 from masks import MaskSpec
 from runtime import exit_codes
-from sweep import gpus, launch, slurm, torchrun
+from sweep import gpus, launch, torchrun
 from sweep.plan import PlannedRun
+from sweep.slurm_task import RulesOnNodes, Task
 
 TORCHRUN = utils.REPOSITORY / "sweep" / "torchrun.py"
 
@@ -212,7 +213,7 @@ def test_torchrun_without_a_meeting_place_says_so():
 
 def test_a_job_that_has_saved_nothing_in_its_time_is_not_requeued(tmp_path):
     run = PlannedRun(MaskSpec(), 0, tmp_path, ())
-    task = slurm.Task(run, slurm.RulesOnNodes(tmp_path), tmp_path, on_gpu=False, minutes=60)
+    task = Task(run, RulesOnNodes(tmp_path), tmp_path, on_gpu=False, minutes=60)
     now = time.time()
     assert task.has_wasted_its_time(now - 57 * 60)
     assert not task.has_wasted_its_time(now - 60)  # preempted early
