@@ -20,7 +20,7 @@ usage() {
     cat <<'END'
 usage: bash experiments/study.sh PART [OPTIONS of run_experiments.py]
 
-  digits        digits of scikit-learn, 8x8 patches, 9 patterns, 5 seeds
+  digits        digits of scikit-learn, 8x8 patches, 8 patterns, 5 seeds
   cifar         CIFAR images, 8x8 patches, 8 patterns, 3 seeds
   longer        the same for 20 epochs instead of 12, full attention and the plus of 9, 3 seeds
   rates         the same at three learning rates, on held-out training images, one seed
@@ -29,7 +29,7 @@ usage: bash experiments/study.sh PART [OPTIONS of run_experiments.py]
   fashion       Fashion-MNIST, 14x14 patches, 6 patterns, 2 seeds
   tiny          20 classes of Tiny ImageNet, 16x16 patches, 5 patterns, 2 seeds, 20 minutes a run
   pixels        5,000 CIFAR images, each pixel a patch, 3 patterns, 2 seeds, 20 minutes a run
-  analyses      where the models of cifar look, and on which images they disagree
+  analyses      where the models of digits and cifar look, and on which images they disagree
 END
 }
 
@@ -145,13 +145,16 @@ pixels() {
 }
 
 analyses() {
-    local run seed runs=$LOGS/cifar10-jpeg
-    for run in "$runs"/*/seed_*/last.pt; do
+    for run in "$LOGS"/{digits,cifar10-jpeg}/*/seed_*/last.pt; do
         "$PYTHON" eval.py --checkpoint "$run" --analyze
     done
-    for seed in 0 1 2; do
-        "$PYTHON" eval.py --compare "$runs/2d_cardinal_expansion_2/seed_$seed/last.pt" \
-            "$runs/full/seed_$seed/last.pt"
+    disagreements digits 2d_all_neighbors_expansion_2
+    disagreements cifar10-jpeg 2d_cardinal_expansion_2
+}
+
+disagreements() { # FOLDER PATTERN
+    for full in "$LOGS/$1"/full/seed_*; do
+        "$PYTHON" eval.py --compare "$LOGS/$1/$2/$(basename "$full")/last.pt" "$full/last.pt"
     done
 }
 

@@ -19,6 +19,10 @@ PANELS_PER_ROW = 3
 PANEL = (2.6, 0.3)  # inches: the width of a panel, the height of one of its lines
 NAMES = 1.3  # inches beside the panels
 COLUMNS = 30  # of text, in the title of a panel
+XLABEL = (
+    "accuracy minus that of full attention, in points: to the right, local attention is better\n"
+    "(each panel has a scale of its own)"
+)
 
 SHAPES = {
     "1d_cardinal": "1D window",
@@ -87,7 +91,7 @@ def draw_differences(studies: Sequence[Study]) -> Figure:
             _draw_panel(axes, study, patterns)
     panels[0].set_yticks(range(len(patterns)), patterns)
     panels[0].invert_yaxis()  # the first pattern on top
-    figure.supxlabel("accuracy minus that of full attention (points)", fontsize=9)
+    figure.supxlabel(XLABEL, fontsize=9)
     return figure
 
 
