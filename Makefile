@@ -30,7 +30,8 @@ test: $(VENV)/installed-dev lint
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python -m pytest
 
-# Reports of other levels than attention and model have no pictures.
+# Reports of other levels than attention and model have no pictures. Each page of results names the
+# command that makes it.
 figures: $(VENV)/installed
 	$(BIN)/python masks.py --expansion_step 2 --picture docs/masks.png \
 		--mask_types '["full", "1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors"]'
@@ -38,7 +39,7 @@ figures: $(VENV)/installed
 	set -e; for report in experiments/benchmark/attention_*.json experiments/benchmark/model_*.json; do \
 		$(BIN)/python benchmark.py --plot $$report; done
 	set -e; for results in experiments/logs/*/results.md; do \
-		$(BIN)/python plot_result.py --results_path $$(dirname $$results); done
+		$(BIN)/python $$(sed -n 's/^Rebuild with `python \(.*\)`\.$$/\1/p' $$results); done
 	$(BIN)/python experiments/overview.py
 	$(BIN)/python docs/speed_tables.py
 	$(BIN)/python docs/result_tables.py

@@ -22,14 +22,12 @@ from report import (
     differences,
     document,
     figures,
-    logs,
     page,
     plots,
     results,
     table,
 )
 from report.comparison import Study
-from report.logs import Run
 from report.page import Picture, Section
 from report.plots import Plot
 
@@ -71,6 +69,11 @@ def parse_args(argv=None):
         "the best)",
     )
     parser.add_argument(
+        "--no_speed",
+        action="store_true",
+        help="leave out speed and time: something else disturbed the runs",
+    )
+    parser.add_argument(
         "--format",
         choices=("pdf",),
         action="append",
@@ -87,7 +90,7 @@ def main(argv=None) -> int:
     output_dir = args.output_dir or args.results_path
     figures_dir = output_dir / "figures"
 
-    runs = load_comparison(args.results_path)
+    runs = differences.load_comparable(args.results_path, with_speed=not args.no_speed)
     study = comparison.study(results.group_by_pattern(runs))
     notes = differences.differing_settings(runs)
     command = shlex.join(["python", Path(__file__).name, *argv])
@@ -117,60 +120,6 @@ def main(argv=None) -> int:
     print(f"the page to read: {output_dir / 'results.html'}")
     figures.raise_failed(failed)
     return 0
-
-
-# -------------------------------------------------------------------------------------------------
-# What to show
-
-
-def load_comparison(results_path: Path) -> list[Run]:
-    """The runs in a folder, checked to be comparable.
-
-    Raises UserError unless they share one dataset, no run is there twice, and at least one run has
-    an epoch to show.
-    """
-    if not results_path.is_dir():
-        raise utils.UsageError(f"--results_path {results_path} does not exist or is not a folder")
-
-    runs = logs.load_runs(results_path)
-    if not runs:
-        raise utils.UserError(
-            f"no runs in {results_path}: expected folders like full/seed_0, as main.py writes them"
-        )
-
-    groups = differences.group_by_data(runs)
-    if len(groups) > 1:
-        found = "; ".join(map(describe_group, groups))
-        differ_in_holdout = len({group[0].settings.data.holdout for group in groups}) == len(groups)
-        several = "runs evaluated on different images" if differ_in_holdout else "several datasets"
-        raise utils.UserError(
-            f"{results_path} holds {several} ({found}): point --results_path at one of them"
-        )
-
-    folders = {}
-    for run in runs:
-        key = (run.settings.run.run_name, run.settings.optimization.seed)
-        first = folders.setdefault(key, run.folder)
-        if first != run.folder:
-            raise utils.UserError(
-                f"{run.name} exists twice, in {first} and {run.folder}: move one of them away"
-            )
-
-    if not any(run.metrics or run.summary for run in runs):
-        raise utils.UserError(
-            f"none of the {len(runs)} runs in {results_path} has finished an epoch: try again later"
-        )
-    return runs
-
-
-def describe_group(runs: list[Run]) -> str:
-    """`pets in o/pets (full seed 0 and 3 more)`: the dataset of some runs, and their folders."""
-    label = runs[0].config["data"]["label"]
-    if holdout := runs[0].settings.data.holdout:
-        label += f", {100 * holdout:g}% of the training images held out,"
-    folders = ", ".join(map(str, sorted({run.folder.parents[1] for run in runs})))
-    more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
-    return f"{label} in {folders} ({runs[0].name}{more})"
 
 
 # -------------------------------------------------------------------------------------------------

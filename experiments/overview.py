@@ -1,4 +1,4 @@
-"""The studies side by side: the figure and the table at the top of the README.
+"""The studies side by side.
 
     python experiments/overview.py
 
@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
-from report import comparison, figures, logs, overview, results
+from report import comparison, differences, figures, overview, results
 
 LOGS = utils.REPOSITORY / "experiments" / "logs"
 STUDIES = {
@@ -39,12 +39,13 @@ def load(name: str) -> list[comparison.Study]:
     """Those of a group that have a finished run to compare with full attention."""
     found = []
     for folder in STUDIES[name]:
-        runs = logs.load_runs(LOGS / folder)
-        study = comparison.study(results.group_by_pattern(runs))
-        if study.against_full:
-            found.append(study)
-        else:
-            print(f"{name}: no results of {folder} yet")
+        if (LOGS / folder).is_dir():
+            runs = differences.load_comparable(LOGS / folder)
+            study = comparison.study(results.group_by_pattern(runs))
+            if study.against_full:
+                found.append(study)
+                continue
+        print(f"{name}: no results of {folder} yet")
     return found
 
 

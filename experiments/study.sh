@@ -20,15 +20,15 @@ usage() {
     cat <<'END'
 usage: bash experiments/study.sh PART [OPTIONS of run_experiments.py]
 
-  digits        digits of scikit-learn, 8x8 patches, 8 patterns, 5 seeds
-  cifar         CIFAR images, 8x8 patches, 8 patterns, 3 seeds
+  digits        digits of scikit-learn, a grid of 8x8 patches, 8 patterns, 5 seeds
+  cifar         CIFAR images, a grid of 8x8 patches, 8 patterns, 3 seeds
   longer        the same for 20 epochs instead of 12, full attention and the plus of 9, 3 seeds
   rates         the same at three learning rates, on held-out training images, one seed
   cutmix        the same with CutMix, full attention and the square of 9, 3 seeds
   class_token   the same with a class token, 2 seeds
-  fashion       Fashion-MNIST, 14x14 patches, 6 patterns, 2 seeds
-  tiny          20 classes of Tiny ImageNet, 16x16 patches, 5 patterns, 2 seeds, 20 minutes a run
-  pixels        5,000 CIFAR images, each pixel a patch, 3 patterns, 2 seeds, 20 minutes a run
+  fashion       Fashion-MNIST, a grid of 14x14, 6 patterns, 2 seeds
+  tiny          20 classes of Tiny ImageNet, a grid of 16x16, 5 patterns, 2 seeds, 20 minutes a run
+  pixels        5,000 CIFAR images, a grid of 32x32 pixels, 3 patterns, 2 seeds, 20 minutes a run
   analyses      where the models of digits and cifar look, and on which images they disagree
 END
 }
@@ -53,13 +53,24 @@ LOGS=${LOGS:-experiments/logs}
 # What the parts have in common
 
 sweep() { # FOLDER OPTIONS -- OPTIONS OF EACH RUN
-    local folder=$1
+    local folder=$1 options=()
     shift
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    # Of an option that is given twice, the last one counts.
     "$PYTHON" run_experiments.py --gpus 0 --output_dir "$LOGS" --dataset_name "$folder" \
-        "${OPTIONS[@]}" "$@"
+        "${options[@]}" "${OPTIONS[@]}" "$@"
 }
 
-# All but the epochs of the most accurate run within 15 minutes.
+report() { # FOLDER OPTIONS: the page of a part
+    if [[ " ${OPTIONS[*]} " != *" --dry_run "* ]]; then
+        "$PYTHON" plot_result.py --results_path "$LOGS/$1" "${@:2}"
+    fi
+}
+
+# That of the 15-minute record (experiments/README.md), uncompiled and apart from its epochs.
 MODEL=(--model vit_micro --num_heads 2 --pool mean --optimizer muon --lr 4e-3 --weight_decay 0.05)
 MODEL+=(--dropout 0 --batch_size 128)
 
@@ -83,41 +94,49 @@ digits() {
     sweep digits --dataset digits --expansion_steps '[1, 2]' --seeds '[0, 1, 2, 3, 4]' -- \
         --model vit_micro --img_size 16 --patch_size 2 --pool mean --epochs 12 --batch_size 32 \
         --lr 2e-3 --dropout 0 --weight_decay 0.05
+    report digits
 }
 
 cifar() {
     sweep cifar10-jpeg --runs_per_gpu 2 "${IMAGES[@]}" "${ALL[@]}" --seeds '[0, 1, 2]' -- \
         "${CIFAR[@]}" --epochs 12
+    report cifar10-jpeg --no_speed
 }
 
+# Not seed 0, by which the plus of 9 was chosen.
 longer() {
     sweep cifar10-jpeg-20-epochs --runs_per_gpu 2 "${IMAGES[@]}" "${FULL_AND_PLUS[@]}" \
-        --seeds '[0, 1, 2]' -- "${CIFAR[@]}" --epochs 20
+        --seeds '[1, 2, 3]' -- "${CIFAR[@]}" --epochs 20
+    report cifar10-jpeg-20-epochs --no_speed
 }
 
-# The rate is an option of a run, so that each is a sweep of its own.
+# The rate is an option of a run, so each rate is a sweep of its own.
 rates() {
     for rate in 2e-3 4e-3 8e-3; do
         sweep "cifar10-jpeg-lr-$rate" --runs_per_gpu 2 "${IMAGES[@]}" "${FULL_AND_SQUARE[@]}" -- \
             "${CIFAR[@]}" --epochs 12 --holdout 0.1 --lr "$rate"
+        report "cifar10-jpeg-lr-$rate" --no_speed
     done
 }
 
-# On half of the batches, as Yun et al. (2019) do on CIFAR; without MixUp.
+# CutMix on half of the batches to the end, as Yun et al. (2019) do on CIFAR; no MixUp.
 cutmix() {
     sweep cifar10-jpeg-cutmix --runs_per_gpu 2 "${IMAGES[@]}" "${FULL_AND_SQUARE[@]}" \
-        --seeds '[0, 1, 2]' -- "${CIFAR[@]}" --epochs 12 --mix 0.5 --mixup_alpha 0
+        --seeds '[0, 1, 2]' -- "${CIFAR[@]}" --epochs 12 --mix 0.5 --mixup_alpha 0 --mix_off 0
+    report cifar10-jpeg-cutmix --no_speed
 }
 
 class_token() {
     sweep cifar10-jpeg-class-token --runs_per_gpu 2 "${IMAGES[@]}" "${FULL_AND_SQUARE[@]}" \
         --seeds '[0, 1]' -- "${CIFAR[@]}" --epochs 12 --pool cls
+    report cifar10-jpeg-class-token --no_speed
 }
 
 fashion() {
     fashion_of "${FULL_AND_SQUARES[@]}"
     fashion_of "${WINDOWS[@]}"
     fashion_of "${PLUS[@]}"
+    report fashion_mnist --no_speed
 }
 
 fashion_of() { # PATTERNS
@@ -132,6 +151,7 @@ tiny() {
         tiny_of "$seed" "${WINDOW[@]}"
         tiny_of "$seed" "${PLUS[@]}"
     done
+    report tiny-imagenet-20
 }
 
 tiny_of() { # SEED PATTERNS
@@ -142,19 +162,29 @@ tiny_of() { # SEED PATTERNS
 pixels() {
     sweep cifar10-jpeg-pixels "${IMAGES[@]}" "${FULL_AND_SQUARES[@]}" --seeds '[0, 1]' -- \
         --data_dir "$DATA/cifar10-jpeg-5000" "${MODEL[@]}" --img_size 32 --patch_size 1 --minutes 20
+    report cifar10-jpeg-pixels
 }
 
+# Of finished runs, as far as they have not been made. Takes no options.
 analyses() {
-    for run in "$LOGS"/{digits,cifar10-jpeg}/*/seed_*/last.pt; do
-        "$PYTHON" eval.py --checkpoint "$run" --analyze
+    local folder
+    [ ${#OPTIONS[@]} -eq 0 ] || refuse "analyses takes no options, got ${OPTIONS[*]}"
+    for folder in "$LOGS"/{digits,cifar10-jpeg}/*/seed_*; do
+        if [ -f "$folder/summary.json" ] && [ ! -f "$folder/analysis_test.json" ]; then
+            "$PYTHON" eval.py --checkpoint "$folder/last.pt" --analyze
+        fi
     done
     disagreements digits 2d_all_neighbors_expansion_2
     disagreements cifar10-jpeg 2d_cardinal_expansion_2
 }
 
 disagreements() { # FOLDER PATTERN
+    local full local_one
     for full in "$LOGS/$1"/full/seed_*; do
-        "$PYTHON" eval.py --compare "$LOGS/$1/$2/$(basename "$full")/last.pt" "$full/last.pt"
+        local_one="$LOGS/$1/$2/$(basename "$full")"
+        if [ -f "$full/summary.json" ] && [ -f "$local_one/summary.json" ]; then
+            "$PYTHON" eval.py --compare "$local_one/last.pt" "$full/last.pt"
+        fi
     done
 }
 

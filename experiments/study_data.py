@@ -30,7 +30,7 @@ Copies = Iterable[tuple[Path, str]]  # (image, where it goes)
 def cifar_images(source: Path) -> Copies:
     """The first images of each class, which are in random order."""
     for split, number in IMAGES_PER_CLASS.items():
-        for folder in sorted((source / split).iterdir()):
+        for folder in folders_in(source / split):
             for image in sorted(folder.iterdir())[:number]:
                 yield image, f"{split}/{folder.name}/{image.name}"
 
@@ -38,8 +38,9 @@ def cifar_images(source: Path) -> Copies:
 def tiny_images(source: Path) -> Copies:
     """All training images of every tenth class; its validation images, as the test images."""
     words = dict(line.split("\t") for line in read_lines(source / "words.txt"))
-    chosen = sorted(folder.name for folder in (source / "train").iterdir())[::EVERY]
+    chosen = [folder.name for folder in folders_in(source / "train")][::EVERY]
     names = {wnid: words[wnid].split(",")[0].replace(" ", "_") for wnid in chosen}
+    assert len(set(names.values())) == len(names), "two classes would become one"
 
     for wnid, name in names.items():
         for image in sorted((source / "train" / wnid / "images").iterdir()):
@@ -49,6 +50,10 @@ def tiny_images(source: Path) -> Copies:
         image, wnid, *_ = line.split("\t")
         if wnid in names:
             yield source / "val" / "images" / image, f"test/{names[wnid]}/{image}"
+
+
+def folders_in(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir())
 
 
 def read_lines(path: Path) -> list[str]:
@@ -81,7 +86,7 @@ def main(data: Path = utils.REPOSITORY / "data") -> None:
         data / CIFAR,
         data / PIXELS,
         cifar_images(data / CIFAR),
-        "CIFAR-10 (JPEG q75 copy), 5,000 of its training images",
+        "CIFAR-10 (JPEG q75 copy), 5,000 images to train and 2,000 to test",
     )
     make(
         data / TINY,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from report import statistics
+from report import comparison, statistics
 from report.comparison import (
     SIGNIFICANT,
     AgainstFull,
@@ -32,7 +32,9 @@ def sentences(results: Study) -> list[str]:
     measured = [found for found in compared if found.accuracies.interval is not None] or compared
     best = max(measured, key=lambda found: found.accuracies.mean)
     which = "" if len(measured) == len(compared) else " with a measure of chance"
-    said = [_accuracy_sentence(best, len(measured), which)]
+    together = comparison.all_together(results)
+    said = [] if together is None else [_contrast_sentence(together, len(compared))]
+    said.append(_accuracy_sentence(best, len(measured), which))
     if best.accuracies.interval is not None and not best.is_significant:
         said += _clearer_sentences(measured)
     if best.speed is not None:
@@ -42,7 +44,8 @@ def sentences(results: Study) -> list[str]:
     if fastest is not None and fastest.speed > (best.speed or 0.0):
         said.append(
             f"The fastest is {name_of(fastest.row)}: {format_ratio(fastest.speed)} the images/s of "
-            f"full attention, at {describe_difference(fastest.accuracies)}."
+            f"full attention{_range_of_speeds(fastest)}, "
+            f"at {describe_difference(fastest.accuracies)}."
         )
 
     limit = limit_of(results)
@@ -61,6 +64,21 @@ def _why_no_answer(rows: list[Row]) -> str:
         "Cannot tell: no finished run of a local pattern has the seed and the settings of a "
         "finished run of full attention."
     )
+
+
+def _contrast_sentence(found: statistics.Comparison, num_patterns: int) -> str:
+    who = f"The mean of all {num_patterns} local patterns"
+    evidence = (
+        f"95% interval {format_interval(found.interval)}, n = {found.n} seeds, "
+        f"p = {format_p(found.p)}"
+    )
+    if found.p > SIGNIFICANT:
+        return (
+            f"{who} cannot be told from full attention: it differs by "
+            f"{describe_difference(found)} ({evidence})."
+        )
+    verb = "gains" if found.mean > 0 else "loses"
+    return f"{who} {verb} {abs(found.mean):.2f} points against full attention ({evidence})."
 
 
 def _accuracy_sentence(best: AgainstFull, num_compared: int, which: str = "") -> str:
@@ -142,28 +160,34 @@ def interval_of_images(run: Run, num_images: float | None) -> Interval | None:
 
 
 def _speed_sentence(best: AgainstFull) -> str:
-    low, high = f"{min(best.speeds):.2f}", f"{max(best.speeds):.2f}"
-    spread = f" ({low} to {high} from seed to seed)" if low != high else ""
-    return f"It trains at {format_ratio(best.speed)} the images/s of full attention{spread}."
+    ratio = format_ratio(best.speed)
+    return f"It trains at {ratio} the images/s of full attention{_range_of_speeds(best)}."
+
+
+def _range_of_speeds(found: AgainstFull) -> str:
+    low, high = f"{min(found.speeds):.2f}", f"{max(found.speeds):.2f}"
+    return f" ({low} to {high} from seed to seed)" if low != high else ""
 
 
 def limit_of(results: Study) -> str | None:
     """Which differences so few seeds cannot show; None where there is no measure of chance."""
-    variances, sizes = [], []
+    squares_of_all, sizes = [], []
     for found in results.against_full.values():
         if found.accuracies.interval is not None:
             mean, n = found.accuracies.mean, found.accuracies.n
             squares = [(x - mean) ** 2 for x in found.accuracies.differences]
-            variances.append(math.fsum(squares) / (n - 1))
+            squares_of_all += squares
             sizes.append(n)
-    if not variances:
+    if not sizes:
         return None
 
-    n = max(sizes)
-    std = math.sqrt(math.fsum(variances) / len(variances))
-    smallest = statistics.detectable_difference(std, n, POWER)
+    n = min(sizes)
+    std = math.sqrt(math.fsum(squares_of_all) / math.fsum(size - 1 for size in sizes))
+    level = 1 - SIGNIFICANT / len(results.against_full)  # what Holm asks of the first
+    smallest = statistics.detectable_difference(std, n, POWER, level)
+    after = " after Holm's correction" if len(results.against_full) > 1 else ""
     return (
         f"What this cannot show: paired differences scatter by {std:.2f} points between seeds, so "
-        f"{n} seeds would overlook a true difference below {smallest:.1f} points more often than "
-        "one time in five."
+        f"{n} seeds would overlook a true difference of one pattern below {smallest:.1f} points "
+        f"more often than one time in five{after}."
     )

@@ -92,6 +92,29 @@ def study(rows: list[Row]) -> Study:
     return Study(rows, same_as, against_full)
 
 
+def all_together(results: Study) -> statistics.Comparison | None:
+    """The mean of all local patterns minus full attention, over the seeds that all have.
+
+    One question, so that nothing has to be corrected for. None for a single pattern, for patterns
+    of several settings, and where there is no measure of chance.
+    """
+    compared = results.against_full
+    settings = {repr(row.runs[0].compared_settings) for row in compared}
+    if len(compared) < 2 or len(settings) > 1:
+        return None
+
+    by_seed = [
+        dict(zip(found.seeds, found.accuracies.differences, strict=True))
+        for found in compared.values()
+    ]
+    seeds = sorted(set.intersection(*map(set, by_seed)))
+    if len(seeds) < 2:
+        return None
+    means = [math.fsum(found[seed] for found in by_seed) / len(by_seed) for seed in seeds]
+    found = statistics.compare_paired(means, [0.0] * len(means))
+    return None if found.interval is None else found
+
+
 def find_same_masks(rows: Iterable[Row]) -> dict[Row, Row]:
     """Rows whose mask on the grid equals that of another row, which stands for both.
 

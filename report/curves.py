@@ -36,7 +36,7 @@ MARKERS_PER_CURVE = 8
 NOT_NAMED = {"color": "#DDDDDD", "linewidth": 0.7, "zorder": 1}
 
 UNITS = {"accuracy": "%", "loss": "nats"}
-X_LABELS = {"epoch": "epoch", "seconds": "time trained (s)"}
+X_LABELS = {"epoch": "epoch", "seconds": "training time (s)"}
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import utils
+from report import logs
 from report.logs import MAY_DIFFER, Run
 from training.settings import FLAGS
+
+
+def load_comparable(results_path: Path, with_speed: bool = True) -> list[Run]:
+    """The runs in a folder, checked to be comparable; without speed, their times are left out.
+
+    Raises UserError unless they share one dataset, no run is there twice, and at least one run has
+    an epoch to show.
+    """
+    if not results_path.is_dir():
+        raise utils.UsageError(f"--results_path {results_path} does not exist or is not a folder")
+
+    runs = logs.load_runs(results_path)
+    if not runs:
+        raise utils.UserError(
+            f"no runs in {results_path}: expected folders like full/seed_0, as main.py writes them"
+        )
+
+    groups = group_by_data(runs)
+    if len(groups) > 1:
+        found = "; ".join(map(_describe_group, groups))
+        differ_in_holdout = len({group[0].settings.data.holdout for group in groups}) == len(groups)
+        several = "runs evaluated on different images" if differ_in_holdout else "several datasets"
+        raise utils.UserError(
+            f"{results_path} holds {several} ({found}): point --results_path at one of them"
+        )
+
+    folders = {}
+    for run in runs:
+        key = (run.settings.run.run_name, run.settings.optimization.seed)
+        first = folders.setdefault(key, run.folder)
+        if first != run.folder:
+            raise utils.UserError(
+                f"{run.name} exists twice, in {first} and {run.folder}: move one of them away"
+            )
+
+    if not any(run.metrics or run.summary for run in runs):
+        raise utils.UserError(
+            f"none of the {len(runs)} runs in {results_path} has finished an epoch: try again later"
+        )
+    return runs if with_speed else [replace(run, is_timed=False) for run in runs]
+
+
+def _describe_group(runs: list[Run]) -> str:
+    """`pets in o/pets (full seed 0 and 3 more)`: the dataset of some runs, and their folders."""
+    label = runs[0].config["data"]["label"]
+    if holdout := runs[0].settings.data.holdout:
+        label += f", {100 * holdout:g}% of the training images held out,"
+    folders = ", ".join(map(str, sorted({run.folder.parents[1] for run in runs})))
+    more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+    return f"{label} in {folders} ({runs[0].name}{more})"
 
 
 def group_by_data(runs: Iterable[Run]) -> list[list[Run]]:

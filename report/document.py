@@ -134,6 +134,10 @@ def reading_notes(rows: list[Row]) -> list[str]:
             "images,"
         )
 
+    speed = "Images/s is training throughput without the first epoch, which includes the warm-up."
+    if not any(run.is_timed for run in runs):
+        speed = "Speed is left out: the runs shared the machine with other work."
+
     notes = [
         f"Final accuracy is {accuracy} after the last epoch, not the best epoch; mean ± half of "
         "the 95 % interval (Student's t) over n seeds. Only finished runs count in the table.",
@@ -145,8 +149,7 @@ def reading_notes(rows: list[Row]) -> list[str]:
         "Neighbors include the patch itself. Nominal: for a patch far from every border; the "
         "shapes are matched by this number. Mean: over all patches of the grid, truncated at the "
         "border, where a 2D shape loses more than a 1D window with the same nominal number.",
-        "Images/s is training throughput without the first epoch, which includes the warm-up; "
-        f"peak memory is the highest over seeds{on_cpu}.",
+        f"{speed} Peak memory is the highest over seeds{on_cpu}.",
     ]
     if any(run.settings.model.pool == "cls" for run in runs):
         notes.append(

@@ -30,6 +30,8 @@ MAY_DIFFER = {*OF_THE_MASK, "num_registers", "run_name", "seed", *MAY_CHANGE}
 class Run(RunRecord):
     """A run folder whose files could all be read."""
 
+    is_timed: bool = True  # False: its times say nothing, as something else disturbed it
+
     @property
     def name(self) -> str:
         """The run's name in messages."""
@@ -58,7 +60,16 @@ class Run(RunRecord):
     @property
     def images_per_second(self) -> float | None:
         """Training throughput without the first epoch; None for a run that is not finished."""
-        return None if self.summary is None else number(self.summary, "train_images_per_second")
+        return self._measured("train_images_per_second")
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Of training and evaluations; None for a run that is not finished."""
+        return self._measured("total_seconds")
+
+    def _measured(self, name: str) -> float | None:
+        has_time = self.is_timed and self.summary is not None
+        return number(self.summary, name) if has_time else None
 
     @property
     def num_images_evaluated(self) -> int | None:
@@ -68,10 +79,12 @@ class Run(RunRecord):
     @cached_property
     def train_seconds(self) -> dict[int, float]:
         """Epoch -> its seconds of training, without the evaluation."""
+        if not self.is_timed:
+            return {}
         whole, rates = self.curve("epoch_seconds"), self.curve("eval_images_per_second")
         num_images = self.num_images_evaluated
 
-        # Logs before November 2026 do not have it, but what it follows from.
+        # Older logs lack it; it is computed from these two.
         seconds = {}
         for epoch in whole.keys() & rates.keys():
             if num_images and rates[epoch] > 0:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from report import figures, plots, table, text
-from report.comparison import AgainstFull, Study
+from masks import MaskSpec
+from report import comparison, figures, plots, table, text
+from report.comparison import SIGNIFICANT, Study
 from report.results import Row
+from report.statistics import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 PANELS_PER_ROW = 3
 PANEL = (2.6, 0.3)  # inches: the width of a panel, the height of one of its lines
 NAMES = 1.3  # inches beside the panels
+TOGETHER = "mean of all below"
 COLUMNS = 30  # of text, in the title of a panel
 XLABEL = (
     "accuracy minus that of full attention, in points: to the right, local attention is better\n"
@@ -50,37 +54,65 @@ def setting_of(study: Study) -> str:
 
 def name_of(row: Row) -> str:
     """A pattern in words: a 1D window has one name here, whichever 2D shape it is as large as."""
-    if not row.is_named_by_default or row.mask.mask_type not in SHAPES:
+    is_plain = row.mask == MaskSpec(row.mask.mask_type, row.mask.expansion_step)
+    is_plain &= row.is_named_by_default and not row.num_registers
+    if not is_plain or row.mask.mask_type not in SHAPES:
         return row.label
     return f"{SHAPES[row.mask.mask_type]} of {row.num_neighbors_nominal}"
 
 
-def patterns_in(studies: Sequence[Study]) -> list[str]:
-    """The names of all patterns that are compared with full attention, by budget, then by name."""
-    found = {}
+@dataclass(frozen=True)
+class Line:
+    """A pattern of a study, or all of them together, against full attention."""
+
+    accuracies: Comparison
+    p: float | None  # corrected by Holm's method; of all together there is nothing to correct
+    style: dict
+
+    @property
+    def is_significant(self) -> bool:
+        return self.p is not None and self.p <= SIGNIFICANT
+
+
+def lines_of(study: Study) -> dict[str, Line]:
+    """By name: the mean of all patterns first, then by budget and by name."""
+    lines = {}
+    together = comparison.all_together(study)
+    if together is not None:
+        lines[TOGETHER] = Line(together, together.p, {"color": "black", "marker": "o"})
+
+    def order(row: Row) -> tuple[int, str]:
+        return row.num_neighbors_nominal, name_of(row)
+
+    for row in sorted(study.against_full, key=order):
+        found = study.against_full[row]
+        is_window = row.mask.mask_type.startswith("1d_")  # one pattern under two names
+        style = figures.style_of("1d_all_neighbors" if is_window else row.mask.mask_type)
+        lines.setdefault(name_of(row), Line(found.accuracies, found.p_holm, style))
+    return lines
+
+
+def names_in(studies: Sequence[Study]) -> list[str]:
+    """The names of all lines, in their order."""
+    order = {TOGETHER: (0, "")}
     for study in studies:
         for row in study.against_full:
-            found.setdefault(name_of(row), (row.num_neighbors_nominal, name_of(row)))
-    return sorted(found, key=found.get)
-
-
-def compared(study: Study, pattern: str) -> AgainstFull | None:
-    for row, found in study.against_full.items():
-        if name_of(row) == pattern:
-            return found
-    return None
+            order[name_of(row)] = (row.num_neighbors_nominal, name_of(row))
+    found = {name for study in studies for name in lines_of(study)}
+    return sorted(found, key=order.get)
 
 
 @figures.drawing()
 def draw_differences(studies: Sequence[Study]) -> Figure:
     """Accuracy minus that of full attention: a panel per study.
 
-    Bars are 95 % intervals, dots single seeds, and markers full where Holm's p is at most 0.05.
+    Bars are 95 % intervals, dots single seeds, and markers full where p is at most 0.05, after
+    Holm's correction for the number of patterns of the study.
     """
-    patterns = patterns_in(studies)
+    names = names_in(studies)
     num_columns = min(len(studies), PANELS_PER_ROW)
     num_rows = math.ceil(len(studies) / PANELS_PER_ROW)
-    size = (NAMES + PANEL[0] * num_columns, (1.0 + PANEL[1] * len(patterns)) * num_rows)
+    size = (NAMES + PANEL[0] * num_columns, (1.0 + PANEL[1] * len(names)) * num_rows)
     figure = figures.new_figure(*size)
     panels = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flat
 
@@ -88,14 +120,14 @@ def draw_differences(studies: Sequence[Study]) -> Figure:
         if study is None:
             axes.remove()
         else:
-            _draw_panel(axes, study, patterns)
-    panels[0].set_yticks(range(len(patterns)), patterns)
+            _draw_panel(axes, study, names)
+    panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()  # the first pattern on top
     figure.supxlabel(XLABEL, fontsize=9)
     return figure
 
 
-def _draw_panel(axes: Axes, study: Study, patterns: list[str]) -> None:
+def _draw_panel(axes: Axes, study: Study, names: list[str]) -> None:
     title = "\n".join(text.label(label_of(study), COLUMNS).splitlines())
     seeds = plots.describe_n(found.seeds for found in study.against_full.values())
     facts = f"{setting_of(study)}, {seeds.removesuffix(' per pattern')}"
@@ -103,39 +135,38 @@ def _draw_panel(axes: Axes, study: Study, patterns: list[str]) -> None:
     axes.title.set_fontsize(9)
     axes.axvline(0, color="0.4", linewidth=1, linestyle="--")
 
-    for height, pattern in enumerate(patterns):
-        found = compared(study, pattern)
-        if found is not None:
-            _draw_line(axes, found, height)
+    lines = lines_of(study)
+    for height, name in enumerate(names):
+        if name in lines:
+            _draw_line(axes, lines[name], height)
 
 
-def _draw_line(axes: Axes, found: AgainstFull, height: int) -> None:
-    """A pattern: each seed, the interval, the mean."""
-    is_window = found.row.mask.mask_type.startswith("1d_")  # one pattern under two names
-    style = figures.style_of("1d_all_neighbors" if is_window else found.row.mask.mask_type)
-    color, accuracies = style["color"], found.accuracies
+def _draw_line(axes: Axes, line: Line, height: int) -> None:
+    """Each seed, the interval, the mean."""
+    color, accuracies = line.style["color"], line.accuracies
 
     seeds = accuracies.differences
     if accuracies.interval is not None:
         axes.plot(accuracies.interval[:2], [height, height], color=color, linewidth=2, zorder=1)
     axes.plot(seeds, [height] * len(seeds), ".", color="0.2", markersize=4, zorder=2)
-    fill = color if found.is_significant else "white"
+    fill = color if line.is_significant else "white"
     mean = {"color": color, "markerfacecolor": fill, "markersize": 7, "zorder": 3}
-    axes.plot(accuracies.mean, height, style["marker"], **mean)
+    axes.plot(accuracies.mean, height, line.style["marker"], **mean)
 
 
 def format_differences(studies: Sequence[Study]) -> str:
-    """The same as a Markdown table: a column per study; bold where Holm's p is at most 0.05."""
+    """The same as a Markdown table: a column per study; bold where p is at most 0.05."""
+    by_study = [lines_of(study) for study in studies]
     lines = []
-    for pattern in patterns_in(studies):
-        found = [compared(study, pattern) for study in studies]
-        lines.append([text.markdown(pattern), *map(_cell, found)])
+    for name in names_in(studies):
+        found = [of_study.get(name) for of_study in by_study]
+        lines.append([text.markdown(name), *map(_cell, found)])
     columns = [text.markdown(f"{label_of(study)}, {setting_of(study)}") for study in studies]
     return text.markdown_table(["mask", *columns], lines)
 
 
-def _cell(found: AgainstFull | None) -> str:
-    if found is None:
+def _cell(line: Line | None) -> str:
+    if line is None:
         return table.MISSING
-    cell = table.format_difference(found.accuracies)
-    return f"**{cell}**" if found.is_significant else cell
+    cell = table.format_difference(line.accuracies)
+    return f"**{cell}**" if line.is_significant else cell

@@ -233,7 +233,7 @@ def time_to_reach(rows: list[Row], targets: list[float]) -> dict | None:
         lines.append({"color": color_of(row), "cells": cells})
     n = plots.describe_n(row.done for row in timed)
     note = (
-        "Time trained until the end of the first epoch of at least this accuracy, without "
+        "Training time until the end of the first epoch of at least this accuracy, without "
         f"evaluations, mean over the finished seeds that get there ({n}). Accuracy moves up and "
         "down between epochs, so this is a time at which it was reached, not for good."
     )

@@ -26,8 +26,9 @@ CURVES = (
     "them after the epoch. {n}."
 )
 SECONDS = (
-    "Against the time trained, without evaluations, mean over seeds; comparable only between "
-    "undisturbed runs on one device. Band: from the lowest seed to the highest. {n}."
+    "Against training time, without evaluations; comparable only between undisturbed runs on one "
+    "device. Time and accuracy are means over the finished seeds, at equal shares of their "
+    "training. Band: from the lowest seed to the highest. {n}."
 )
 GAP = (
     "Above zero, a model does better on the images that it trains on than on others; augmentation, "

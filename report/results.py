@@ -115,7 +115,7 @@ class Row:
     @property
     def train_seconds(self) -> Spread | None:
         """Of a whole run, with its evaluations; without loading data or choosing a backend."""
-        return Spread.of(number(run.summary, "total_seconds") for run in self.done)
+        return Spread.of(run.total_seconds for run in self.done)
 
     @property
     def density(self) -> float | None:
@@ -156,8 +156,9 @@ class Row:
     def curve(self, metric: str, over: str = "epoch") -> list[tuple[float, float, float, float]]:
         """(epoch, mean, lowest, highest) for each epoch, over the seeds that have reached it.
 
-        With `over="seconds"`, x is the mean time trained, and seeds are averaged at equal shares of
-        their training: those that are given minutes do not end their epochs at the same time.
+        With `over="seconds"`, x is the mean training time, and seeds are averaged at equal shares
+        of their training: those that are given minutes do not end their epochs at the same time.
+        Seeds that are not finished are left out there, unless none is.
         """
         if over == "seconds":
             return self._curve_over_time(metric)
@@ -172,7 +173,7 @@ class Row:
     def _curve_over_time(self, metric: str) -> list[tuple[float, float, float, float]]:
         """Values between two epochs of a seed are read off the line from one to the other."""
         lines = []
-        for run in self.runs:
+        for run in self.done or self.runs:
             curve = run.curve(metric)
             line = [(run.share_done[n], run.clock[n], curve[n]) for n in run.clock if n in curve]
             if line:

@@ -28,11 +28,12 @@ TITLES = (
     *("difference at the same mean number, points", "p"),
 )
 NOTE = (
-    "Accuracy of the shape minus that of a 1D window, paired by seed: of the window with the same "
-    "nominal number of neighbors, then of one with as many on average, which is read off the line "
-    "from the next smaller to the next larger window that were trained, over the logarithm of the "
-    "number. Mean and 95 % interval; p of the paired t test, corrected by Holm's method within its "
-    "column. A dash: there are no such windows."
+    "Accuracy of the shape minus that of a 1D window with the same seed. First the window with the "
+    "same nominal number of neighbors. Then a window with the same mean number, whose accuracy is "
+    "interpolated, linearly in the logarithm of the number, between the next smaller and the next "
+    "larger window; the interval does not cover the error of that. Mean and 95 % interval over n "
+    "seeds; p of the paired t test, corrected by Holm's method within its column. A dash: no such "
+    "windows have been trained, or too few seeds."
 )
 
 
@@ -49,13 +50,13 @@ class AgainstWindows:
 
 def against_windows(results: Study) -> list[AgainstWindows]:
     """One for each 2D shape that has a window to be compared with."""
-    finished = [row for row in results.distinct if row.done]
+    finished = [row for row in results.distinct if row.done and row.num_neighbors_mean > 0]
     windows = [row for row in finished if row.mask.mask_type.startswith("1d_")]
     shapes = [row for row in finished if row.mask.mask_type.startswith("2d_")]
 
     at_nominal, at_mean = [], []
     for shape in shapes:
-        alike = [window for window in windows if _are_alike(shape, window)]
+        alike = _comparable_windows(shape, windows)
         same = [row for row in alike if row.num_neighbors_nominal == shape.num_neighbors_nominal]
         at_nominal.append(_compare(shape, {row: 1.0 for row in same[:1]}))
         at_mean.append(_compare(shape, interpolation(shape.num_neighbors_mean, alike)))
@@ -66,10 +67,17 @@ def against_windows(results: Study) -> list[AgainstWindows]:
     return [shape for shape in found if shape.at_nominal or shape.at_mean]
 
 
-def _are_alike(shape: Row, window: Row) -> bool:
-    """Whether nothing but the shape of the neighborhood differs."""
+def _comparable_windows(shape: Row, windows: list[Row]) -> list[Row]:
+    """Windows that differ from the shape in nothing else, with as many common seeds as any."""
     given = operator.attrgetter("dilation", "edge", "global_layers")
-    return given(shape.mask) == given(window.mask)
+    ours = _by_run(shape.done).keys()
+    common = {
+        window: len(ours & _by_run(window.done).keys())
+        for window in windows
+        if given(shape.mask) == given(window.mask)
+    }
+    most = max(common.values(), default=0)
+    return [window for window, number in common.items() if number == most > 0]
 
 
 def interpolation(number: float, windows: Iterable[Row]) -> dict[Row, float]:
@@ -120,8 +128,13 @@ def cells(found: AgainstWindows) -> list[str]:
         text.one_line(row.label),
         f"{row.num_neighbors_nominal:.0f}",
         f"{row.num_neighbors_mean:.1f}",
-        table.format_difference(found.at_nominal),
+        _difference(found.at_nominal),
         table.format_p(found.p_nominal),
-        table.format_difference(found.at_mean),
+        _difference(found.at_mean),
         table.format_p(found.p_mean),
     ]
+
+
+def _difference(found: Comparison | None) -> str:
+    written = table.format_difference(found)
+    return written if found is None or found.interval is None else f"{written}, n = {found.n}"

@@ -121,14 +121,14 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """p values corrected for their number, in the same order (Holm 1979).
 
     Rejecting those of at most 0.05 rejects any true hypothesis with at most 5 % probability. None
-    stands for a test that could not be made, and stays.
+    stands for a test that could not be made: it stays, and counts like one with a large p.
     """
     made = [index for index, p in enumerate(p_values) if p is not None]
     made.sort(key=lambda index: p_values[index])
 
     corrected, largest = [None] * len(p_values), 0.0
     for rank, index in enumerate(made):
-        largest = max(largest, (len(made) - rank) * p_values[index])
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
         corrected[index] = min(1.0, largest)
     return corrected
 

@@ -8,10 +8,11 @@ import json
 import numpy as np
 import pytest
 from fake_runs import write_run
+from scipy import stats
 
 import masks
 import utils
-from report import answer, comparison, logs, mask_grids, results, statistics, table
+from report import answer, comparison, differences, logs, mask_grids, results, statistics, table
 
 
 def study_of(path):
@@ -208,7 +209,7 @@ def test_seed_noise_is_not_a_result(tmp_path):
     write_pattern(tmp_path, "full", None, [80, 81, 82])
     write_pattern(tmp_path, "2d_cardinal", 1, [82, 81, 81.5])
     write_pattern(tmp_path, "2d_cardinal", 2, [80, 80, 80])
-    first, *_ = answer.sentences(study_of(tmp_path))
+    _, first, *_ = answer.sentences(study_of(tmp_path))
     assert first.startswith("Cannot tell whether 2d_cardinal, step 1, the most accurate of 2 local")
     assert "is more or less accurate than full attention" in first
     assert "for this pattern by itself" in first
@@ -228,7 +229,7 @@ def test_a_clear_result_is_told_beside_a_noisy_better_one(tmp_path):
     write_pattern(tmp_path, "2d_cardinal", 1, [86, 79, 85, 79])  # more on average, but noise
     write_pattern(tmp_path, "2d_cardinal", 2, [81, 82.1, 81.4, 81.3])
     write_pattern(tmp_path, "2d_cardinal", 3, [70, 71.2, 70.4, 70.2])
-    first, second, third, *_ = answer.sentences(study_of(tmp_path))
+    _, first, second, third, *_ = answer.sentences(study_of(tmp_path))
     assert first.startswith("Cannot tell whether 2d_cardinal, step 1")
     assert second.startswith("Clearer is 2d_cardinal, step 2: it gains 1.03 points")
     assert third.startswith("1 of 3 local patterns loses accuracy")
@@ -239,7 +240,7 @@ def test_the_fastest_is_named_if_it_is_another_one(tmp_path):
     write_pattern(tmp_path, "2d_cardinal", 1, [70, 72], images_per_second=300)
     write_pattern(tmp_path, "2d_cardinal", 2, [80, 82], images_per_second=200)
     sentences = answer.sentences(study_of(tmp_path))
-    assert sentences[2] == (
+    assert sentences[3] == (
         "The fastest is 2d_cardinal, step 1: 3.00 times the images/s of full attention, at "
         "-9.50 points."
     )
@@ -302,6 +303,46 @@ def test_the_csv_has_every_number(tmp_path):
     assert other["accuracy_percent"] == ""
 
 
+def test_all_patterns_together_are_their_mean_over_common_seeds(tmp_path):
+    full, plus, square = [80, 81, 82, 83], [81, 81, 84, 84], [79, 84, 85, 86]
+    write_pattern(tmp_path, "full", None, full)
+    write_pattern(tmp_path, "2d_cardinal", 1, plus)
+    assert comparison.all_together(study_of(tmp_path)) is None, "one pattern is no group"
+
+    write_pattern(tmp_path, "2d_all_neighbors", 1, [*square[:3], None])
+    found = comparison.all_together(study_of(tmp_path))
+    expected = [(81 + 79) / 2 - 80, (81 + 84) / 2 - 81, (84 + 85) / 2 - 82]
+    assert found.differences == pytest.approx(expected)
+    assert found.p == pytest.approx(stats.ttest_1samp(expected, 0).pvalue)
+    sentence = answer.sentences(study_of(tmp_path))[0]
+    assert sentence.startswith("The mean of all 2 local patterns cannot be told from full")
+
+    for seed in range(2):
+        write_run(tmp_path, "full", None, seed, [70], run_name="full-mix", mix=0.5)
+        write_run(tmp_path, "2d_cardinal", 1, seed, [71], run_name="plus-mix", mix=0.5)
+    assert comparison.all_together(study_of(tmp_path)) is None, "trained in two ways"
+
+
+def test_all_patterns_together_may_gain_or_lose(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81, 82])
+    write_pattern(tmp_path, "2d_cardinal", 1, [78, 79, 80.1])
+    write_pattern(tmp_path, "2d_all_neighbors", 1, [78, 79, 80])
+    assert "local patterns loses 1.98 points" in answer.sentences(study_of(tmp_path))[0]
+
+
+def test_runs_that_were_disturbed_have_no_times(tmp_path):
+    write_pattern(tmp_path, "full", None, [80, 81], images_per_second=100)
+    write_pattern(tmp_path, "2d_cardinal", 1, [80, 83], images_per_second=150)
+    runs = differences.load_comparable(tmp_path, with_speed=False)
+    study = comparison.study(results.group_by_pattern(runs))
+    _, plus = study.rows
+    assert plus.accuracy.mean == 81.5
+    assert (plus.throughput, plus.train_seconds) == (None, None)
+    assert plus.curve("eval_accuracy", "seconds") == []
+    assert study.against_full[plus].speed is None
+    assert not any("images/s" in sentence for sentence in answer.sentences(study))
+
+
 def test_an_interval_is_that_of_the_seeds(tmp_path):
     write_pattern(tmp_path, "full", None, [80, 81, 83])
     (row,) = study_of(tmp_path).rows
@@ -330,11 +371,7 @@ def test_the_time_to_an_accuracy(tmp_path):
 def test_curves_over_time_average_seeds_by_epoch(tmp_path):
     write_run(tmp_path, "full", None, 0, [50, 70, 80], images_per_second=10)  # 10 s per epoch
     write_run(tmp_path, "full", None, 1, [50, 60, 70], images_per_second=20)  # 5 s
-    write_run(tmp_path, "full", None, 2, [50], finished=False, images_per_second=20, epochs=3)
-    (row,) = study_of(tmp_path).rows
-    assert row.curve("eval_accuracy", "seconds") == [(20 / 3, 50, 50, 50)]
-
-    (tmp_path / "digits/full/seed_2" / utils.METRICS).unlink()
+    write_run(tmp_path, "full", None, 2, [10], finished=False, images_per_second=20, epochs=3)
     (row,) = study_of(tmp_path).rows
     points = row.curve("eval_accuracy", "seconds")
     assert points == [(7.5, 50, 50, 50), (15, 65, 60, 70), (22.5, 75, 70, 80)]

@@ -15,6 +15,7 @@ import main
 import plot_result
 import run_experiments
 import utils
+from report import differences
 from training import checkpoints
 
 SMALL = [
@@ -425,7 +426,7 @@ def test_two_image_folders_are_not_plotted_together(tmp_path, run_script, first,
 def test_the_same_data_is_plotted_together(tmp_path, first, second):
     fake_run(tmp_path / "a", 0, **first)
     fake_run(tmp_path / "b", 1, **second)
-    assert len(plot_result.load_comparison(tmp_path)) == 2
+    assert len(differences.load_comparable(tmp_path)) == 2
 
 
 LOGS = utils.REPOSITORY / "experiments" / "logs"
@@ -435,7 +436,7 @@ LOGS = utils.REPOSITORY / "experiments" / "logs"
     "logs", sorted(path for path in LOGS.iterdir() if path.is_dir()), ids=lambda path: path.name
 )
 def test_the_committed_logs_can_be_plotted(logs):
-    assert plot_result.load_comparison(logs)
+    assert differences.load_comparable(logs)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -34,25 +34,28 @@ def studies(tmp_path):
 def test_the_table_has_a_line_per_mask_and_a_column_per_study(studies):
     lines = overview.format_differences(studies).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| mean of all below",
         "| plus of 5",
         "| 1D window of 9",
         "| square of 9",
     ]
-    assert lines[2].endswith("| – | +1.00 (n = 1) |")
-    assert lines[3].count("+0.10 (-7.36 to +7.56)") == 2  # by hand: 4.303 * 3.005 / sqrt(3)
-    assert lines[4].endswith("| **+2.00 (+1.75 to +2.25)** | – |")
+    assert lines[2].endswith("| +1.05 (-2.62 to +4.72) | – |")  # by hand: 4.303 * 1.476 / sqrt(3)
+    assert lines[3].endswith("| – | +1.00 (n = 1) |")
+    assert lines[4].count("+0.10 (-7.36 to +7.56)") == 2  # by hand: 4.303 * 3.005 / sqrt(3)
+    assert lines[5].endswith("| **+2.00 (+1.75 to +2.25)** | – |")
 
 
 def test_a_study_without_a_pair_is_empty(tmp_path, studies):
     nothing = write_study(tmp_path / "none")
     _, axes = overview.draw_differences([studies[0], nothing]).axes
     assert axes.get_title().endswith("none\n2 epochs, class token, n = 0 seeds")
-    assert overview.format_differences([studies[0], nothing]).count("| – |") == 2
+    assert overview.format_differences([studies[0], nothing]).count("| – |") == 3
 
 
 def test_what_is_drawn(studies):
     first, second = overview.draw_differences(studies).axes
     assert [tick.get_text() for tick in first.get_yticklabels()] == [
+        "mean of all below",
         "plus of 5",
         "1D window of 9",
         "square of 9",
@@ -65,13 +68,18 @@ def test_what_is_drawn(studies):
             for line in lines
         }
 
-    assert marked(first) == {1: (pytest.approx(0.1), False), 2: (pytest.approx(2), True)}
-    assert marked(second) == {0: (pytest.approx(1), False), 1: (pytest.approx(0.1), False)}
+    assert marked(first) == {
+        0: (pytest.approx(1.05), False),
+        2: (pytest.approx(0.1), False),
+        3: (pytest.approx(2), True),
+    }
+    assert marked(second) == {1: (pytest.approx(1), False), 2: (pytest.approx(0.1), False)}
     assert first.get_title().endswith("one\n2 epochs, class token, n = 3 seeds")
     assert second.get_title().endswith("a|b\n2 epochs, class token, n = 1 to 3 seeds")
 
     dots = [line for line in first.lines if line.get_marker() == "."]
     assert [list(line.get_xdata()) for line in dots] == [
+        pytest.approx([2.5, -0.45, 1.1]),
         pytest.approx([3.0, -3.0, 0.3]),
         pytest.approx([2.0, 2.1, 1.9]),
     ]
@@ -82,6 +90,16 @@ def test_studies_of_the_same_data_are_told_apart(tmp_path):
     study = comparison.study(results.group_by_pattern(logs.load_runs(tmp_path)))
     header = overview.format_differences([study]).splitlines()[0]
     assert header == "| mask | CIFAR, 12 epochs, mixed images |"
+
+
+def test_variants_of_a_pattern_have_names_of_their_own(tmp_path):
+    write_run(tmp_path, accuracies=[70])
+    write_run(tmp_path, "2d_cardinal", 1, accuracies=[71])
+    shifted = {"run_name": "2d_cardinal_expansion_1_shift", "edge": "shift"}
+    write_run(tmp_path, "2d_cardinal", 1, accuracies=[72], **shifted)
+    study = comparison.study(results.group_by_pattern(logs.load_runs(tmp_path)))
+    names = ["plus of 5", "2d_cardinal, step 1, edge shift"]
+    assert sorted(overview.lines_of(study)) == sorted(names)
 
 
 def test_many_studies_are_in_several_rows(tmp_path, studies):

@@ -106,8 +106,9 @@ def path_to_patches(path, width):
 
 def test_the_answer_comes_first(sweep, open_page):
     opened = open_page(sweep)
-    first = opened.inner_text("#answer p")
-    assert "2d_all_neighbors, step 1, the most accurate of 3 local patterns" in first
+    first, second, *_ = [said.inner_text() for said in opened.query_selector_all("#answer p")]
+    assert first.startswith("The mean of all 3 local patterns gains")
+    assert "2d_all_neighbors, step 1, the most accurate of 3 local patterns" in second
     assert opened.title() == "Local attention on Digits"
     assert opened.query_selector("main > :first-child #answer") is not None
 

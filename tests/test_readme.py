@@ -14,7 +14,7 @@ from parsers import COMMAND_LINES, parser_of
 import masks
 import utils
 from patterns import offsets
-from report import comparison, logs, overview, results, table
+from report import comparison, differences, overview, results, table
 from training.command_line import parse_args, resolve_settings
 from training.settings import RECIPES, strong_lr
 
@@ -345,8 +345,14 @@ REPORTS = sorted(utils.REPOSITORY.glob("experiments/logs/*/results.md"))
 @pytest.mark.parametrize("report", REPORTS, ids=name_of)
 def test_the_reports_are_what_the_logs_say(report):
     """The table of results.md, made anew from the logs beside it."""
-    runs = results.group_by_pattern(logs.load_runs(report.parent))
-    assert table.format_table(comparison.study(runs)).strip() in report.read_text(encoding="utf-8")
+    text = report.read_text(encoding="utf-8")
+    command = re.search(r"^Rebuild with `python plot_result\.py (.*)`\.$", text, re.MULTILINE)[1]
+    args = importlib.import_module("plot_result").parse_args(shlex.split(command))
+    assert utils.REPOSITORY / args.results_path == report.parent
+
+    runs = differences.load_comparable(report.parent, with_speed=not args.no_speed)
+    rows = results.group_by_pattern(runs)
+    assert table.format_table(comparison.study(rows)).strip() in text
 
 
 def test_the_overviews_are_what_the_logs_say(monkeypatch):

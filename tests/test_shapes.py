@@ -78,6 +78,15 @@ def test_only_the_shape_may_differ(tmp_path, change):
     assert compare(tmp_path) == {}
 
 
+def test_windows_with_more_common_seeds_are_preferred(tmp_path):
+    """Another run name, another setting: only one of the two windows of 9 has partners."""
+    write_pattern(tmp_path, "1d_cardinal", 2, [70, 71], 8.6, lr=0.5)
+    write_pattern(tmp_path, "1d_all_neighbors", 1, [70, 73], 8.6, run_name="window")
+    write_pattern(tmp_path, "2d_all_neighbors", 1, [72, 75], 7.6)
+    (found,) = compare(tmp_path).values()
+    assert found.at_nominal.differences == (2, 2)
+
+
 def test_only_common_seeds_count(tmp_path):
     write_pattern(tmp_path, "1d_cardinal", 2, [70], 8.6)
     write_pattern(tmp_path, "2d_all_neighbors", 1, [72, 75], 7.6)
@@ -93,4 +102,4 @@ def test_the_page_shows_them(tmp_path):
     study = comparison.study(results.group_by_pattern(logs.load_runs(tmp_path)))
     html = page.format_page(study, [], [], "")
     assert f"<h2>{shapes.TITLE}</h2>" in html
-    assert "+3.00 (-9.71 to +15.71)" in html
+    assert "+3.00 (-9.71 to +15.71), n = 2" in html

@@ -86,6 +86,7 @@ def test_holm_by_hand():
     assert statistics.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
     assert statistics.holm([0.9, 0.8]) == [1, 1]
     assert statistics.holm([]) == []
+    assert statistics.holm([0.03, None, 0.01]) == pytest.approx([0.06, None, 0.03])
 
 
 def test_there_are_no_false_winners_beyond_five_percent():

@@ -36,6 +36,8 @@ OF_THE_USER = {
     *("test", "val", "validation", "photos/pets", "imagefolder", ".venv/bin/python", "figures"),
     *("experiments/pets", "experiments/imagefolder", "experiments/cifar10-jpeg"),
     "experiments/gpu",
+    *("data", "data/cifar10-jpeg", "data/cifar10-jpeg-5000", "data/tiny-imagenet-20"),
+    "data/FashionMNIST/raw",
 }
 FOLDERS = ("", "experiments/", "docs/")  # names may be relative to any of these
 
