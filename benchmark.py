@@ -5,7 +5,7 @@
     python benchmark.py --level pipeline   # the data pipeline, compared with PIL and a DataLoader
     python benchmark.py --level training   # training, compared with the bare model and timm
     python benchmark.py --level interop    # timm's ViT at a high resolution, full and localized
-    python benchmark.py --quick            # under a minute
+    python benchmark.py --quick            # attention on two grids, ~15 seconds
     python benchmark.py --plot FILE.json   # redraw the plots of an earlier measurement
 
 Each candidate is first checked against dense attention, both its output and its gradient. Then all
@@ -52,7 +52,7 @@ DESCRIPTIONS = {  # by --level
     "training": "Images/s of training end to end, compared with the bare model and a typical loop.",
     "interop": "Time timm's ViT at a high resolution, as it is and with local attention.",
 }
-QUICK = {  # defaults with --quick: under a minute on two cores
+QUICK = {  # defaults with --quick: ~15 seconds on two cores
     "mask_types": ["2d_all_neighbors"],
     "expansion_steps": [1],
     "grids": [14, 28],

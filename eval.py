@@ -138,8 +138,8 @@ def add_where(parser: argparse.ArgumentParser) -> None:
     )
     output_help = (
         "JSON to write (default: eval_<split>.json, analysis_<split>.json or "
-        "compare_<run of B>_<split>.json beside the checkpoint); with --predict: CSV to write "
-        "(default: predictions.csv there, at another size predictions_<size>.csv)"
+        "compare_<run of B>_seed_<n>_<split>.json beside the checkpoint); with --predict: CSV to "
+        "write (default: predictions.csv there, at another size predictions_<size>.csv)"
     )
     add("--output", type=Path, metavar="FILE", help=output_help)
 

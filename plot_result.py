@@ -65,13 +65,13 @@ def parse_args(argv=None):
         type=utils.number_type(float, above=0, maximum=100),
         nargs="+",
         metavar="PERCENT",
-        help="accuracies: how long each pattern takes to reach them (default: round numbers below "
-        "the best)",
+        help="accuracies: the page shows how long each pattern takes to reach them (default: round "
+        "numbers below the best)",
     )
     parser.add_argument(
         "--no_speed",
         action="store_true",
-        help="leave out speed and time: something else disturbed the runs",
+        help="leave out speed and time, for runs that something else disturbed",
     )
     parser.add_argument(
         "--format",

@@ -172,11 +172,13 @@ def mean_receptive_field(
     trained: TrainedModel, indices: Tensor, patch: tuple[int, int], batch_size: int
 ) -> np.ndarray:
     """fp32 [h, w], the mean over these images, computed in fp32 whatever the precision."""
+    hardware.set_precision("fp32")
     size = min(batch_size, receptive_field.images_at_once(trained.model))
     total = torch.zeros(trained.model.config["img_size"], dtype=torch.float64)
     for images, _ in with_bar(trained.batches(size, indices), "receptive field", len(indices)):
         field = receptive_field.receptive_field(trained.model, images, patch)  # [b, h, w]
         total += field.sum(0).cpu().double()
+    hardware.set_precision(trained.precision)
     return (total / len(indices)).float().numpy()
 
 

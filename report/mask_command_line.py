@@ -30,10 +30,12 @@ def parse_args(argv=None):
     for name in MASK_FLAGS:
         about = FLAGS[name].metadata
         options = {name: about[name] for name in ("help", "type", "metavar", "default")}
+        if name == "mask_type":
+            options["help"] += " (default: 2d_cardinal)"
         if name in CHOICES:
             options["choices"] = CHOICES[name]
         group.add_argument(f"--{name}", **options)
-    parser.set_defaults(mask_type=None)  # decided in `main`
+    parser.set_defaults(mask_type=None)  # decided in `main`, as the help says
 
     group = parser.add_argument_group("what to show")
     add = group.add_argument

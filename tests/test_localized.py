@@ -155,6 +155,16 @@ def test_a_compiled_model_computes_the_same_without_a_break(name):
 # What it refuses
 
 
+def test_an_exported_program_computes_the_same():
+    """With the sparse kernel: one operator of this repository in the graph."""
+    model = localize(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2).eval(), SPEC)
+    images = torch.randn(2, 3, 64, 64)
+    program = torch.export.export(model, (images,))
+    torch.testing.assert_close(program.module()(images), model(images))
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert any(name.startswith("local_attention.") for name in operators)
+
+
 @pytest.mark.parametrize(
     ("builder", "message"),
     [

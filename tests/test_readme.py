@@ -197,7 +197,7 @@ def test_the_file_tree_is_complete():
             named.add(folder + name if indent else name)
 
     inside = [path.relative_to(utils.REPOSITORY) for path in utils.REPOSITORY.glob("[!.]*/*.py")]
-    inside = [path for path in inside if path.parts[0] not in ("tests", "experiments")]
+    inside = [path for path in inside if path.parts[0] != "tests"]
     at_the_top = {path.name for path in utils.REPOSITORY.glob("*.py")}
     assert named == at_the_top | {str(path) for path in inside if path.stem != "__init__"}
 

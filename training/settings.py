@@ -108,7 +108,10 @@ class MaskSettings:
 
     mask_type: str = flag("full", "who attends to whom")
     expansion_step: int | None = flag(  # patches; None where the mask type has no step
-        1, "reach, in patches", number_type(int, minimum=0), "S"
+        1,
+        "reach of 2D patterns, in patches; 1D windows are as large",
+        number_type(int, minimum=0),
+        "S",
     )
     dilation: int = flag(1, "distance from one neighbor to the next, in patches", positive, "D")
     edge: str = flag("truncate", "shift: at the border, as many neighbors as elsewhere")
@@ -229,7 +232,7 @@ class ModelSettings:
     )
     drop_path: float = flag(
         PLAIN["drop_path"],
-        "* stochastic depth: probability of skipping a branch, in the last block",
+        "* stochastic depth: probability of skipping a branch, rising to this in the last block",
         fraction,
         "P",
     )
@@ -290,7 +293,8 @@ class OptimizationSettings:
     )
     minutes: float | None = flag(
         None,
-        "train for so long instead, not counting evaluations; the schedule goes by the clock",
+        "train for this long instead, not counting evaluations and saving; the schedule goes by "
+        "the clock",
         above_0,
         "M",
     )
@@ -307,13 +311,18 @@ class OptimizationSettings:
     )
     warmup_fraction: float = flag(0.1, "of the training; then cosine to 0", fraction, "F")
     label_smoothing: float = flag(
-        PLAIN["label_smoothing"], "* probability moved off the true class", fraction, "P"
+        PLAIN["label_smoothing"],
+        "* share of the target that is spread over all classes",
+        fraction,
+        "P",
     )
     grad_clip: float = flag(1.0, "gradient norm; 0 = off", at_least_0)
     ema: float = flag(
         0.0, "decay of the weights' moving average, which is then evaluated; 0 = off", fraction, "D"
     )
-    seed: int = flag(0, "of weights, data order, dropout", number_type(int, minimum=0, below=2**63))
+    seed: int = flag(
+        0, "of weights, data order, augmentation, dropout", number_type(int, minimum=0, below=2**63)
+    )
 
     @property
     def budget(self) -> Budget:
