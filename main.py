@@ -169,6 +169,7 @@ def prepare(
         found = run_folder.read_to_resume(folder), load_latest(folder)
     record, state = distributed.from_first(found)
 
+    hardware.set_precision(settings.machine.precision)  # before backends are measured
     start = starting.read(settings, state) if distributed.IS_FIRST else None
     start = distributed.from_first(start)
     model = build_model(settings, dataset.in_channels, dataset.num_classes, start.norm_eps)

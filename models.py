@@ -131,10 +131,11 @@ class VisionTransformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """As in the original JAX code: weights scaled by their fan-in, for any width; small head.
+        """As timm's init_weights_vit_jax: Xavier for all matrices, q, k and v as one; small head.
 
-        A difference: the learned positions start from 2D sin-cos values, so that the model need not
-        discover the grid first when there is little data.
+        That is the original JAX code, but for q, k and v, which it takes one by one, and which are
+        larger by sqrt(2) there. Another difference: the learned positions start from 2D sin-cos
+        values, so that the model need not discover the grid first when there is little data.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -207,6 +208,16 @@ class VisionTransformer(nn.Module):
         return masks
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images [B, C, height, width].
+
+        Raises ValueError for images of another size: as many patches in another shape would get
+        the positions and the mask of a grid that is not theirs.
+        """
+        if tuple(images.shape[2:]) != self.config["img_size"]:
+            raise ValueError(
+                f"got images of {images.shape[2]}x{images.shape[3]} pixels, but the model is for "
+                f"{self.config['img_size'][0]}x{self.config['img_size'][1]}"
+            )
         if self.replays_graphs:  # the results of the step before may be overwritten now
             torch.compiler.cudagraph_mark_step_begin()
 

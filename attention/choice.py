@@ -8,7 +8,7 @@ import time
 import torch
 
 import utils
-from attention import compiled_mask, timings
+from attention import compiled_mask, tiled, timings, windows
 from attention.backends import BACKENDS, Choice, unusable
 from attention.compiled_mask import CompiledMask, compile_mask
 from attention.dispatch import attend_packed
@@ -57,9 +57,10 @@ def choose_backend(
         if (measured := timings.fastest(timings.read(path))) is not None:
             return measured
         shape = (batch_size * num_heads, head_dim)
-        return compiled_mask.choose_by_rule(compiled, device, shape, num_calls)
+        takes_tiles = tiled.takes(dtype, head_dim)
+        return compiled_mask.choose_by_rule(compiled, device, shape, num_calls, takes_tiles)
 
-    others = find_candidates(compiled, device)
+    others = find_candidates(compiled, device, dtype, head_dim)
     if not others:
         return Choice("dense", compiled.too_many_diagonals)
     found = _get_timings(compiled, others, qkv_shape, dtype, device)
@@ -71,13 +72,15 @@ def choose_backend(
     )
 
 
-def find_candidates(compiled: CompiledMask, device: torch.device) -> list[str]:
+def find_candidates(
+    compiled: CompiledMask, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> list[str]:
     """The backends to measure besides dense."""
     fits = {
         "native": True,
-        "tiled": True,
+        "tiled": tiled.takes(dtype, head_dim),
         "flex": True,
-        "varlen": compiled.window is not None,
+        "varlen": compiled.window is not None and windows.takes(dtype, head_dim),
         "diagonal": bool(compiled.offsets),
     }
     names = [name for name in BACKENDS if fits.get(name) and not unusable(name, device.type)]

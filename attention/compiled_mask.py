@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from attention import build, diagonal, flex, native, rule, timings, windows
+from attention import build, diagonal, flex, native, rule, tiled, timings, windows
 from attention.backends import BACKENDS, Choice, unusable
 from attention.neighbors import find_neighbors
 from attention.tiles import TileLists, find_tiles
@@ -226,7 +226,8 @@ class CompiledMask(nn.Module):
 
         is_elsewhere = by_rule and self.settled_on != device.type
         if is_elsewhere or self._unusable(device) is not None:
-            self.apply_choice(choose_by_rule(self, device))
+            fits = qkv_shape is None or tiled.takes(dtype, qkv_shape[-1])
+            self.apply_choice(choose_by_rule(self, device, takes_tiles=fits))
             self.settled_on = device.type
 
     def _unusable(self, device: torch.device) -> str | None:
@@ -248,11 +249,16 @@ def has_accelerator() -> bool:
 
 
 def choose_by_rule(
-    compiled: CompiledMask, device: torch.device, shape: tuple = (), num_calls: float = float("inf")
+    compiled: CompiledMask,
+    device: torch.device,
+    shape: tuple = (),
+    num_calls: float = float("inf"),
+    takes_tiles: bool = True,
 ) -> Choice:
     """The backend of a mask on a device, without measuring: see rule.py.
 
-    `shape` is (B * H, D) if they are known, `num_calls` how often attention will run.
+    `shape` is (B * H, D) if they are known, `num_calls` how often attention will run, and
+    `takes_tiles` whether the backend `tiled` takes such tensors.
     """
     num_global, num_patches = compiled.num_global_tokens, compiled.num_tokens
     num_tokens = num_global + num_patches
@@ -264,7 +270,9 @@ def choose_by_rule(
         missing = "the tiled backend"
         return rule.choose_uncompiled(num_tokens, num_edges, num_diagonals, missing)
 
-    pairs = {"dense": num_tokens**2, "tiled": compiled.tile_lists.num_pairs}
+    pairs = {"dense": num_tokens**2}
+    if takes_tiles:
+        pairs["tiled"] = compiled.tile_lists.num_pairs
     share = flex.share_of_blocks(compiled.with_global_tokens(), flex.BLOCK)
     pairs["flex"] = round(share * num_tokens**2)
     if num_diagonals:
@@ -302,7 +310,7 @@ def _check_mask(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         raise ValueError(f"expected a boolean mask (True = may attend), got {mask.dtype}")
 
-    mask = mask.detach().cpu()
+    mask = mask.detach().to("cpu", copy=True)  # whoever changes theirs does not change this one
     alone = ~mask.any(dim=1)  # [N]
     if alone.any():
         row = int(alone.nonzero()[0])

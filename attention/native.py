@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attention import build
 
@@ -206,6 +207,7 @@ class _Packed(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         if grad is None:
             return 3 * (None,)
@@ -220,6 +222,7 @@ class _Separate(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         if grad is None:
             return 5 * (None,)

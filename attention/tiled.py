@@ -27,6 +27,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import utils
 from attention.tiles import BLOCK, TILE
@@ -76,12 +77,17 @@ def _import_error() -> str | None:
     return None
 
 
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernels can compute with these: others need another backend."""
+    return dtype in DTYPES and head_dim <= MAX_HEAD_DIM
+
+
 def fits(x: Tensor) -> bool:
-    """Whether the kernels take a tensor [B, T, ..., H, D]: others need another backend."""
+    """Whether the kernels take a tensor [B, T, ..., H, D]."""
     num_tokens, num_heads, head_dim = x.shape[1], x.shape[-2], x.shape[-1]
     # Within an image, the kernels count in int32.
     end = num_tokens * x.stride(1) + num_heads * x.stride(-2)
-    return x.dtype in DTYPES and head_dim <= MAX_HEAD_DIM and end < 2**31
+    return takes(x.dtype, head_dim) and end < 2**31
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,6 +253,7 @@ class _Packed(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         if grad is None:
             return 5 * (None,)
@@ -261,6 +268,7 @@ class _Separate(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         if grad is None:
             return 7 * (None,)

@@ -29,6 +29,7 @@ def path_of(mask: Tensor, qkv_shape: tuple, dtype: torch.dtype, device: torch.de
         hashlib.sha256(mask.numpy().tobytes()).hexdigest(),
         tuple(qkv_shape),
         str(dtype),
+        torch.get_float32_matmul_precision(),
         hardware.device_name(device),
         torch.__version__,
         _kernels_hash(),

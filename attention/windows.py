@@ -44,9 +44,14 @@ def find_window(mask: Tensor) -> tuple[int, int] | None:
     return (left, right) if torch.equal(mask, window) else None
 
 
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether flash attention can compute with these: others need another backend."""
+    return dtype in DTYPES and head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
+
+
 def fits(qkv: Tensor) -> bool:
-    """Whether flash attention takes packed qkv [B, T, 3, H, D]: others need another backend."""
-    return qkv.dtype in DTYPES and qkv.shape[-1] <= MAX_HEAD_DIM and qkv.shape[-1] % 8 == 0
+    """Whether flash attention takes packed qkv [B, T, 3, H, D]."""
+    return takes(qkv.dtype, qkv.shape[-1])
 
 
 def attend(qkv: Tensor, window: tuple[int, int]) -> Tensor:

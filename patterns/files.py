@@ -59,7 +59,7 @@ def _read_png(path: Path) -> np.ndarray:
 
     with Image.open(path, formats=["PNG"]) as image:
         gray = np.asarray(image.convert("L"))
-    return np.where(gray == 255, 1, gray)
+    return np.select([gray == 255, gray == 0], [1, 0], default=2)
 
 
 _READERS = dict(zip(SUFFIXES, (_read_npy, _read_pt, _read_png), strict=True))

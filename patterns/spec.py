@@ -213,8 +213,9 @@ class MaskSpec:
         """Equal for two specs if their masks on this grid are equal, in every layer.
 
         Names differ more than masks do: `1d_cardinal` at step 2 and `1d_all_neighbors` at step 1
-        are the same window of 9, and a step beyond the grid is full attention. On a grid of more
-        than MAX_COMPARED patches only windows are compared, by their width.
+        are the same window of 9, and a step beyond the grid is full attention. It does not know how
+        many layers there are, so `global_layers` that name all of them are not taken for `full`. On
+        a grid of more than MAX_COMPARED patches only windows are compared, by their width.
         """
         size = (num_patches_height, num_patches_width)
         in_words = " ".join(self._words())

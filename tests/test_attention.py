@@ -698,6 +698,13 @@ def test_a_kernel_that_the_compiler_rejects_runs_uncompiled(compiled_here, monke
     diagonal.compile_for.cache_clear()
 
 
+def test_a_mask_that_is_changed_later_does_not_change_what_was_compiled():
+    mask = masks.build_attention_mask("2d_cardinal", 1, 3, 4).clone()
+    compiled = compile_mask(mask, 0, "dense")
+    mask.fill_(True)
+    assert compiled.mask.sum() < mask.sum()
+
+
 def test_errors_are_computed_on_a_device_that_has_float64(monkeypatch):
     """Apple's GPUs lack it: tensors are copied to the CPU first."""
     from benchmarks import errors

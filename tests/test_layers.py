@@ -269,6 +269,31 @@ def test_a_run_goes_on_with_the_backends_it_began_with(output, tmp_path):
     assert model.layer_masks.backend == "dense and native"
 
 
+@pytest.mark.parametrize(
+    ("backend", "device", "problem"),
+    [
+        ("native", "cuda", "runs on the CPU, not on cuda"),
+        ("tiled", "cpu", "runs on CUDA, not on cpu"),
+        ("diagonal", "cpu", "is slow on a CPU now"),
+        ("dense", "cuda", None),
+    ],
+)
+def test_a_run_goes_on_elsewhere_with_another_backend_if_it_must(backend, device, problem, capsys):
+    """If `auto` chose the one it began with; one that was asked for stays."""
+    arguments = [*DIGITS, "--mask_type", "2d_cardinal"]
+    settings = main.resolve_settings(main.parse_args(arguments))
+    (compiled,) = building.build_model(settings, 1, 10).layer_masks.different
+    about = {"backend": backend, "backend_reason": "then"}
+    choice = building.recorded_choice(about, compiled, settings, torch.device(device))
+    assert (choice.backend == backend) == (problem is None)
+    expected = f"attention goes on with backend {choice.backend}: {backend} {problem}\n"
+    assert capsys.readouterr().out == ("" if problem is None else expected)
+
+    settings = main.resolve_settings(main.parse_args([*arguments, "--backend", backend]))
+    choice = building.recorded_choice(about, compiled, settings, torch.device(device))
+    assert choice.backend == backend
+
+
 def test_a_checkpoint_keeps_the_mask_of_a_file(tmp_path):
     mask = np.tri(16, dtype=bool)
     path = tmp_path / "mine.npy"

@@ -77,7 +77,7 @@ def slow_down(monkeypatch):
 
 
 def lr_after(seconds):
-    return 2e-3 * lr_factor_by_clock(seconds / 30, 0.2)
+    return 2e-3 * lr_factor_by_clock(seconds / 30, 0.2, step=seconds)
 
 
 def test_a_run_trains_until_the_time_is_up(tmp_path, losses, capsys):
@@ -107,9 +107,16 @@ def test_a_run_trains_until_the_time_is_up(tmp_path, losses, capsys):
 
 def test_the_schedule_by_the_clock():
     shares = [0, 0.05, 0.1, 0.55, 1]
-    factors = [lr_factor_by_clock(share, 0.1) for share in shares]
-    assert factors == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert lr_factor_by_clock(0, 0) == 1
+    factors = [lr_factor_by_clock(share, 0.1, step=1000) for share in shares]
+    assert factors == pytest.approx([0.01, 0.5, 1, 0.5, 0])
+    assert lr_factor_by_clock(0, 0, step=0) == 1
+
+
+def test_a_first_step_that_takes_long_does_not_skip_the_warmup():
+    """It may compile for a minute."""
+    factors = [lr_factor_by_clock(0.11, 0.1, step) for step in (0, 1, 4)]
+    assert factors == pytest.approx([0.1, 0.2, 0.5])
+    assert lr_factor_by_clock(0, 0.1, step=0) > 0
 
 
 def test_images_are_not_mixed_in_the_last_share_of_the_time(tmp_path, monkeypatch):

@@ -22,6 +22,13 @@ SMALL = {
 }
 
 
+def test_images_of_another_shape_are_refused():
+    """Even if they have as many patches, which would get the positions of another grid."""
+    model = VisionTransformer(**{**SMALL, "img_size": (16, 24)})
+    with pytest.raises(ValueError, match="got images of 24x16 pixels, but the model is for 16x24"):
+        model(torch.zeros(1, 3, 24, 16))
+
+
 def make_timm(config, **kwargs):
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
     return timm.models.VisionTransformer(**{name: config[name] for name in names}, **kwargs).eval()

@@ -416,6 +416,23 @@ def test_kernels_for_narrower_vectors(machine, tmp_path):
     assert done.stdout == "clean\n", done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("backend", ["dense", "diagonal", "native"])
+def test_second_derivatives_are_refused_and_never_wrong(backend, is_packed):
+    """As of a gradient penalty: a backward that has no derivative must say so."""
+    compiled = compile_mask(masks.build_attention_mask("2d_cardinal", 1, 3, 4), 1, backend)
+    qkv = random_qkv(13, dtype=torch.float32)
+    if is_packed:
+        out = attend_packed(qkv, compiled)  # [B, T, H, D]
+    else:
+        out = attend(*qkv.permute(2, 0, 3, 1, 4), compiled)  # [B, H, T, D]
+
+    loss = out.square().sum() + qkv.square().sum()
+    (grad,) = torch.autograd.grad(loss, qkv, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.square().sum().backward()
+
+
 def test_sanitizers_find_nothing(tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer, with the oracle."""
     library, compiler = tmp_path / "sanitized.so", build.find_compiler()

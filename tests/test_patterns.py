@@ -293,6 +293,9 @@ def test_numbers_and_bits_are_masks_too(tmp_path):
         )
     Image.fromarray(mask).convert("1").save(tmp_path / "bits.png")
     np.testing.assert_array_equal(files.read(tmp_path / "bits.png"), mask)
+    Image.fromarray(mask.astype(np.uint8)).save(tmp_path / "nearly_black.png")
+    with pytest.raises(ValueError, match="values"):
+        files.read(tmp_path / "nearly_black.png")
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,18 @@ def test_auto_stays_dense_where_compiling_costs_more_than_it_gains(on_a_gpu):
     assert choose_on_gpu(mask, num_calls=10**6).backend == "tiled"
 
 
+def test_auto_does_not_take_tiles_for_what_they_do_not_take(on_a_gpu):
+    """Something else would run under their name."""
+    assert tiled.takes(torch.bfloat16, 128)
+    assert not tiled.takes(torch.bfloat16, 192)
+    assert not tiled.takes(torch.float64, 64)
+
+    mask = masks.build_attention_mask("2d_all_neighbors", 2, 28, 28)
+    choice = choose_on_gpu(mask, takes_tiles=False)
+    assert choice.backend == "flex"
+    assert "tiled" not in choice.reason
+
+
 def test_a_mask_that_allows_everything_stays_dense_on_a_gpu(on_a_gpu):
     assert choose_on_gpu(torch.ones(256, 256, dtype=torch.bool)).backend == "dense"
 

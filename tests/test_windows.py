@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attention
 import masks
-from attention import Choice, attend_packed, choice, compile_mask, windows
+from attention import Choice, attend_packed, choice, compile_mask, tiled, windows
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (2, 2), (3, 0), (0, 4), (9, 1), (11, 11)])
@@ -79,11 +79,34 @@ def test_it_is_one_more_candidate_on_cuda(monkeypatch):
         (mask_type, num_global): choice.find_candidates(
             compile_mask(masks.build_attention_mask(mask_type, 1, 4, 5), num_global, "measure"),
             cuda,
+            torch.bfloat16,
+            64,
         )
         for mask_type, num_global in (("1d_cardinal", 0), ("1d_cardinal", 1), ("2d_cardinal", 0))
     }
     assert [case for case, found in candidates.items() if "varlen" in found] == [("1d_cardinal", 0)]
     assert all({"flex", "diagonal"} <= set(found) for found in candidates.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "missing"),
+    [
+        (torch.bfloat16, 64, set()),
+        (torch.float32, 64, {"varlen"}),
+        (torch.bfloat16, 20, {"varlen"}),
+        (torch.bfloat16, 192, {"tiled"}),
+        (torch.float64, 64, {"tiled", "varlen"}),
+    ],
+)
+def test_a_backend_that_does_not_take_the_tensors_is_no_candidate(
+    monkeypatch, dtype, head_dim, missing
+):
+    """It would be timed under its name, and something else would run."""
+    monkeypatch.setattr(windows, "is_available", lambda: True)
+    monkeypatch.setattr(tiled, "error", lambda device_type: None)
+    compiled = compile_mask(masks.build_attention_mask("1d_cardinal", 1, 4, 5), 0, "measure")
+    found = choice.find_candidates(compiled, torch.device("cuda"), dtype, head_dim)
+    assert {"tiled", "varlen"} - set(found) == missing
 
 
 def test_without_it_the_backend_says_so(monkeypatch):

@@ -84,19 +84,22 @@ def recorded_choice(
 ) -> Choice:
     """The backend that the run began with under one mask.
 
-    Except for the diagonals that `auto` once chose on the CPU: they are no longer compiled there,
-    and would be many times as slow as the native kernel.
+    Except for one that `auto` chose and that cannot run on this device, and for the diagonals that
+    it once chose on the CPU: they are no longer compiled there, and would be many times as slow as
+    the native kernel.
     """
     choice = Choice(about["backend"], about["backend_reason"])
-    was_asked_for = settings.mask.backend == choice.backend
-    if choice.backend != "diagonal" or was_asked_for or device.type != "cpu":
+    problem = attention.unusable(choice.backend, device.type)
+    if problem is None and choice.backend == "diagonal" and device.type == "cpu":
+        problem = "is slow on a CPU now"
+    if problem is None or settings.mask.backend == choice.backend:
         return choice
 
     by_rule = attention.choose_by_rule(compiled, device)
-    if by_rule.backend == "diagonal":  # there is no compiler
+    if by_rule.backend == choice.backend:  # there is no compiler
         return choice
     if distributed.IS_FIRST:
-        print(f"attention goes on with backend {by_rule.backend}, as diagonal is slow on a CPU now")
+        print(f"attention goes on with backend {by_rule.backend}: {choice.backend} {problem}")
     return by_rule
 
 

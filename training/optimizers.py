@@ -94,18 +94,28 @@ def layer_of(name: str, depth: int) -> int:
     return depth + 1 if name.startswith(("norm.", "head.")) else 0
 
 
+FIRST_STEPS = 10
+LOWEST_WARMUP = 0.01  # so that the first step, at time 0, does something
+
+
 def lr_factor(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Linear warmup, then cosine to zero (Loshchilov & Hutter 2017)."""
+    """Linear warmup (Goyal et al. 2017), then cosine to zero (SGDR, Loshchilov & Hutter 2017)."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return falling_cosine(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
-def lr_factor_by_clock(share_done: float, warmup_fraction: float) -> float:
-    """The same where it is time that passes: after `share_done` of the training, in [0, 1]."""
+def lr_factor_by_clock(share_done: float, warmup_fraction: float, step: int) -> float:
+    """The same where it is time that passes: after `share_done` of the training, in [0, 1].
+
+    If there is a warmup, it takes FIRST_STEPS steps at least: the first one may compile for longer
+    than the warmup lasts.
+    """
+    highest = min(1.0, (step + 1) / FIRST_STEPS) if warmup_fraction else 1.0
     if share_done < warmup_fraction:
-        return share_done / warmup_fraction
-    return falling_cosine(math.pi * (share_done - warmup_fraction) / (1 - warmup_fraction))
+        return min(highest, max(share_done / warmup_fraction, LOWEST_WARMUP))
+    angle = math.pi * (share_done - warmup_fraction) / (1 - warmup_fraction)
+    return min(highest, falling_cosine(angle))
 
 
 def falling_cosine(angle: float) -> float:

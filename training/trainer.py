@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +47,14 @@ def micro_batch_size(settings: Settings) -> int:
     """The most images that one process takes through the model at once."""
     of_process = -(-settings.optimization.batch_size // distributed.WORLD_SIZE)
     return -(-of_process // settings.machine.grad_accumulation)
+
+
+def seed_of_process(seed: int) -> int:
+    """Of dropout and stochastic depth: another for each process, and not that of another run."""
+    if distributed.IS_FIRST:
+        return seed
+    drawn = np.random.SeedSequence([seed, distributed.RANK]).generate_state(1, np.uint64)
+    return int(drawn[0]) % 2**63
 
 
 def augmentation_of_epoch(
@@ -99,6 +108,7 @@ class Trainer:
             model.compile_blocks(machine.compile)
             if self.average:
                 self.average.model.run_block = model.run_block
+                self.average.model.replays_graphs = model.replays_graphs
         self.parallel_model = distributed.wrap(model, device)
 
         # Where kernels are compiled for one shape, smaller batches are padded to it.
@@ -109,7 +119,7 @@ class Trainer:
         self.start_epoch(Progress())
         self.vote = distributed.Vote()
         self.saved_at, self.saved = time.monotonic(), None  # when, and at which step of which epoch
-        torch.manual_seed((optimization.seed + distributed.RANK) % 2**63)
+        torch.manual_seed(seed_of_process(optimization.seed))
 
     def start_epoch(self, progress: Progress) -> None:
         self.progress = progress
@@ -137,7 +147,7 @@ class Trainer:
         warmup_fraction = self.settings.optimization.warmup_fraction
         if self.budget.minutes is not None:
             share_done = self.budget.share_done(0, self.seconds)
-            return optimizers.lr_factor_by_clock(share_done, warmup_fraction)
+            return optimizers.lr_factor_by_clock(share_done, warmup_fraction, step)
 
         total_steps = self.budget.epochs * self.steps_per_epoch
         return optimizers.lr_factor(step, total_steps, round(warmup_fraction * total_steps))
@@ -235,6 +245,7 @@ class Trainer:
             # All processes go by one history: its times decide when images are no longer mixed.
             row = distributed.from_first(self.finish_epoch())
             self.start_epoch(self.progress.next_epoch(row))
+            self.read_clock(0.0)  # the device was still working when it was read last
             if distributed.any_rank(self.is_done or self.is_save_due()):
                 self.save()
             self.write_metrics()
