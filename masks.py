@@ -110,12 +110,13 @@ def reachable(
 ) -> np.ndarray:
     """Whether information of patch j can have reached patch i after `num_layers` layers.
 
-    Each layer is one step along its mask, or along the residual connection, so these are the
-    neighborhoods of `num_layers` steps.
-    Global tokens, such as the class token, collect from all patches in one layer and pass it on to
-    all in the next. `mask` is bool [N, N], also as a tensor, or a list with the mask of each layer,
-    of which one at least is not None (full). Returns bool [N, N], True at [i, j]. Raises ValueError
-    if `num_layers` is negative, or larger than the list.
+    Returns bool [N, N], True at [i, j] if it can. Each layer is one step along its mask, or along
+    the residual connection, so these are the neighborhoods of `num_layers` steps. Global tokens,
+    such as the class token, collect from all patches in one layer and pass it on in the next.
+
+    `mask` is bool [N, N], also as a tensor, or a list with the mask of each layer: None is full
+    attention, but not all may be None. Raises ValueError if `num_layers` is negative, or larger
+    than the list.
     """
     num_layers = check_integer("num_layers", num_layers, minimum=0)
     is_list = isinstance(mask, Sequence)

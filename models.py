@@ -43,8 +43,10 @@ class VisionTransformer(nn.Module):
             patch tokens.
         num_registers: learned tokens without a place on the grid, global like the class token
             (Darcet et al. 2023, "Vision Transformers Need Registers"); their output is not used.
-        dropout: on the embeddings, after both projections and inside the MLP, but never on the
-            attention weights.
+        embed_dim, depth, num_heads: width E, number of blocks, heads per block.
+        mlp_ratio: width of the MLP's hidden layer, as a multiple of E.
+        dropout: on the embeddings, after the projection of attention and that of the MLP, and on
+            the MLP's hidden layer, but never on the attention weights.
         drop_path: stochastic depth (Huang et al. 2016): the probability, per image, of skipping
             each of the last block's two branches. It grows linearly from 0 at the first block.
         attention_mask: bool [N, N] over patches in row-major order, True = query i may attend to
@@ -52,7 +54,8 @@ class VisionTransformer(nn.Module):
         backend: how masked attention is computed, see `attention.compile_mask`.
         norm_eps: added to the variance by each LayerNorm. Weights of others may need another.
 
-    Raises ValueError if sizes do not fit together, or if the mask does not fit the patch grid.
+    Raises ValueError if sizes do not fit together, for an unknown `pool` or backend, a negative
+    number of registers, and if the mask does not fit the patch grid or the number of layers.
     """
 
     def __init__(

@@ -5,13 +5,14 @@ them attends to (tiles.py); pairs that the mask forbids are computed as well, an
 keeps nothing but the output and the log-sum-exp of each query. The backward computes the
 probabilities anew: one kernel for the gradient of the queries, over the same lists, and one for
 those of keys and values, over the transposed lists. Nothing is scattered, so the result is
-deterministic.
+deterministic. The online softmax and the recomputed backward are those of FlashAttention-2 (Dao
+2023, section 3).
 
     s = q . k                p = exp(s - lse)                    out = sum_j p v[j]
     delta = grad . out       ds = p (grad . v - delta)
     dq = sum_j ds k[j]       dk = sum_i ds q[i]                  dv = sum_i p grad[i]
 
-The kernels are compiled at their first call, in about a second each, whatever the mask, the grid
+The kernels are compiled at their first call, whatever the mask, the grid
 and the batch: again only for another head dim, data type, or alignment.
 
 Legend for shapes:

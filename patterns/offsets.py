@@ -71,7 +71,7 @@ PATTERNS = {
 def neighborhoods(
     offsets: Callable, step: int, height: int, width: int, dilation: int = 1, edge: str = "truncate"
 ) -> np.ndarray:
-    """The mask of a set of offsets around every patch of a grid."""
+    """The mask of a set of offsets around every patch of a grid: bool [N, N], perhaps read-only."""
     # The axes of a pair of patches: query row, query column, key row, key column.
     dy = axis_offsets(height, dilation, edge)[:, None, :, None]
     dx = axis_offsets(width, dilation, edge)[:, None, :]
@@ -100,11 +100,13 @@ def axis_offsets(length: int, dilation: int = 1, edge: str = "truncate") -> np.n
 
     if edge == "shift":
         last = (length - 1 - group) // dilation  # the last place of a position's own kind
-        # How many places there are from the nearer end of the axis, as seen from the query, to the
-        # key; a window around the query that includes the key is at least half as large.
-        num_before = np.where(offset > 0, place, last - place)
-        radius = (num_before + 1) // 2
-        is_mirrored = num_before % 2 == 0
+        # A window must lie within the axis. To reach the key, it may have to start at the end that
+        # lies behind the query. From there the key is `to_end` places away, so that the smallest
+        # such window, of 2 * radius + 1 places, has this radius:
+        to_end = np.where(offset > 0, place, last - place)
+        radius = (to_end + 1) // 2
+        # The last of its places would be +radius; if that is the key before, the key is -radius.
+        is_mirrored = to_end % 2 == 0
         moved = np.sign(offset) * np.where(is_mirrored, -radius, radius)
         offset = np.where(abs(offset) > radius, moved, offset)
 

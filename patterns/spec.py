@@ -27,10 +27,9 @@ MAX_COMPARED = 4096  # 64 x 64: a mask of 16 MiB
 class MaskSpec:
     """Which mask: the flags `--mask_type`, `--expansion_step`, `--dilation`, ... in one object.
 
-    A field that the mask type does not depend on has its default, whatever is given, so that equal
-    specs are equal masks. Any name is accepted, even of a pattern that only exists in another
-    checkout, so that its logs can be read here. `build` and `num_neighbors` raise ValueError for
-    what they cannot make.
+    Fields that this mask type does not use are reset to their defaults, so that equal specs mean
+    equal masks. Unknown mask types are accepted, so that logs of other checkouts can be read;
+    `build` and `num_neighbors` raise ValueError for what they cannot make.
     """
 
     mask_type: str = "full"
@@ -173,7 +172,9 @@ class MaskSpec:
     ) -> torch.Tensor | None:
         """The mask of a layer, bool [N, N]; None for full attention, which runs without a mask.
 
-        Raises ValueError for more than MAX_PATCHES patches, whose mask would not fit into memory.
+        Raises ValueError for an unknown mask type, a field with an impossible value, a mask file
+        that is missing, has changed or is for another grid, and for more than MAX_PATCHES patches,
+        whose mask would not fit into memory.
         """
         return to_tensor(self.build_array(num_patches_height, num_patches_width, layer))
 
@@ -188,7 +189,10 @@ class MaskSpec:
     def build_layers(
         self, num_patches_height: int, num_patches_width: int, num_layers: int
     ) -> list[torch.Tensor | None]:
-        """The mask of each layer; layers with the same mask share one tensor."""
+        """The mask of each layer, as in `build`; layers with the same mask share one tensor.
+
+        Raises ValueError as `build` does, and for global layers that do not exist.
+        """
         arrays = self.build_layer_arrays(num_patches_height, num_patches_width, num_layers)
         tensors = {id(array): to_tensor(array) for array in arrays}
         return [tensors[id(array)] for array in arrays]
@@ -196,7 +200,7 @@ class MaskSpec:
     def build_layer_arrays(
         self, num_patches_height: int, num_patches_width: int, num_layers: int
     ) -> list[np.ndarray | None]:
-        """The same as numpy arrays. Raises ValueError for global layers that do not exist."""
+        """The same as numpy arrays."""
         self._check()
         beyond = [layer for layer in self.global_layers if layer >= num_layers]
         if beyond:

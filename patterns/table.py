@@ -21,7 +21,8 @@ class MaskType:
     about: str  # what a patch attends to
     formula: str  # nominal number of neighbors
     takes: tuple[str, ...]  # fields of MaskSpec
-    # (height, width, layer, each field by its name) -> bool [N, N]; None for full attention
+    # (height, width, kind, each field by its name) -> bool [N, N]; None for full attention. `kind`
+    # says which of the `num_kinds` masks: it is 0 but for those that differ by layer
     build: Callable[..., np.ndarray] | None
     # step -> nominal number of neighbors; None: the largest number on the grid
     num_neighbors: Callable[[int], int] | None = None
@@ -31,11 +32,11 @@ class MaskType:
 def types_of(name: str, pattern: Pattern) -> dict[str, MaskType]:
     """The mask types of a set of offsets: `2d_<name>` and its 1D twin."""
 
-    def build_1d(height, width, layer, expansion_step, dilation, edge) -> np.ndarray:
+    def build_1d(height, width, kind, expansion_step, dilation, edge) -> np.ndarray:
         number = pattern.num_neighbors(expansion_step)
         return windows_1d(number, height * width, dilation, edge)
 
-    def build_2d(height, width, layer, expansion_step, dilation, edge) -> np.ndarray:
+    def build_2d(height, width, kind, expansion_step, dilation, edge) -> np.ndarray:
         return neighborhoods(pattern.offsets, expansion_step, height, width, dilation, edge)
 
     shared = {
@@ -50,19 +51,19 @@ def types_of(name: str, pattern: Pattern) -> dict[str, MaskType]:
     return types
 
 
-def _build_axial(height: int, width: int, layer: int, dilation: int) -> np.ndarray:
+def _build_axial(height: int, width: int, kind: int, dilation: int) -> np.ndarray:
     def is_in_line(dy: np.ndarray, dx: np.ndarray, step: int) -> np.ndarray:
         return (dy == 0) | (dx == 0)
 
     return neighborhoods(is_in_line, 0, height, width, dilation)
 
 
-def _build_windows(height: int, width: int, layer: int, expansion_step: int) -> np.ndarray:
-    return swin_windows(2 * expansion_step + 1, height, width, layer)
+def _build_windows(height: int, width: int, kind: int, expansion_step: int) -> np.ndarray:
+    return swin_windows(2 * expansion_step + 1, height, width, is_moved=kind == 1)
 
 
 def _build_random(
-    height: int, width: int, layer: int, expansion_step: int, edge: str, mask_seed: int
+    height: int, width: int, kind: int, expansion_step: int, edge: str, mask_seed: int
 ) -> np.ndarray:
     square = PATTERNS["all_neighbors"].offsets
     matched = neighborhoods(square, expansion_step, height, width, edge=edge)
@@ -70,7 +71,7 @@ def _build_random(
 
 
 def _build_from_file(
-    height: int, width: int, layer: int, mask_file: str, mask_hash: str | None
+    height: int, width: int, kind: int, mask_file: str, mask_hash: str | None
 ) -> np.ndarray:
     mask = files.read(mask_file)
     if len(mask) != height * width:
@@ -127,17 +128,17 @@ def _all_types() -> dict[str, MaskType]:
 # Windows and random patches
 
 
-def swin_windows(side: int, height: int, width: int, layer: int) -> np.ndarray:
+def swin_windows(side: int, height: int, width: int, is_moved: bool) -> np.ndarray:
     """The mask of windows that do not overlap; those at the border may be smaller.
 
-    In every other layer they are moved by half a window, so that they join what the layer before
-    kept apart (Liu et al. 2021, "Swin Transformer", section 3.2): not along an axis that is no
-    longer than a window.
+    With `is_moved`, as in every other layer, they lie half a window further, so that they join what
+    the layer before kept apart (Liu et al. 2021, "Swin Transformer", section 3.2): not along an
+    axis that is no longer than a window.
     """
 
     def numbers(length: int) -> np.ndarray:
         """The number of the window in which each position lies."""
-        is_shifted = layer % 2 == 1 and side < length
+        is_shifted = is_moved and side < length
         first = side // 2 if is_shifted else side  # where the second window begins
         return (np.arange(length) + side - first) // side
 

@@ -61,5 +61,5 @@ class Budget:
 
 
 def trained_seconds(rows: list[dict]) -> float:
-    """Of the finished epochs; what a run says that was begun before this was logged is 0."""
+    """Seconds of training in these rows; rows from before the field existed count as 0."""
     return sum(row.get("train_seconds", 0.0) for row in rows)

@@ -15,11 +15,8 @@ from training.muon import Muon
 from training.settings import OptimizationSettings
 
 OPTIMIZERS = ("adamw", "muon")
-NOT_DECAYED = (
-    "cls_token",
-    "reg_token",
-    "pos_embed",
-)  # vectors (norms and biases) do not decay either
+# Beside these, vectors (norms and biases) do not decay.
+NOT_DECAYED = ("cls_token", "reg_token", "pos_embed")
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -29,13 +26,14 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
 def build_optimizers(
     model: nn.Module, settings: OptimizationSettings
 ) -> list[torch.optim.Optimizer]:
-    """AdamW with weight decay on matrices only; with "muon", Muon for the matrices of the blocks.
+    """AdamW, with weight decay on matrices only; with "muon", Muon for the matrices of the blocks.
+
+    AdamW is that of Loshchilov & Hutter (2019, "Decoupled Weight Decay Regularization"). Muon
+    (Jordan et al. 2024) orthogonalizes the update of a matrix. Both share one learning rate and
+    weight decay.
 
     Frozen parameters are left out. With `layer_decay`, layers farther from the head have smaller
     learning rates, see `layer_of`; the first group of the first optimizer has that of the head.
-
-    Muon (Jordan et al. 2024) orthogonalizes the update of a matrix. Both share one learning rate
-    and weight decay.
     """
     parameters = {  # in a fixed order: states are saved by position
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -133,11 +131,11 @@ def build_schedulers(
 class WeightAverage:
     """Exponential moving average of a model's weights, kept in a copy of the model.
 
-    average = decay * average + (1 - decay) * new
+    average = decay * average + (1 - decay) * new    (Polyak & Juditsky 1992)
 
-    In the first steps the decay is smaller, (1 + step) / (10 + step), so that the random start is
-    soon forgotten. The arithmetic is torch's, but not its AveragedModel, which copies a counter to
-    the device in every step and waits for it.
+    In the first steps the decay is smaller, (1 + step) / (10 + step) as in TensorFlow, so that the
+    random start is soon forgotten. The arithmetic is torch's, but not its AveragedModel, which
+    copies a counter to the device in every step and waits for it.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -51,7 +51,7 @@ PLAIN = RECIPES["plain"]
 
 
 def strong_lr(batch_size: int) -> float:
-    """1e-3 at 128 to 256 images per step, scaled linearly below and above."""
+    """1e-3 at 128 to 256 images per step, scaled linearly below and above (Goyal et al. 2017)."""
     return 1e-3 * max(min(batch_size / 128, 1.0), batch_size / 256)
 
 

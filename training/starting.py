@@ -79,8 +79,7 @@ def read_earlier_run(path: str) -> tuple[Weights, dict]:
 def frozen_names(model: VisionTransformer, num_blocks: int | None) -> list[str]:
     """Parameters of everything up to and with the first blocks; none if that is None.
 
-    The class token and registers are part of it: with them the blocks are a fixed function, through
-    which no gradient has to go.
+    The class token and registers are part of it, so that no gradient has to go through them.
     """
     if num_blocks is None:
         return []

@@ -349,7 +349,8 @@ class Trainer:
         epoch_step = self.progress.epoch_step
         size = self.size_of_batch(epoch_step)
         first, stop = data.rank_part(size, distributed.RANK, distributed.WORLD_SIZE)
-        weight = 1 / size if stop > first else 0.0  # 0 for an image that another process counts
+        # A process without an image computes one of another's at weight 0, as DDP waits for it.
+        weight = 1 / size if stop > first else 0.0
 
         num_parts = min(self.settings.machine.grad_accumulation, len(images))
         parts = list(
