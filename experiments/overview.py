@@ -3,7 +3,8 @@
     python experiments/overview.py
 
 Writes experiments/logs/overview.png, .svg and .md, and the same as recipes.* for the studies of
-CIFAR images that differ in how they are trained. Studies without results yet are left out.
+CIFAR images that differ in how they are trained. Studies without results yet are left out, and
+nothing is written for a single one.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def load(name: str) -> list[comparison.Study]:
 
 def main() -> None:
     for name in STUDIES:
-        if studies := load(name):
+        studies = load(name)
+        if len(studies) > 1:
             figures.save_as(overview.draw_differences(studies), LOGS / name)
             utils.write_text(LOGS / f"{name}.md", overview.format_differences(studies))
 

@@ -361,8 +361,8 @@ def test_the_overviews_are_what_the_logs_say(monkeypatch):
     for name in module.STUDIES:
         written = utils.REPOSITORY / "experiments" / "logs" / f"{name}.md"
         studies = module.load(name)
-        assert written.exists() == bool(studies), "run python experiments/overview.py"
-        if studies:
+        assert written.exists() == (len(studies) > 1), "run python experiments/overview.py"
+        if len(studies) > 1:
             assert written.read_text(encoding="utf-8") == overview.format_differences(studies)
 
 
