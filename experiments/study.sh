@@ -176,6 +176,8 @@ analyses() {
     done
     disagreements digits 2d_all_neighbors_expansion_2
     disagreements cifar10-jpeg 2d_cardinal_expansion_2
+    # How much two seeds of one pattern disagree, to compare with.
+    "$PYTHON" eval.py --compare "$LOGS"/cifar10-jpeg/full/seed_{0,1}/last.pt
 }
 
 disagreements() { # FOLDER PATTERN
