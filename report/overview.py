@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ PANELS_PER_ROW = 3
 PANEL = (2.6, 0.3)  # inches: the width of a panel, the height of one of its lines
 NAMES = 1.3  # inches beside the panels
 TOGETHER = "mean of all below"
-COLUMNS = 30  # of text, in the title of a panel
+COLUMNS = 36  # of text, in each line of a panel's title
 XLABEL = (
     "accuracy minus that of full attention, in points: to the right, local attention is better\n"
     "(each panel has a scale of its own)"
@@ -128,7 +129,7 @@ def draw_differences(studies: Sequence[Study]) -> Figure:
 
 
 def _draw_panel(axes: Axes, study: Study, names: list[str]) -> None:
-    title = "\n".join(text.label(label_of(study), COLUMNS).splitlines())
+    title = textwrap.fill(label_of(study), COLUMNS, max_lines=2, placeholder="…")
     seeds = plots.describe_n(found.seeds for found in study.against_full.values())
     facts = f"{setting_of(study)}, {seeds.removesuffix(' per pattern')}"
     figures.style_axes(axes, title=f"{title}\n{facts}")
