@@ -28,7 +28,7 @@ from tqdm import tqdm
 import masks
 import models
 import utils
-from benchmarks import charts, interop, pipeline, training
+from benchmarks import charts, interop, pipeline, timing, training
 from benchmarks.candidates import (
     BACKENDS,
     DTYPES,
@@ -254,17 +254,22 @@ def measure_candidates(
 
     # A new random order in each round, so that no candidate always follows the same other one.
     order = np.random.default_rng(0)
+    timers = [timing.Timer(candidate.run, device) for candidate in candidates]
     seconds = np.empty((args.rounds, len(candidates)))
+    call_seconds = np.empty_like(seconds)  # with the launches, on CUDA
     rounds = range(args.rounds)
     hidden = not sys.stderr.isatty()
     for round_number in tqdm(rounds, f"grid {grid}x{grid}", leave=False, disable=hidden):
         for index in order.permutation(len(candidates)):
-            seconds[round_number, index] = hardware.seconds_of(candidates[index].run, device)
+            seconds[round_number, index] = timers[index]()
+            if device.type == "cuda":
+                run = candidates[index].run
+                call_seconds[round_number, index] = hardware.seconds_of(run, device)
 
     speedups = seconds[:, :1] / seconds
-    memory = [peak_memory_of(candidate.run, device) for candidate in candidates]
-    return [
-        {
+    rows = []
+    for index, candidate in enumerate(candidates):
+        row = {
             "grid": grid,
             "num_patches": grid * grid,
             "num_sequences": candidate.num_sequences,
@@ -275,12 +280,15 @@ def measure_candidates(
             "milliseconds": quartiles(1e3 * seconds[:, index]),
             "speedup": quartiles(speedups[:, index]),
             "ceiling": candidate.ceiling,
-            "peak_memory_bytes": memory[index],
+            "peak_memory_bytes": peak_memory_of(candidate.run, device),
             "first_run_seconds": candidate.first_seconds,
             "largest_error": candidate.error,
         }
-        for index, candidate in enumerate(candidates)
-    ]
+        if device.type == "cuda":
+            row["call_milliseconds"] = quartiles(1e3 * call_seconds[:, index])
+            row["replays_graph"] = timers[index].replays_graph
+        rows.append(row)
+    return rows
 
 
 def quartiles(values: np.ndarray) -> dict[str, float]:
@@ -311,6 +319,7 @@ def measure(args, argv: list[str]) -> tuple[dict, Path]:
         "left_out": left_out,
         "threads": torch.get_num_threads(),
         "malloc_keeps_freed_memory": machine_tuned,
+        "milliseconds_are": timing.TIMES_ARE[device.type],
         "first_run_is": "with compiling, or with reading what an earlier run compiled from torch's "
         "cache on disk",
         "memory_is": PEAK_MEMORY_IS[device.type],

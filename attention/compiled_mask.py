@@ -273,7 +273,7 @@ def choose_by_rule(
     pairs = {"dense": num_tokens**2}
     if takes_tiles:
         pairs["tiled"] = compiled.tile_lists.num_pairs
-    share = flex.share_of_blocks(compiled.with_global_tokens(), flex.BLOCK)
+    share = flex.share_of_blocks(compiled.with_global_tokens())
     pairs["flex"] = round(share * num_tokens**2)
     if num_diagonals:
         pairs["diagonal"] = num_edges

@@ -11,29 +11,17 @@ from attention import diagonal
 
 DEVICES = ("cuda",)  # elsewhere, FlexAttention has no backward
 
-BLOCK, SMALL_BLOCK = 128, 64
-# Small blocks are worth it if so much less is computed: a product of them is less efficient.
-SMALL_BLOCKS_GAIN = 0.75
-
-# Without this, some versions of torch take larger tiles than a small block, and refuse it.
-SMALL_TILES = {
-    name: SMALL_BLOCK
-    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
-}
+# Blocks of 64 would skip more of some masks, but torch 2.11 finds no backward kernel for them on an
+# H200, whatever tiles it is given.
+BLOCK = 128
 
 
-def share_of_blocks(allowed: Tensor, block: int) -> float:
+def share_of_blocks(allowed: Tensor, block: int = BLOCK) -> float:
     """The share of the blocks of a bool [T, T] in which anything is allowed."""
     padding = -len(allowed) % block
     padded = F.pad(allowed, (0, padding, 0, padding))
     blocks = padded.unflatten(1, (-1, block)).any(2).unflatten(0, (-1, block)).any(1)
     return blocks.float().mean().item()
-
-
-def pick_block(allowed: Tensor) -> int:
-    """The size of the blocks for a bool [T, T]: smaller ones where they leave out more."""
-    small, large = (share_of_blocks(allowed, block) for block in (SMALL_BLOCK, BLOCK))
-    return SMALL_BLOCK if small <= SMALL_BLOCKS_GAIN * large else BLOCK
 
 
 def make_block_mask(allowed: Tensor) -> BlockMask:
@@ -49,7 +37,7 @@ def make_block_mask(allowed: Tensor) -> BlockMask:
         Q_LEN=num_tokens,
         KV_LEN=num_tokens,
         device=allowed.device,
-        BLOCK_SIZE=pick_block(allowed),
+        BLOCK_SIZE=BLOCK,
     )
 
 
@@ -62,11 +50,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
     if torch.compiler.is_compiling():
         return _flex(q, k, v, block_mask)
 
-    configuration = (q.shape, q.stride(), q.dtype, q.device, block_mask.BLOCK_SIZE)
+    configuration = (q.shape, q.stride(), q.dtype, q.device)
     kernel = diagonal.compile_for(_flex, configuration)
     return kernel(q, k, v, block_mask)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
-    options = SMALL_TILES if block_mask.BLOCK_SIZE[0] == SMALL_BLOCK else None
-    return flex_attention(q, k, v, block_mask=block_mask, kernel_options=options)
+    return flex_attention(q, k, v, block_mask=block_mask)
