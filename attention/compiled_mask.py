@@ -277,7 +277,7 @@ def choose_by_rule(
     pairs["flex"] = round(share * num_tokens**2)
     if num_diagonals:
         pairs["diagonal"] = num_edges
-    return rule.choose_on_gpu(pairs, *shape, num_calls=num_calls)
+    return rule.choose_on_gpu(pairs, num_tokens, *shape, num_calls=num_calls)
 
 
 def compile_mask(

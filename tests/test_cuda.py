@@ -156,7 +156,7 @@ def test_auto_on_a_gpu_is_settled_when_the_model_arrives():
     mask = masks.build_attention_mask("2d_all_neighbors", 2, 28, 28)
     compiled = attention.compile_mask(mask).cuda()
     assert compiled.backend != "dense"
-    assert compiled.choice.reason.startswith("an estimate, not measured")
+    assert compiled.choice.reason.startswith("by rule, an estimate")
 
 
 def test_measuring_times_every_backend_that_can_work(monkeypatch, tmp_path):

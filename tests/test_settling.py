@@ -78,7 +78,7 @@ def test_arrival_on_a_gpu_settles(on_a_gpu_machine):
     compiled = compile_mask(local_mask())
     compiled.settle(CUDA)  # as `to` does
     assert compiled.backend == "tiled"
-    assert compiled.choice.reason.startswith("an estimate, not measured: ")
+    assert compiled.choice.reason.startswith("by rule, an estimate: ")
     before = compiled.choice
     compiled.settle(CUDA)
     assert compiled.choice is before
@@ -187,7 +187,7 @@ def test_blocks_in_which_anything_is_allowed_are_counted():
 
 
 def test_estimates_grow_with_heads_and_channels():
-    few, many = (rule.estimate({"dense": 10**6}, heads, 64)["dense"] for heads in (12, 120))
+    few, many = (rule.estimate({"dense": 10**6}, 1000, heads, 64)["dense"] for heads in (12, 120))
     launch = rule.LAUNCH_SECONDS["dense"]
     assert many - launch == pytest.approx(10 * (few - launch))
 
