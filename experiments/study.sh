@@ -29,7 +29,7 @@ usage: bash experiments/study.sh PART [OPTIONS of run_experiments.py]
   fashion       Fashion-MNIST, a grid of 14x14, 6 patterns, 2 seeds
   tiny          20 classes of Tiny ImageNet, a grid of 16x16, 5 patterns, 2 seeds, 20 minutes a run
   pixels        5,000 CIFAR images, a grid of 32x32 pixels, 3 patterns, 2 seeds, 20 minutes a run
-  analyses      where the models of digits and cifar look, and on which images they disagree
+  analyses      where the models of digits, cifar and cutmix look, and on which images they disagree
 END
 }
 
@@ -169,7 +169,7 @@ pixels() {
 analyses() {
     local folder
     [ ${#OPTIONS[@]} -eq 0 ] || refuse "analyses takes no options, got ${OPTIONS[*]}"
-    for folder in "$LOGS"/{digits,cifar10-jpeg}/*/seed_*; do
+    for folder in "$LOGS"/{digits,cifar10-jpeg,cifar10-jpeg-cutmix}/*/seed_*; do
         if [ -f "$folder/summary.json" ] && [ ! -f "$folder/analysis_test.json" ]; then
             "$PYTHON" eval.py --checkpoint "$folder/last.pt" --analyze
         fi
