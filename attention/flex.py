@@ -16,11 +16,11 @@ DEVICES = ("cuda",)  # elsewhere, FlexAttention has no backward
 BLOCK = 128
 
 
-def share_of_blocks(allowed: Tensor, block: int = BLOCK) -> float:
+def share_of_blocks(allowed: Tensor) -> float:
     """The share of the blocks of a bool [T, T] in which anything is allowed."""
-    padding = -len(allowed) % block
+    padding = -len(allowed) % BLOCK
     padded = F.pad(allowed, (0, padding, 0, padding))
-    blocks = padded.unflatten(1, (-1, block)).any(2).unflatten(0, (-1, block)).any(1)
+    blocks = padded.unflatten(1, (-1, BLOCK)).any(2).unflatten(0, (-1, BLOCK)).any(1)
     return blocks.float().mean().item()
 
 

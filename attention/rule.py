@@ -42,17 +42,20 @@ def choose_uncompiled(num_tokens: int, num_edges: int, num_diagonals: int, missi
 # --------------------------------------------------------------------------------------------------
 # On a GPU
 #
-# A forward and backward takes so long for each row (a token of a head) and so much more for each
-# pair that is computed, with 64 channels in bf16. Fitted to attention_cuda*.json, from an H200:
-# within 8 % for dense and tiled, 22 % for flex. Those of diagonal are counted, not measured.
+# A forward and backward costs the GPU some time per row (a token of a head) and some per pair that
+# is computed, with 64 channels in bf16. Fitted to benchmark/attention_cuda.json and
+# attention_cuda_patterns.json, from an H200: within 8 % for dense and tiled, 22 % for flex. There,
+# tiles have lists of 96 to 160 keys; longer ones, other channels and types are extrapolated. The
+# numbers of diagonal are counted.
 
 ROW_SECONDS = {"dense": 2.4e-9, "tiled": 0.45e-9, "flex": 2e-9, "diagonal": 0.0}
 PAIR_SECONDS = {"dense": 9.2e-12, "tiled": 2.8e-12, "flex": 4e-12, "diagonal": 125e-12}
 
-# Where there is little to compute, the launches count; how much was not measured.
-LAUNCH_SECONDS = {"dense": 3e-5, "tiled": 3e-5, "flex": 1e-4, "diagonal": 2e-4}
+# However little there is to compute; assumed. Launching a call from Python takes longer on that
+# machine, about 0.5 ms for dense and 1.2 ms for the others, but a busy GPU hides some of it.
+FIXED_SECONDS = {"dense": 3e-5, "tiled": 3e-5, "flex": 1e-4, "diagonal": 2e-4}
 
-# The first call, roughly; measured: 2 s, 5 to 9 s, and 20 to 55 s for 9 and 25 diagonals.
+# The first call, roughly: 2 s, 5 to 9 s, and 20 to 55 s for 9 and 25 diagonals on that machine.
 COMPILE_SECONDS = {"dense": 0.0, "tiled": 3.0, "flex": 10.0, "diagonal": 60.0}
 
 USUAL_HEADS = 96  # images times heads, where they are not known
@@ -65,7 +68,7 @@ def estimate(
     """Seconds of a forward and backward, for the pairs that each backend computes per head."""
     work = num_heads * head_dim / USUAL_CHANNELS
     return {
-        backend: LAUNCH_SECONDS[backend]
+        backend: FIXED_SECONDS[backend]
         + work * (ROW_SECONDS[backend] * num_tokens + PAIR_SECONDS[backend] * count)
         for backend, count in pairs.items()
     }
@@ -89,5 +92,5 @@ def choose_on_gpu(
     gain = seconds["dense"] - seconds[best]
     if best != "dense" and gain * num_calls < COMPILE_SECONDS[best]:
         compiling = f"{best} would gain {gain * num_calls:.1g} s, less than compiling it takes"
-        return Choice("dense", f"by rule: {compiling} ({estimates})")
+        return Choice("dense", f"by rule, an estimate: {compiling} ({estimates})")
     return Choice(best, f"by rule, an estimate: {estimates}")

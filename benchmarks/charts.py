@@ -35,7 +35,9 @@ def drawings(report: dict) -> dict[str, Callable[[], Figure]]:
         subject = report["settings"]["model"]
         per = "per image"
 
-    time = f"time of {subject}, forward + backward, {per} (ms)"
+    # Without launches from Python; see timing.py.
+    of_gpu = any(row.get("replays_graph") for row in report["rows"])
+    time = f"{'GPU ' if of_gpu else ''}time of {subject}, forward + backward, {per} (ms)"
     speed = f"speed of {subject}, × full attention"
     memory = f"peak memory of {subject}, {per} (MiB)"
     draw = functools.partial(_draw, report)

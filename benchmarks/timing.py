@@ -26,37 +26,56 @@ WARM_UP_CALLS = 3  # before a graph is recorded: workspaces, kernels
 class Timer:
     """Times one function again and again: call it for the seconds of one run.
 
-    On CUDA, what a GPU computes takes less time than Python needs to launch it, for all but large
-    inputs. So the launches are recorded once, as a CUDA graph, and replayed. A function that
-    cannot be recorded is called as it is.
+    On CUDA the mean of several runs, elsewhere one run.
     """
 
-    def __init__(self, function: Callable[[], object], device: torch.device):
+    def __init__(
+        self,
+        function: Callable[[], object],
+        device: torch.device,
+        graph: torch.cuda.CUDAGraph | None = None,
+    ):
+        self.run = function if graph is None else graph.replay
+        self.replays_graph = graph is not None
         self.device = device
-        self.run = function
-        self.replays_graph = False
         self.num_calls = 1
         if device.type == "cuda":
-            self._record(function)
-            seconds = hardware.seconds_per_call(self.run, device, 1)
-            self.num_calls = max(1, min(MAX_CALLS, round(SECONDS_ON_CUDA / seconds)))
-
-    def _record(self, function: Callable[[], object]) -> None:
-        try:
-            graph = record_graph(function)
-        except Exception as error:  # whatever cannot be recorded, such as another graph
-            utils.warn(f"timed as calls, as no CUDA graph can be made: {utils.first_line(error)}")
-            torch.cuda.synchronize(self.device)
-            return
-        self.run = graph.replay
-        self.replays_graph = True
+            self()  # a graph is uploaded at its first replay
+            self.num_calls = round(SECONDS_ON_CUDA / max(self(), 1e-9))
+            self.num_calls = max(1, min(MAX_CALLS, self.num_calls))
 
     def __call__(self) -> float:
         return hardware.seconds_per_call(self.run, self.device, self.num_calls)
 
 
+def timers_of(functions: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Timer]:
+    """A timer for each function, by name.
+
+    What a GPU computes takes less time than Python needs to launch it, for all but large inputs. So
+    on CUDA the launches are recorded once, as a CUDA graph, and replayed. If one function cannot
+    be recorded, such as one that replays a graph itself, then all are timed as calls, because they
+    are compared with each other.
+
+    Raises torch.OutOfMemoryError if the graphs do not fit: each keeps its memory.
+    """
+    graphs = dict.fromkeys(functions)
+    if device.type == "cuda":
+        for name, function in functions.items():
+            try:
+                graphs[name] = record_graph(function)
+            except Exception as error:  # whatever cannot be recorded
+                if utils.says_no_memory(error):
+                    raise
+                reason = utils.first_line(error)
+                utils.warn(f"all are timed as calls, as {name} makes no CUDA graph: {reason}")
+                torch.cuda.synchronize()
+                graphs = dict.fromkeys(functions)
+                break
+    return {name: Timer(functions[name], device, graphs[name]) for name in functions}
+
+
 def record_graph(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The work that a function gives to the GPU, to be replayed."""
+    """The work that a function gives to the current GPU, to be replayed."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # a graph is recorded on a stream of its own

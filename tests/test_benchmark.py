@@ -2,6 +2,7 @@
 
 import itertools
 import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import benchmark
 import masks
 import models
 import utils
-from benchmarks import candidates, charts, errors, memory, whole_models
+from benchmarks import candidates, charts, errors, memory, timing, whole_models
 from runtime import hardware
 
 CPU = torch.device("cpu")
@@ -313,3 +314,91 @@ def test_quick_leaves_what_is_asked_for():
     asked = benchmark.parse_args(["--quick", *flags])
     assert (asked.mask_types, asked.grids, asked.rounds) == (["random"], [5], 3)
     assert asked.expansion_steps == [1]
+
+
+# --------------------------------------------------------------------------------------------------
+# How a call is timed
+
+
+@pytest.fixture
+def seconds_on_cuda(monkeypatch):
+    """Pretend that calls take 1 ms on a GPU; returns what was timed, as (function, number)."""
+    timed = []
+
+    def seconds_per_call(function, device, num_calls):
+        timed.append((function, num_calls))
+        return 1e-3
+
+    monkeypatch.setattr(timing.hardware, "seconds_per_call", seconds_per_call)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return timed
+
+
+def test_on_a_cpu_one_call_is_timed():
+    calls = []
+    timer = timing.timers_of({"a": lambda: calls.append(1)}, CPU)["a"]
+    assert timer() > 0
+    assert len(calls) == 1
+    assert not timer.replays_graph
+
+
+def test_on_cuda_a_graph_is_replayed_for_long_enough(seconds_on_cuda, monkeypatch):
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(timing, "record_graph", lambda function: graph)
+    timer = timing.timers_of({"a": lambda: None}, torch.device("cuda"))["a"]
+    assert timer() == 1e-3
+    assert seconds_on_cuda[-1] == (graph.replay, 10)  # of 1 ms: 10 ms
+    assert timer.replays_graph
+
+
+def test_all_are_called_if_one_cannot_be_recorded(seconds_on_cuda, monkeypatch, capsys):
+    def record(function):
+        if function is second:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return SimpleNamespace(replay=lambda: None)
+
+    def first():
+        pass
+
+    def second():
+        pass
+
+    monkeypatch.setattr(timing, "record_graph", record)
+    timers = timing.timers_of({"1st": first, "2nd": second}, torch.device("cuda"))
+    assert not any(timer.replays_graph for timer in timers.values())
+    assert [timer.run for timer in timers.values()] == [first, second]
+    assert "as 2nd makes no CUDA graph: operation not permitted" in capsys.readouterr().err
+
+
+def test_graphs_that_do_not_fit_are_an_error(seconds_on_cuda, monkeypatch):
+    def record(function):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing, "record_graph", record)
+    with pytest.raises(torch.OutOfMemoryError):
+        timing.timers_of({"a": lambda: None}, torch.device("cuda"))
+
+
+def test_rows_of_cuda_have_the_time_of_a_call_too(seconds_on_cuda, monkeypatch):
+    cuda = torch.device("cuda")
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(timing, "record_graph", lambda function: graph)
+    monkeypatch.setattr(hardware, "seconds_of", lambda function, device: 5e-3)
+    monkeypatch.setattr(benchmark, "peak_memory_of", lambda function, device: 0)
+    full = candidates.Candidate("full SDPA", masks.MaskSpec(), 9, 1, 1.0, lambda: None, None)
+    (row,) = benchmark.measure_candidates([full], benchmark.parse_args(LIGHT), 3, cuda)
+    assert row["milliseconds"]["median"] == pytest.approx(1)
+    assert row["call_milliseconds"]["median"] == pytest.approx(5)
+    assert row["replays_graph"]
+    report = {"level": "attention", "rows": [row]}
+    assert charts.drawings(report)["time"].args[1].startswith("GPU time of attention")
+
+
+@pytest.mark.cuda
+def test_a_replayed_graph_computes_what_the_call_computes():
+    x = torch.arange(4.0, device="cuda")
+    out = torch.zeros_like(x)
+    graph = timing.record_graph(lambda: out.copy_(x * x))
+    x.fill_(3)
+    graph.replay()
+    assert out.tolist() == [9, 9, 9, 9]

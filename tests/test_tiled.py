@@ -275,6 +275,11 @@ def test_auto_does_not_take_tiles_for_what_they_do_not_take(on_a_gpu):
     assert "tiled" not in choice.reason
 
 
+def test_even_a_mask_that_allows_everything_takes_tiles_on_a_gpu(on_a_gpu):
+    """With any mask, SDPA leaves its fast kernels."""
+    assert choose_on_gpu(torch.ones(256, 256, dtype=torch.bool)).backend == "tiled"
+
+
 def test_without_triton_the_formulas_or_dense_attention_run_on_a_gpu(monkeypatch):
     monkeypatch.setattr(tiled, "error", lambda device_type: "needs Triton")
     sparse = masks.build_attention_mask("2d_cardinal", 1, 28, 28)
