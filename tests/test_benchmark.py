@@ -285,7 +285,7 @@ NOT_LINUX = hardware.platform.libc_ver()[0] != "glibc"
 def test_peak_memory_is_that_of_the_call():
     size = 64 * 2**20
     peak = memory.peak_memory_of(lambda: torch.ones(size, dtype=torch.uint8), CPU)
-    assert size <= peak < 1.5 * size
+    assert 0.99 * size <= peak < 1.5 * size  # Linux counts resident pages roughly
 
 
 @pytest.mark.parametrize(
