@@ -25,7 +25,7 @@ usage: bash experiments/study.sh PART [OPTIONS of run_experiments.py]
   longer        the same for 20 epochs instead of 12, full attention and the plus of 9, 3 seeds
   rates         the same at three learning rates, on held-out training images, one seed
   cutmix        the same with CutMix, full attention and the square of 9, 3 seeds
-  class_token   the same with a class token, 2 seeds
+  class_token   the same with a class token, full attention and the square of 9, 3 seeds
   fashion       Fashion-MNIST, a grid of 14x14, 6 patterns, 2 seeds
   tiny          20 classes of Tiny ImageNet, a grid of 16x16, 5 patterns, 2 seeds, 20 minutes a run
   pixels        5,000 CIFAR images, a grid of 32x32 pixels, 3 patterns, 2 seeds, 20 minutes a run
@@ -128,7 +128,7 @@ cutmix() {
 
 class_token() {
     sweep cifar10-jpeg-class-token --runs_per_gpu 2 "${IMAGES[@]}" "${FULL_AND_SQUARE[@]}" \
-        --seeds '[0, 1]' -- "${CIFAR[@]}" --epochs 12 --pool cls
+        --seeds '[0, 1, 2]' -- "${CIFAR[@]}" --epochs 12 --pool cls
     report cifar10-jpeg-class-token --no_speed
 }
 

@@ -18,7 +18,7 @@ RUNS = {  # of each part
     "longer": 2 * 3,
     "rates": 2 * 3,
     "cutmix": 2 * 3,
-    "class_token": 2 * 2,
+    "class_token": 2 * 3,
     "fashion": 6 * 2,
     "tiny": 5 * 2,
     "pixels": 3 * 2,
