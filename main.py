@@ -170,21 +170,8 @@ def prepare(
     record, state = distributed.from_first(found)
 
     hardware.set_precision(settings.machine.precision)  # before backends are measured
-    start = starting.read(settings, state) if distributed.IS_FIRST else None
-    start = distributed.from_first(start)
-    model = build_model(settings, dataset.in_channels, dataset.num_classes, start.norm_eps)
-    start.apply(model, settings.start.freeze)
-    model.to(device)
-    if record is None:
-        choices = None
-        if distributed.IS_FIRST:
-            choices = choose_backends(model, settings, len(dataset.train), device)
-        choices = distributed.from_first(choices)
-    else:
-        choices = recorded_choices(record.config["attention"], model, settings, device)
-    with utils.usage_errors():
-        model.layer_masks.apply_choices(choices)
-        model.layer_masks.check_device(device)
+    model, start = starting_model(settings, dataset, device, state)
+    settle_backends(model, settings, dataset, device, record)
 
     provenance = hardware.provenance(argv, device)
     about_model = describe_model(model, settings) | start.describe()
@@ -202,14 +189,41 @@ def prepare(
     if distributed.IS_FIRST:
         utils.write_json(folder / utils.CONFIG, config)
         draw_mask(model, settings, folder)
-        about = f"{config['num_parameters']:,} parameters, {dataset.label}, {provenance['device']}"
-        if dataset.held_out is not None:
-            about += f", evaluated on {len(dataset.held_out)} {EVAL_SPLITS['holdout']}"
-        print("\n".join([f"{folder}: {about}", *start.lines]), flush=True)
-        if state is not None:
-            place = f"epoch {trainer.progress.epoch} after step {trainer.step}"
-            print(f"resuming in {place}", flush=True)
+        say_what_starts(trainer, start, provenance["device"], is_resumed=state is not None)
     return trainer
+
+
+def starting_model(
+    settings: Settings, dataset: data.Dataset, device: torch.device, state: dict | None
+) -> tuple[models.VisionTransformer, starting.Start]:
+    """The model on its device, and what its weights start from; the same on all processes."""
+    start = starting.read(settings, state) if distributed.IS_FIRST else None
+    start = distributed.from_first(start)
+
+    model = build_model(settings, dataset.in_channels, dataset.num_classes, start.norm_eps)
+    start.apply(model, settings.start.freeze)
+    return model.to(device), start
+
+
+def settle_backends(
+    model: models.VisionTransformer,
+    settings: Settings,
+    dataset: data.Dataset,
+    device: torch.device,
+    record: run_folder.RunRecord | None,
+) -> None:
+    """Give each mask its backend: that of the run's record, else the one chosen now."""
+    if record is not None:
+        choices = recorded_choices(record.config["attention"], model, settings, device)
+    else:
+        choices = None
+        if distributed.IS_FIRST:
+            choices = choose_backends(model, settings, len(dataset.train), device)
+        choices = distributed.from_first(choices)
+
+    with utils.usage_errors():
+        model.layer_masks.apply_choices(choices)
+        model.layer_masks.check_device(device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,6 +246,18 @@ def dry_run(settings: Settings, folder: Path) -> None:
         **start.describe(),
     }
     print(json.dumps(resolved, indent=2))
+
+
+def say_what_starts(trainer: Trainer, start: starting.Start, device: str, is_resumed: bool) -> None:
+    config, dataset = trainer.config, trainer.dataset
+    about = f"{config['num_parameters']:,} parameters, {dataset.label}, {device}"
+    if dataset.held_out is not None:
+        about += f", evaluated on {len(dataset.held_out)} {EVAL_SPLITS['holdout']}"
+    print("\n".join([f"{trainer.folder}: {about}", *start.lines]), flush=True)
+
+    if is_resumed:
+        place = f"epoch {trainer.progress.epoch} after step {trainer.step}"
+        print(f"resuming in {place}", flush=True)
 
 
 def draw_mask(model: models.VisionTransformer, settings: Settings, folder: Path) -> None:

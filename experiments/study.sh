@@ -29,7 +29,7 @@ usage: bash experiments/study.sh PART [OPTIONS of run_experiments.py]
   fashion       Fashion-MNIST, a grid of 14x14, 6 patterns, 2 seeds
   tiny          20 classes of Tiny ImageNet, a grid of 16x16, 5 patterns, 2 seeds, 20 minutes a run
   pixels        5,000 CIFAR images, a grid of 32x32 pixels, 3 patterns, 2 seeds, 20 minutes a run
-  analyses      where the models of digits, cifar and cutmix look, and on which images they disagree
+  analyses      where the models of digits, cifar and cutmix look, and on which images some disagree
 END
 }
 
@@ -176,6 +176,7 @@ analyses() {
     done
     disagreements digits 2d_all_neighbors_expansion_2
     disagreements cifar10-jpeg 2d_cardinal_expansion_2
+    disagreements tiny-imagenet-20 2d_all_neighbors_expansion_1
     # How much two seeds of one pattern disagree, to compare with.
     "$PYTHON" eval.py --compare "$LOGS"/cifar10-jpeg/full/seed_{0,1}/last.pt
 }
