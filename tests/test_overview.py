@@ -85,11 +85,20 @@ def test_what_is_drawn(studies):
     ]
 
 
-def test_studies_of_the_same_data_are_told_apart(tmp_path):
-    write_run(tmp_path, accuracies=[70], pool="mean", mix=0.5, epochs=12, label="CIFAR")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mix": 0.5}, ", MixUp and CutMix"),
+        ({"mix": 0.5, "mixup_alpha": 0.0}, ", CutMix"),
+        ({"mix": 0.0}, ""),
+        ({"mix": 0.5, "mixup_alpha": 0.0, "cutmix_alpha": 0.0}, ""),
+    ],
+)
+def test_studies_of_the_same_data_are_told_apart(tmp_path, changes, said):
+    write_run(tmp_path, accuracies=[70], pool="mean", epochs=12, label="CIFAR", **changes)
     study = comparison.study(results.group_by_pattern(logs.load_runs(tmp_path)))
     header = overview.format_differences([study]).splitlines()[0]
-    assert header == "| mask | CIFAR, 12 epochs, mixed images |"
+    assert header == f"| mask | CIFAR, 12 epochs{said} |"
 
 
 def test_variants_of_a_pattern_have_names_of_their_own(tmp_path):
