@@ -50,12 +50,18 @@ def load(name: str) -> list[comparison.Study]:
     return found
 
 
+def names_of(name: str, studies: list[comparison.Study]) -> list[str]:
+    """The lines of a group: recipes were compared on a few of the patterns, so only on those."""
+    return overview.names_in(studies, at_least=2 if name == "recipes" else 1)
+
+
 def main() -> None:
     for name in STUDIES:
         studies = load(name)
         if len(studies) > 1:
-            figures.save_as(overview.draw_differences(studies), LOGS / name)
-            utils.write_text(LOGS / f"{name}.md", overview.format_differences(studies))
+            names = names_of(name, studies)
+            figures.save_as(overview.draw_differences(studies, names), LOGS / name)
+            utils.write_text(LOGS / f"{name}.md", overview.format_differences(studies, names))
 
 
 if __name__ == "__main__":

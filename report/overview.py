@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 PANELS_PER_ROW = 3
 PANEL = (2.6, 0.3)  # inches: the width of a panel, the height of one of its lines
 NAMES = 1.3  # inches beside the panels
-TOGETHER = "mean of all below"
+TOGETHER = "mean of all patterns"
 COLUMNS = 36  # of text, in each line of a panel's title
 XLABEL = (
     "accuracy minus that of full attention, in points: to the right, local attention is better\n"
@@ -100,24 +101,24 @@ def lines_of(study: Study) -> dict[str, Line]:
     return lines
 
 
-def names_in(studies: Sequence[Study]) -> list[str]:
-    """The names of all lines, in their order."""
+def names_in(studies: Sequence[Study], at_least: int = 1) -> list[str]:
+    """The names of the lines that so many of the studies have, in their order."""
     order = {TOGETHER: (0, "")}
     for study in studies:
         for row in study.against_full:
             order[name_of(row)] = (row.num_neighbors_nominal, name_of(row))
-    found = {name for study in studies for name in lines_of(study)}
-    return sorted(found, key=order.get)
+
+    times = Counter(name for study in studies for name in lines_of(study))
+    return sorted((name for name in times if times[name] >= at_least), key=order.get)
 
 
 @figures.drawing()
-def draw_differences(studies: Sequence[Study]) -> Figure:
-    """Accuracy minus that of full attention: a panel per study.
+def draw_differences(studies: Sequence[Study], names: Sequence[str]) -> Figure:
+    """Accuracy minus that of full attention: a panel per study, with the lines of these names.
 
     Bars are 95 % intervals, dots single seeds, and markers full where p is at most 0.05, after
     Holm's correction for the number of patterns of the study.
     """
-    names = names_in(studies)
     num_columns = min(len(studies), PANELS_PER_ROW)
     num_rows = math.ceil(len(studies) / PANELS_PER_ROW)
     size = (NAMES + PANEL[0] * num_columns, (1.0 + PANEL[1] * len(names)) * num_rows)
@@ -130,12 +131,12 @@ def draw_differences(studies: Sequence[Study]) -> Figure:
         else:
             _draw_panel(axes, study, names)
     panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()  # the first pattern on top
+    panels[0].set_ylim(len(names) - 0.5, -0.5)  # the first pattern on top
     figure.supxlabel(XLABEL, fontsize=9)
     return figure
 
 
-def _draw_panel(axes: Axes, study: Study, names: list[str]) -> None:
+def _draw_panel(axes: Axes, study: Study, names: Sequence[str]) -> None:
     title = textwrap.fill(label_of(study), COLUMNS, max_lines=2, placeholder="…")
     seeds = plots.describe_n(found.seeds for found in study.against_full.values())
     facts = f"{setting_of(study)}, {seeds.removesuffix(' per pattern')}"
@@ -162,11 +163,11 @@ def _draw_line(axes: Axes, line: Line, height: int) -> None:
     axes.plot(accuracies.mean, height, line.style["marker"], **mean)
 
 
-def format_differences(studies: Sequence[Study]) -> str:
+def format_differences(studies: Sequence[Study], names: Sequence[str]) -> str:
     """The same as a Markdown table: a column per study; bold where p is at most 0.05."""
     by_study = [lines_of(study) for study in studies]
     lines = []
-    for name in names_in(studies):
+    for name in names:
         found = [of_study.get(name) for of_study in by_study]
         lines.append([text.markdown(name), *map(_cell, found)])
     columns = [text.markdown(f"{label_of(study)}, {setting_of(study)}") for study in studies]

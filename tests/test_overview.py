@@ -31,10 +31,22 @@ def studies(tmp_path):
     return [one, two]
 
 
+def draw(studies):
+    return overview.draw_differences(studies, overview.names_in(studies))
+
+
+def table_of(studies):
+    return overview.format_differences(studies, overview.names_in(studies))
+
+
+def test_the_lines_that_several_studies_have(studies):
+    assert overview.names_in(studies, at_least=2) == ["1D window of 9"]
+
+
 def test_the_table_has_a_line_per_mask_and_a_column_per_study(studies):
-    lines = overview.format_differences(studies).splitlines()
+    lines = table_of(studies).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| mean of all below",
+        "| mean of all patterns",
         "| plus of 5",
         "| 1D window of 9",
         "| square of 9",
@@ -47,15 +59,15 @@ def test_the_table_has_a_line_per_mask_and_a_column_per_study(studies):
 
 def test_a_study_without_a_pair_is_empty(tmp_path, studies):
     nothing = write_study(tmp_path / "none")
-    _, axes = overview.draw_differences([studies[0], nothing]).axes
+    _, axes = draw([studies[0], nothing]).axes
     assert axes.get_title().endswith("none\n2 epochs, class token, n = 0 seeds")
-    assert overview.format_differences([studies[0], nothing]).count("| – |") == 3
+    assert table_of([studies[0], nothing]).count("| – |") == 3
 
 
 def test_what_is_drawn(studies):
-    first, second = overview.draw_differences(studies).axes
+    first, second = draw(studies).axes
     assert [tick.get_text() for tick in first.get_yticklabels()] == [
-        "mean of all below",
+        "mean of all patterns",
         "plus of 5",
         "1D window of 9",
         "square of 9",
@@ -97,7 +109,7 @@ def test_what_is_drawn(studies):
 def test_studies_of_the_same_data_are_told_apart(tmp_path, changes, said):
     write_run(tmp_path, accuracies=[70], pool="mean", epochs=12, label="CIFAR", **changes)
     study = comparison.study(results.group_by_pattern(logs.load_runs(tmp_path)))
-    header = overview.format_differences([study]).splitlines()[0]
+    header = table_of([study]).splitlines()[0]
     assert header == f"| mask | CIFAR, 12 epochs{said} |"
 
 
@@ -112,7 +124,7 @@ def test_variants_of_a_pattern_have_names_of_their_own(tmp_path):
 
 
 def test_many_studies_are_in_several_rows(tmp_path, studies):
-    panels = overview.draw_differences([*studies, *studies]).axes
+    panels = draw([*studies, *studies]).axes
     tops = [round(panel.get_position().y1, 2) for panel in panels]
     assert len(panels) == 4
     assert tops[0] == tops[1] == tops[2] > tops[3]
