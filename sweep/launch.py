@@ -316,7 +316,7 @@ def judge(code: int, facts: Facts) -> str:
         return STOPPED
     if code == utils.EXIT_BUSY:
         return ELSEWHERE
-    if facts.is_stopping and code < 0:  # our signal ended it before it could save
+    if code == -ASKING or (facts.is_stopping and code < 0):  # asked before it listened
         return CUT_SHORT
     if code == utils.EXIT_OUT_OF_MEMORY and facts.can_halve_batches:
         return OUT_OF_MEMORY

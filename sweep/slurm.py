@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,11 @@ JOBS = "jobs.jsonl"  # the submitted jobs, one per line
 SECONDS_BETWEEN_LOOKS = 5.0
 # A job that is not in the queue counts as lost after this. Files from other nodes may show up late.
 SECONDS_UNTIL_LOST = 30.0
+
+# A line of the batch script: a warning that comes before the task listens ends the task, and srun
+# then exits with 128 + SIGUSR1.
+WARNED = 128 + signal.SIGUSR1
+REQUEUE_IF_WARNED = f"""trap '[ $? -ne {WARNED} ] || scontrol requeue "$SLURM_JOB_ID"' EXIT"""
 
 # Defaults of the flags, as parsed.
 DEFAULTS = {
@@ -154,14 +160,11 @@ def import_submitit():
 
 def submit(submitit, runs: list[PlannedRun], rules: launch.Rules, args, root: Path) -> None:
     """Submit a job array with one task per run, and record the job of each run."""
-    # Ignore SIGUSR1 until the task listens to it, or a warning could end the task for good.
-    deaf = 'sh -c \'trap "" USR1; exec "$0" "$@"\''
-    python = f"{deaf} {shlex.quote(sys.executable)}"
     python_path = f"export PYTHONPATH={shlex.quote(str(utils.REPOSITORY))}:$PYTHONPATH"
     # submitit would choose SIGUSR2, which kills main.py: Slurm signals all processes of a job.
     warning = f"USR1@{SECONDS_OF_WARNING}"
 
-    executor = submitit.SlurmExecutor(folder=root, python=python)
+    executor = submitit.SlurmExecutor(folder=root, python=shlex.quote(sys.executable))
     resources = {"gpus_per_node": rules.gpus_per_run} if args.gpus is None else {}
     if args.slurm_partition is not None:
         resources["partition"] = args.slurm_partition
@@ -174,7 +177,7 @@ def submit(submitit, runs: list[PlannedRun], rules: launch.Rules, args, root: Pa
         srun_args=["--nodes=1", "--ntasks=1", "--relative=0"],
         array_parallelism=args.slurm_array_parallelism,
         cpus_per_task=args.slurm_cpus_per_task,
-        setup=[python_path, *args.slurm_setup],
+        setup=[python_path, REQUEUE_IF_WARNED, *args.slurm_setup],
         stderr_to_stdout=True,
         additional_parameters={"signal": warning, "requeue": True, **args.slurm_options},
         **resources,

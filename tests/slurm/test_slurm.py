@@ -94,7 +94,7 @@ def warned_and_requeued(output, *arguments, by=None):
     command = by or ["scancel", "--signal=USR1", job_of(output, "full")]
     subprocess.run(command, check=True, timeout=90)
     code, printed, error = end_of(sweep)
-    assert code == 0, (printed, error)
+    assert code == 0, printed + error
     log = (folder / "log.txt").read_text()
     assert log.count("stopped (") == 1, log
     assert log.count("resuming in epoch") == 1
@@ -157,11 +157,11 @@ def test_a_warning_before_the_task_listens_costs_nothing(tmp_path):
 
     wait_for(is_running)
     job = job_of(tmp_path, "full")
-    for _ in range(6):  # while submitit starts, and then the sweep's pool
+    for _ in range(6):  # while submitit starts, then the sweep's pool and its run
         subprocess.run(["scancel", "--signal=USR1", job], stderr=subprocess.DEVNULL)
         time.sleep(0.4)
     code, printed, error = end_of(sweep)
-    assert code == 0, (printed, error)
+    assert code == 0, printed + error
 
 
 def test_a_run_on_two_nodes_is_requeued_and_resumes_exactly(tmp_path):
@@ -175,7 +175,7 @@ def test_a_run_on_two_nodes_is_requeued_and_resumes_exactly(tmp_path):
 def test_a_run_on_two_nodes_that_fails_says_why(tmp_path):
     options = ["--nodes", "2", "--mask_types", '["full"]', "--", *REAL, "--lr", "1e30"]
     code, printed, error = end_of(start_sweep(tmp_path, *options, script=MAIN))
-    assert code == 1, (printed, error)
+    assert code == 1, printed + error
     assert "full seed 0: FAILED with exit code 1: main.py: error: the loss became nan" in printed
 
 
@@ -185,7 +185,7 @@ def test_a_warned_run_is_requeued_and_resumes_while_others_fail(tmp_path):
     time.sleep(1)
     subprocess.run(["scancel", "--signal=USR1", job_of(tmp_path, "full")], check=True)
     code, printed, error = end_of(sweep)
-    assert code == 1, (printed, error)
+    assert code == 1, printed + error
     assert error.endswith(
         "1 of 2 runs failed: 2d_cardinal_expansion_1 seed 0; their logs say why\n"
     )
