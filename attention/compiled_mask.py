@@ -28,16 +28,19 @@ Legend for shapes:
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from attention import build, diagonal, flex, native, rule, tiled, timings, windows
 from attention.backends import BACKENDS, Choice, unusable
 from attention.neighbors import find_neighbors
 from attention.tiles import TileLists, find_tiles
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 NOT_CHOSEN = "not settled yet"
 NO_WINDOW = "the mask is no 1D window without global tokens, as the varlen backend needs"

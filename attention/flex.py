@@ -1,13 +1,20 @@
-"""FlexAttention with a block mask, on CUDA: it skips the blocks in which nothing is allowed."""
+"""FlexAttention with a block mask, on CUDA: it skips the blocks in which nothing is allowed.
+
+Importing it takes over a second, so only functions that need it do.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from attention import diagonal
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 DEVICES = ("cuda",)  # elsewhere, FlexAttention has no backward
 
@@ -29,6 +36,8 @@ def make_block_mask(allowed: Tensor) -> BlockMask:
 
     It indexes the tensor, because arithmetic on the indices has been miscompiled.
     """
+    from torch.nn.attention.flex_attention import create_block_mask
+
     num_tokens = len(allowed)
     return create_block_mask(
         lambda batch, head, query, key: allowed[query, key],
@@ -56,4 +65,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return flex_attention(q, k, v, block_mask=block_mask)

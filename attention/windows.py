@@ -1,4 +1,7 @@
-"""1D windows through the flash kernel of torch's `varlen_attn`, on CUDA."""
+"""1D windows through the flash kernel of torch's `varlen_attn`, on CUDA.
+
+Importing it takes over a second, so only functions that need it do.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,6 @@ import inspect
 import torch
 from torch import Tensor
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older torch, or one without it
-    varlen_attn = None
-
 DEVICES = ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16)  # those of flash attention
 MAX_HEAD_DIM = 256
@@ -21,7 +19,11 @@ MAX_HEAD_DIM = 256
 @functools.cache
 def is_available() -> bool:
     """Whether this torch has varlen_attn, and it takes windows."""
-    return varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # a torch without it
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters
 
 
 def error(device_type: str) -> str | None:
@@ -56,6 +58,8 @@ def fits(qkv: Tensor) -> bool:
 
 def attend(qkv: Tensor, window: tuple[int, int]) -> Tensor:
     """Attention of packed qkv [B, T, 3, H, D] -> [B, T, H, D]: a batch of sequences of T tokens."""
+    from torch.nn.attention.varlen import varlen_attn
+
     num_images, num_tokens, *_ = qkv.shape
     ends = torch.arange(
         0, (num_images + 1) * num_tokens, num_tokens, dtype=torch.int32, device=qkv.device

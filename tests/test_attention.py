@@ -373,7 +373,7 @@ def test_the_block_mask_is_built_on_arrival_at_a_device_not_in_a_forward(
     def fail(*args, **kwargs):
         pytest.fail("built in a forward")
 
-    monkeypatch.setattr(flex, "create_block_mask", fail)
+    monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", fail)
     qkv = random_qkv(21, dtype=torch.float32, head_dim=16).detach()
     forward = torch.compile(lambda x: attend_packed(x, compiled), fullgraph=True, backend="eager")
     torch.testing.assert_close(forward(qkv).double(), oracle(qkv, mask, 1), rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import subprocess
+import sys
 
 import pytest
 
@@ -112,3 +113,24 @@ def test_the_top_shows_what_people_run_and_the_files_that_hold_the_idea():
     folders = {name.partition("/")[0] for name in files if "/" in name}
     assert len(code) <= 12
     assert len(folders - {".ci", "tests", "docs", "examples", "experiments"}) <= 10
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["masks", "run_experiments", "plot_result", "report.results", "report.charts", "sweep.plan"],
+)
+def test_what_needs_no_tensors_starts_without_torch(module):
+    assert loaded_by(module) & {"torch", "matplotlib"} == set()
+
+
+@pytest.mark.parametrize("module", ["main", "eval", "models"])
+def test_what_needs_tensors_starts_without_torchs_compiler(module):
+    """Which takes as long as all the rest of torch."""
+    assert loaded_by(module) & {"torch._dynamo", "torchvision", "matplotlib", "sklearn"} == set()
+
+
+def loaded_by(module):
+    """The names of all modules that importing one has loaded."""
+    command = [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"]
+    done = subprocess.run(command, cwd=utils.REPOSITORY, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 from fake_runs import write_run
@@ -216,12 +214,6 @@ def test_table(tmp_path):
         [*plus, "55.25 (n = 1)", "-4.75 (n = 1)", "–", "45.7", "–", "1 of 2 done"],
     ]
     assert all(set(cell) <= {"-", ":"} for cell in cells[1])
-
-
-@pytest.mark.parametrize("module", ["report.results", "report.charts", "sweep.plan", "plot_result"])
-def test_importing_loads_neither_torch_nor_matplotlib(module):
-    code = f"import sys, {module}; sys.exit(bool({{'torch', 'matplotlib'}} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=utils.REPOSITORY).returncode == 0
 
 
 def test_the_state_says_that_batches_were_split(tmp_path):

@@ -11,7 +11,6 @@ import pytest
 import utils
 
 SCRIPTS = ["main.py", "benchmark.py", "run_experiments.py", "plot_result.py", "eval.py", "masks.py"]
-LIGHT = ["run_experiments.py", "plot_result.py"]  # start without torch
 
 
 def run_script(*command):
@@ -34,12 +33,6 @@ def test_an_unknown_flag_ends_in_one_line(script):
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"{script}: error: ")
-
-
-@pytest.mark.parametrize("module", [script.removesuffix(".py") for script in LIGHT])
-def test_light_scripts_do_not_load_torch(module):
-    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=utils.REPOSITORY).returncode == 0
 
 
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys, monkeypatch):

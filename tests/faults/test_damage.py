@@ -132,7 +132,7 @@ def test_odd_values_in_a_finished_run_are_read_or_named(
     content = path.read_bytes()
     run = plan.PlannedRun(MaskSpec("2d_cardinal", 1), 0, path.parent, tuple(victims.RUN))
     arguments = [*victims.RUN, "--output_dir", str(tmp_path)]
-    for _ in range(400 if is_long else 25):
+    for _ in range(400 if is_long else 8):
         path.write_bytes(with_odd_value(content, draws))
         count("damaged files tried")
         code, err = call(main.main, *arguments)

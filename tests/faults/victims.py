@@ -16,7 +16,7 @@ from training import checkpoints
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["main", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"]
+    ["main", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"]
 )
 
 RUN = [

@@ -113,10 +113,15 @@ def losses_without_slurm(output, *starter):
     return losses_of(output)
 
 
-def test_real_runs_are_requeued_and_resume_exactly(tmp_path):
+@pytest.fixture(scope="module")
+def losses_of_one_process(tmp_path_factory):
+    return losses_without_slurm(tmp_path_factory.mktemp("whole"))
+
+
+def test_real_runs_are_requeued_and_resume_exactly(tmp_path, losses_of_one_process):
     printed = warned_and_requeued(tmp_path)
     assert printed.count("(n = 1)") == 3  # two accuracies, and their difference
-    assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole")
+    assert losses_of(tmp_path) == losses_of_one_process
     code, printed, _ = end_of(start_sweep(tmp_path, "--", *REAL, script=MAIN))
     assert code == 0
     assert "2 finished before" in printed
@@ -124,14 +129,16 @@ def test_real_runs_are_requeued_and_resume_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("signal_of_slurm", ["SIGUSR1", "SIGTERM"])
-def test_a_preempted_run_is_requeued_and_resumes_exactly(tmp_path, cluster, signal_of_slurm):
+def test_a_preempted_run_is_requeued_and_resumes_exactly(
+    tmp_path, cluster, losses_of_one_process, signal_of_slurm
+):
     """A job in a partition of higher priority takes both nodes for a moment."""
     urgent = ["srun", "--quiet", "--partition", "high", "--nodes", "2", "--exclusive", "true"]
     ours = "SlurmctldParameters=preempt_send_user_signal"
     with configured(cluster, ours, ours if signal_of_slurm == "SIGUSR1" else ""):
         options = ["--slurm_partition", "low", "--mask_types", '["full"]']
         warned_and_requeued(tmp_path, *options, by=urgent)
-    assert losses_of(tmp_path) == losses_without_slurm(tmp_path / "whole")
+    assert losses_of(tmp_path) == losses_of_one_process
 
 
 @contextlib.contextmanager
