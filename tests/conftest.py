@@ -13,11 +13,18 @@ import torch
 
 import utils
 
+SLOW_FILES = ("test_slurm", "test_native", "test_train")
+
 
 def pytest_configure(config):
     # A shell without job control starts background jobs with SIGINT ignored, and every process that
     # the tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    # The files that take longest come first, or one would go on alone at the end.
+    items.sort(key=lambda item: item.path.stem not in SLOW_FILES)
 
 
 def pytest_runtest_setup(item):
