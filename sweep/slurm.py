@@ -31,11 +31,6 @@ SECONDS_BETWEEN_LOOKS = 5.0
 # A job that is not in the queue counts as lost after this. Files from other nodes may show up late.
 SECONDS_UNTIL_LOST = 30.0
 
-# A line of the batch script: a warning that comes before the task listens ends the task, and srun
-# then exits with 128 + SIGUSR1.
-WARNED = 128 + signal.SIGUSR1
-REQUEUE_IF_WARNED = f"""trap '[ $? -ne {WARNED} ] || scontrol requeue "$SLURM_JOB_ID"' EXIT"""
-
 # Defaults of the flags, as parsed.
 DEFAULTS = {
     "nodes": 1,
@@ -177,7 +172,7 @@ def submit(submitit, runs: list[PlannedRun], rules: launch.Rules, args, root: Pa
         srun_args=["--nodes=1", "--ntasks=1", "--relative=0"],
         array_parallelism=args.slurm_array_parallelism,
         cpus_per_task=args.slurm_cpus_per_task,
-        setup=[python_path, REQUEUE_IF_WARNED, *args.slurm_setup],
+        setup=[python_path, requeue_if_warned(args.slurm_time), *args.slurm_setup],
         stderr_to_stdout=True,
         additional_parameters={"signal": warning, "requeue": True, **args.slurm_options},
         **resources,
@@ -195,6 +190,18 @@ def submit(submitit, runs: list[PlannedRun], rules: launch.Rules, args, root: Pa
     for run, job in zip(runs, submitted, strict=True):
         rows.append({"run": name_of(run, root), "job": job.job_id})
     utils.write_json_lines(root / JOBS, rows)
+
+
+def requeue_if_warned(minutes: int) -> str:
+    """A line of the batch script, for a warning that comes before the task listens and so ends it.
+
+    srun then exits with 128 + SIGUSR1. A job that is warned because its time limit is near is not
+    requeued, or one that starts too slowly would be requeued over and over again.
+    """
+    # Slurm may warn up to a minute early.
+    near_the_limit = 60 * minutes - SECONDS_OF_WARNING - 60
+    conditions = f"[ $? -eq {128 + signal.SIGUSR1} ] && [ $SECONDS -lt {near_the_limit} ]"
+    return f"""trap '{conditions} && scontrol requeue "$SLURM_JOB_ID"' EXIT"""
 
 
 def name_of(run: PlannedRun, root: Path) -> str:

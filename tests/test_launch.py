@@ -74,7 +74,7 @@ def test_exit_codes_in_words():
         (75, {}, launch.STOPPED),
         (76, {}, launch.ELSEWHERE),
         (-15, {"is_stopping": True}, launch.CUT_SHORT),
-        (-10, {}, launch.CUT_SHORT),
+        (-signal.SIGUSR1, {}, launch.CUT_SHORT),
         (-15, {}, launch.FAILED),
         (77, {}, launch.OUT_OF_MEMORY),
         (77, {"can_halve_batches": False}, launch.FAILED),

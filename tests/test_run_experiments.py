@@ -13,10 +13,11 @@ from processes import alive, wait_for
 
 import run_experiments
 import utils
-from sweep import gpus, launch, status
+from sweep import gpus, launch, slurm, status
 
 STAND_IN = utils.REPOSITORY / "tests" / "stand_in.py"
 NAMES = {"full": "full", "cardinal": "2d_cardinal_expansion_1"}
+WARNED = 128 + signal.SIGUSR1  # how srun exits then
 TWO = ["--mask_types", '["full", "2d_cardinal"]', "--expansion_steps", "[1]"]  # the runs in NAMES
 
 
@@ -385,6 +386,21 @@ def test_slurm_without_its_commands_fails_with_one_line(sweep, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(utils.UserError, match="there is no squeue here"):
         sweep("--launcher", "slurm", "--mask_types", '["full"]')
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "is_requeued"),
+    [(WARNED, 20, True), (WARNED, 70, False), (0, 20, False), (1, 20, False)],
+)
+def test_a_job_that_a_warning_ends_is_requeued(tmp_path, code, seconds, is_requeued):
+    """Unless its time limit, here of 5 minutes, was the reason: then it only starts too slowly."""
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    script = f"SECONDS={seconds}\n{slurm.requeue_if_warned(5)}\n(exit {code})"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout == ("requeue 7\n" if is_requeued else "")
 
 
 def test_a_plan_for_slurm(sweep, capsys):
