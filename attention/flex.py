@@ -1,6 +1,6 @@
 """FlexAttention with a block mask, on CUDA: it skips the blocks in which nothing is allowed.
 
-Importing it takes over a second, so only functions that need it do.
+Importing FlexAttention takes over a second, so the functions that need it import it themselves.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """1D windows through the flash kernel of torch's `varlen_attn`, on CUDA.
 
-Importing it takes over a second, so only functions that need it do.
+Importing `varlen_attn` takes over a second, so the functions that need it import it themselves.
 """
 
 from __future__ import annotations

@@ -221,7 +221,8 @@ class Pool:
         if outcome == STOPPED:
             return WAITING, "was asked to stop, starts again"
         if outcome == CUT_SHORT:
-            return WAITING, f"ended by {describe_exit(code)}"
+            then = "" if self.signals else ", starts again"
+            return WAITING, f"ended by {describe_exit(code)}{then}"
         if outcome == ELSEWHERE:
             return ELSEWHERE, LEFT_ALONE
         if outcome == OUT_OF_MEMORY:
@@ -316,7 +317,9 @@ def judge(code: int, facts: Facts) -> str:
         return STOPPED
     if code == utils.EXIT_BUSY:
         return ELSEWHERE
-    if code == -ASKING or (facts.is_stopping and code < 0):  # asked before it listened
+    if code == -ASKING:  # asked to stop before it listened
+        return CUT_SHORT
+    if facts.is_stopping and code < 0:  # our signal ended it before it could save
         return CUT_SHORT
     if code == utils.EXIT_OUT_OF_MEMORY and facts.can_halve_batches:
         return OUT_OF_MEMORY

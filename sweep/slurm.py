@@ -22,7 +22,7 @@ import utils
 from runtime import locks
 from sweep import launch
 from sweep.plan import DONE, FAILED, RUNNING, WAITING, Job, PlannedRun
-from sweep.slurm_task import SECONDS_OF_WARNING, RulesOnNodes, Task, last_line
+from sweep.slurm_task import SECONDS_OF_WARNING, RulesOnNodes, Task, half_time, last_line
 from utils import number_type
 
 JOBS = "jobs.jsonl"  # the submitted jobs, one per line
@@ -86,6 +86,11 @@ def check_arguments(parser: utils.ArgumentParser, args) -> None:
             given.append("attach")
         if given:
             parser.error(f"--{given[0]} needs --launcher slurm")
+    elif taken := args.slurm_options.keys() & {"time", "signal", "requeue"}:
+        parser.error(
+            f"--slurm_options cannot set {min(taken)!r}, on which saving in time depends; "
+            "the time limit is --slurm_time"
+        )
     elif args.gpus or args.runs_per_gpu > 1:
         parser.error(
             "--launcher slurm gives each run its own --gpus_per_run GPUs, with "
@@ -193,15 +198,22 @@ def submit(submitit, runs: list[PlannedRun], rules: launch.Rules, args, root: Pa
 
 
 def requeue_if_warned(minutes: int) -> str:
-    """A line of the batch script, for a warning that comes before the task listens and so ends it.
+    """Lines of the batch script, for a warning that comes before the task listens and so ends it.
 
-    srun then exits with 128 + SIGUSR1. A job that is warned because its time limit is near is not
-    requeued, or one that starts too slowly would be requeued over and over again.
+    srun then exits with 128 + SIGUSR1. As in `Task.has_wasted_its_time`, a job that has taken half
+    of its time until then is not requeued, or it could be requeued over and over again.
     """
-    # Slurm may warn up to a minute early.
-    near_the_limit = 60 * minutes - SECONDS_OF_WARNING - 60
-    conditions = f"[ $? -eq {128 + signal.SIGUSR1} ] && [ $SECONDS -lt {near_the_limit} ]"
-    return f"""trap '{conditions} && scontrol requeue "$SLURM_JOB_ID"' EXIT"""
+    return f"""requeue_if_warned() {{
+    [ $? -eq {128 + signal.SIGUSR1} ] || return
+    if [ $SECONDS -lt {half_time(minutes):.0f} ]; then
+        # As squeue writes it: SLURM_JOB_ID alone may stand for a whole array.
+        job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
+        scontrol requeue "$job${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
+    else
+        echo "stopped before the run had begun; raise --slurm_time"
+    fi
+}}
+trap requeue_if_warned EXIT"""
 
 
 def name_of(run: PlannedRun, root: Path) -> str:

@@ -118,8 +118,12 @@ class Task:
         """
         last = self.run.folder / utils.CHECKPOINT
         has_saved = last.exists() and last.stat().st_mtime > started_at
-        half_time = (60 * self.minutes - SECONDS_OF_WARNING) / 2
-        return not has_saved and time.time() - started_at > half_time
+        return not has_saved and time.time() - started_at > half_time(self.minutes)
+
+
+def half_time(minutes: int) -> float:
+    """Half of the seconds that a time limit leaves until the warning."""
+    return (60 * minutes - SECONDS_OF_WARNING) / 2
 
 
 def is_canceled() -> bool:

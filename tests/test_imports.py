@@ -125,7 +125,7 @@ def test_what_needs_no_tensors_starts_without_torch(module):
 
 @pytest.mark.parametrize("module", ["main", "eval", "models"])
 def test_what_needs_tensors_starts_without_torchs_compiler(module):
-    """Which takes as long as all the rest of torch."""
+    """Loading the compiler takes as long as loading all the rest of torch."""
     assert loaded_by(module) & {"torch._dynamo", "torchvision", "matplotlib", "sklearn"} == set()
 
 

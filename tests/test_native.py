@@ -343,11 +343,9 @@ print(attend_packed(torch.randn(2, 36, 3, 2, 8), compiled).sum().item())
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory):
-    """One that barely optimizes, to be quick, and writes down what it is asked to compile."""
+    """One that barely optimizes, to be quick, and writes down what it has compiled."""
     path = tmp_path_factory.mktemp("bin") / "c++"
-    path.write_text(
-        f'#!/bin/sh\necho "$@" >> {path}.calls\nexec {build.find_compiler()} "$@" -O1\n'
-    )
+    path.write_text(f'#!/bin/sh\n{build.find_compiler()} "$@" -O1 && echo "$@" >> {path}.calls\n')
     path.chmod(0o755)
     return path
 
@@ -377,6 +375,7 @@ def cache(tmp_path_factory, compiler):
     folder = tmp_path_factory.mktemp("cache")
     started = [start(folder, compiler) for _ in range(4)]
     outputs = {process.communicate()[0] for process in started}
+    assert [process.returncode for process in started] == [0] * 4
     assert len(outputs) == 1
     assert num_builds(compiler) == 1
     return folder
@@ -493,9 +492,9 @@ CHOICE = (
 )
 
 
-@pytest.mark.parametrize("none", ["/nowhere/c++", "/bin/false"])
-def test_without_a_compiler_another_backend_runs_after_one_warning(tmp_path, none):
-    process = start(tmp_path, none, CHOICE)
+@pytest.mark.parametrize("broken", ["/nowhere/c++", "/bin/false"])
+def test_without_a_compiler_another_backend_runs_after_one_warning(tmp_path, broken):
+    process = start(tmp_path, broken, CHOICE)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert out.strip() == "diagonal"

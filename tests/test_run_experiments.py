@@ -357,6 +357,7 @@ def test_a_sweep_takes_over_what_another_one_leaves(sweep):
         (["--attach"], "--attach needs --launcher slurm"),
         (["--launcher", "slurm", "--gpus", "2"], "leave out --gpus"),
         (["--launcher", "slurm", "--slurm_options", "[1]"], "expected a JSON object"),
+        (["--launcher", "slurm", "--slurm_options", '{"time": 9}'], "cannot set 'time'"),
     ],
 )
 def test_bad_command_lines_fail_with_one_line(arguments, words, capsys):
@@ -389,18 +390,34 @@ def test_slurm_without_its_commands_fails_with_one_line(sweep, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "seconds", "is_requeued"),
-    [(WARNED, 20, True), (WARNED, 70, False), (0, 20, False), (1, 20, False)],
+    ("code", "seconds", "said"),
+    [
+        (WARNED, 20, "requeue 7\n"),
+        (WARNED, 70, "stopped before the run had begun; raise --slurm_time\n"),
+        (0, 20, ""),
+        (1, 20, ""),
+    ],
 )
-def test_a_job_that_a_warning_ends_is_requeued(tmp_path, code, seconds, is_requeued):
-    """Unless its time limit, here of 5 minutes, was the reason: then it only starts too slowly."""
-    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "scontrol").chmod(0o755)
+def test_a_job_that_a_warning_ends_is_requeued(tmp_path, code, seconds, said):
+    """Unless half of its time, here a minute, was up: then it only starts too slowly."""
+    ended, out = end_of_batch_script(tmp_path, code, seconds, SLURM_JOB_ID="7")
+    assert (ended, out) == (code, said)
+
+
+def test_of_an_array_only_the_job_itself_is_requeued(tmp_path):
+    """One of its jobs has the id of the whole array."""
+    ids = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    assert end_of_batch_script(tmp_path, WARNED, 20, **ids) == (WARNED, "requeue 7_1\n")
+
+
+def end_of_batch_script(folder, code, seconds, **ids):
+    """(exit code, stdout) if srun ends after `seconds` with `code`; scontrol is a stand-in."""
+    (folder / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
+    (folder / "scontrol").chmod(0o755)
     script = f"SECONDS={seconds}\n{slurm.requeue_if_warned(5)}\n(exit {code})"
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", **ids}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == code
-    assert done.stdout == ("requeue 7\n" if is_requeued else "")
+    return done.returncode, done.stdout
 
 
 def test_a_plan_for_slurm(sweep, capsys):

@@ -16,6 +16,7 @@ from training import checkpoints
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
+    # What a run imports on its way, after main.
     ["main", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"]
 )
 

@@ -156,19 +156,21 @@ def configured(cluster, line, other):
 
 
 def test_a_warning_before_the_task_listens_costs_nothing(tmp_path):
-    sweep = start_sweep(tmp_path, "--mask_types", '["full"]', "--", "--seconds", "1")
+    sweep = start_sweep(tmp_path, "--", "--seconds", "1")
 
     def is_running():
         states = subprocess.run(["squeue", "-h", "-o", "%T"], capture_output=True, text=True).stdout
-        return "RUNNING" in states
+        return states.split() == ["RUNNING", "RUNNING"]
 
     wait_for(is_running)
-    job = job_of(tmp_path, "full")
-    for _ in range(6):  # while submitit starts, then the sweep's pool and its run
+    job = job_of(tmp_path, LOCAL)  # the last of the array, which in Slurm has the array's own id
+    for _ in range(6):  # while submitit starts; later ones find it waiting or starting again
         subprocess.run(["scancel", "--signal=USR1", job], stderr=subprocess.DEVNULL)
         time.sleep(0.4)
     code, printed, error = end_of(sweep)
     assert code == 0, printed + error
+    assert "User defined signal 1" in (tmp_path / "slurm" / f"{job}_0_log.out").read_text()
+    assert [row["name"] for row in rows(tmp_path / "calls.jsonl")].count("full") == 1
 
 
 def test_a_run_on_two_nodes_is_requeued_and_resumes_exactly(tmp_path):
