@@ -23,7 +23,7 @@ stop() {
 }
 
 start() {
-    port=$((20000 + $$ % 20000))
+    port=$((20000 + $$ % 12000)) # below those that the system gives to connections
     mkdir -p "$folder/state" "$folder/spool.a" "$folder/spool.b"
     chmod 711 "$folder"
     head -c 1024 /dev/urandom >"$folder/munge.key"
