@@ -1,7 +1,7 @@
 """A stand-in for main.py that trains nothing. It records its call, and fails or hangs if told to.
 
 It keeps main.py's side of the contract with the sweep: the lock, the exit codes, resuming from what
-it has saved.
+it has saved, leaving alone what another process has finished by the time it has the lock.
 """
 
 import argparse
@@ -80,6 +80,11 @@ config = {
     "attention": {"num_neighbors_nominal": 5, "num_neighbors_mean": 4.5, "num_patches": 16},
     "provenance": {"command": ["main.py", *sys.argv[1:]], "device": "stand-in"},
 }
+if (folder / "summary.json").exists():
+    before = json.loads((folder / "config.json").read_text())
+    if before["provenance"]["command"] == config["provenance"]["command"]:
+        print(f"{folder} is finished; nothing to do")
+        sys.exit(0)
 (folder / "config.json").write_text(json.dumps(config))
 print(f"resuming after {done_before:.1f} s" if done_before else "started", flush=True)
 write_row(

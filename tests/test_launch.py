@@ -16,7 +16,7 @@ import utils
 from masks import MaskSpec
 from runtime import exit_codes
 from sweep import gpus, launch, torchrun
-from sweep.plan import PlannedRun
+from sweep.plan import Job, PlannedRun
 from sweep.slurm_task import RulesOnNodes, Task
 
 TORCHRUN = utils.REPOSITORY / "sweep" / "torchrun.py"
@@ -56,6 +56,18 @@ def test_runs_on_one_machine_share_its_cores(monkeypatch, slots, expected):
 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert pool._environment(slots[0])["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_not_started(monkeypatch, tmp_path):
+    """Its process is seen to be gone a moment after it was still training."""
+    is_finished = []
+    monkeypatch.setattr(PlannedRun, "is_being_written", lambda run: is_finished.append(True))
+    monkeypatch.setattr(PlannedRun, "is_finished", lambda run: bool(is_finished))
+    job = Job(PlannedRun(MaskSpec(), 0, tmp_path, ()))
+    pool = launch.Pool([job], [""], launch.Rules(Path("main.py")), lambda: None, lambda: None)
+    assert pool.run() is None
+    assert (job.state, job.note) == (launch.DONE, "finished by another process")
+    assert not (tmp_path / utils.LOG).exists()
 
 
 def test_exit_codes_in_words():

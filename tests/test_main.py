@@ -10,7 +10,7 @@ import eval as evaluation
 import main
 import utils
 from main import parse_args, resolve_settings
-from training import checkpoints, trainer
+from training import checkpoints, run_folder, trainer
 
 DIGITS = [
     *("--dataset", "digits", "--model", "vit_micro", "--img_size", "8", "--patch_size", "2"),
@@ -114,6 +114,23 @@ def test_the_summary_reports_the_final_epoch(finished):
 
 
 def test_a_finished_run_is_left_alone(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    assert run(finished.parents[2], *LOCAL) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+def test_a_run_that_another_process_finishes_just_before_is_left_alone(
+    finished, monkeypatch, capsys
+):
+    """The first look, without the lock, sees it unfinished."""
+    is_finished, looks = run_folder.is_finished, []
+
+    def look(*args):
+        looks.append(args)
+        return len(looks) > 1 and is_finished(*args)
+
+    monkeypatch.setattr(run_folder, "is_finished", look)
     before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
     assert run(finished.parents[2], *LOCAL) == 0
     assert "nothing to do" in capsys.readouterr().out
