@@ -150,15 +150,13 @@ class Pool:
                     self._set(job, FAILED, f"FAILED to start: {utils.first_line(error)}")
 
     def _start_or_leave(self, job: Job) -> None:
-        """Start a job, unless another process is writing its run or has finished it.
-
-        In this order: a run that ends in between is seen to be finished. One that ends later, while
-        its second process starts, is found finished by that one.
-        """
-        if job.run.is_being_written():
-            self._set(job, ELSEWHERE, LEFT_ALONE)
-        elif job.run.is_finished():
+        """Start a job, unless another process has finished its run or is writing it."""
+        # Looked at first: a run that ends in between counts as finished.
+        is_being_written = job.run.is_being_written()
+        if job.run.is_finished():
             self._set(job, DONE, "finished by another process")
+        elif is_being_written:
+            self._set(job, ELSEWHERE, LEFT_ALONE)
         else:
             self._start(job, self.slots[0])
 

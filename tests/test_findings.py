@@ -1,11 +1,12 @@
-"""The sentences of README and experiments/README.md that quote the study, against its logs.
+"""What README and experiments/README.md say about the study in words, against its logs.
 
-The tables that scripts fill are in test_readme.py. Here the numbers are taken from summary.json and
-metrics.jsonl as plainly as can be, and each has to be in the text as it is rounded there.
+The tables that scripts fill are in test_readme.py. Here the main findings are computed from
+summary.json and metrics.jsonl as plainly as can be, and have to be in the text as rounded there.
 """
 
+import itertools
 import re
-import statistics
+from statistics import fmean
 
 import pytest
 import scipy.stats
@@ -19,14 +20,23 @@ README, EXPERIMENTS = (
 )
 
 DIGITS, CIFAR, FASHION, TINY = "digits", "cifar10-jpeg", "fashion_mnist", "tiny-imagenet-20"
+FOLDERS = {  # by the names in the tables
+    "digits": DIGITS,
+    "CIFAR images": CIFAR,
+    "Fashion-MNIST": FASHION,
+    "Tiny ImageNet": TINY,
+}
 PATTERNS = {
     "full attention": "full",
+    "1D window of 5": "1d_cardinal_expansion_1",
+    "plus of 5": "2d_cardinal_expansion_1",
     "1D window of 9": "1d_all_neighbors_expansion_1",
     "plus of 9": "2d_cardinal_expansion_2",
     "square of 9": "2d_all_neighbors_expansion_1",
     "1D window of 25": "1d_all_neighbors_expansion_2",
     "square of 25": "2d_all_neighbors_expansion_2",
 }
+SAME_WINDOW = "1d_cardinal_expansion_2"  # another name of the 1D window of 9
 IN_2D = ("plus of 9", "square of 9", "square of 25")
 
 
@@ -36,89 +46,125 @@ def says(text, sentence):
     return sentence in plain
 
 
-def summaries(folder, pattern):
-    """The summary of each seed."""
-    name = PATTERNS[pattern]
-    if folder == DIGITS and pattern == "1D window of 9":
-        name = "1d_cardinal_expansion_2"  # the same mask
-    seeds = sorted((LOGS / folder / name).glob("seed_*"))
-    return [utils.read_json(seed / utils.SUMMARY) for seed in seeds]
+def runs(folder, pattern):
+    """The folder of each seed's run, by seed; none if the pattern was not trained there."""
+    root = LOGS / folder / PATTERNS[pattern]
+    if pattern == "1D window of 9" and not root.exists():
+        root = LOGS / folder / SAME_WINDOW
+    return {path.name: path for path in sorted(root.glob("seed_*"))}
 
 
-def accuracies(folder, pattern):
+def finals(folder, pattern, key="eval_accuracy"):
     """Of the final epoch, by seed."""
-    return [summary["final"]["eval_accuracy"] for summary in summaries(folder, pattern)]
+    found = runs(folder, pattern).items()
+    return {seed: utils.read_json(run / utils.SUMMARY)["final"][key] for seed, run in found}
 
 
 def differences(folder, pattern, other="full attention"):
-    """In points, for each seed."""
-    pairs = zip(accuracies(folder, pattern), accuracies(folder, other), strict=True)
-    return [ours - theirs for ours, theirs in pairs]
+    """In points, seed by seed; none if one of the two was not trained there."""
+    ours, theirs = finals(folder, pattern), finals(folder, other)
+    if not ours or not theirs:
+        return []
+    assert ours.keys() == theirs.keys()
+    return [ours[seed] - theirs[seed] for seed in ours]
 
 
 def local_patterns(folder):
-    return [name for name in PATTERNS if name != "full attention" and summaries(folder, name)]
+    return [name for name in PATTERNS if name != "full attention" and runs(folder, name)]
 
 
-def test_the_first_paragraph():
+def speedups(folder, pattern):
+    """Images per second, times those of full attention with the same seed."""
+    rates = [
+        [utils.read_json(run / utils.SUMMARY)["train_images_per_second"] for run in found.values()]
+        for found in (runs(folder, pattern), runs(folder, "full attention"))
+    ]
+    return [ours / theirs for ours, theirs in zip(*rates, strict=True)]
+
+
+def mean_of_all(folder):
+    """The mean over local patterns of their differences to full attention, seed by seed."""
+    of_patterns = [differences(folder, name) for name in local_patterns(folder)]
+    return [fmean(of_seed) for of_seed in zip(*of_patterns, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------
+# README
+
+
+def test_how_many_runs_there_are():
+    counts = {folder: len(local_patterns(folder)) for folder in FOLDERS.values()}
+    assert counts == {DIGITS: 7, CIFAR: 7, FASHION: 5, TINY: 4}
+    seeds = {folder: len(runs(folder, "full attention")) for folder in FOLDERS.values()}
+    assert seeds == {DIGITS: 5, CIFAR: 3, FASHION: 2, TINY: 2}
+
+
+def test_the_answer():
+    means = {folder: fmean(mean_of_all(folder)) for folder in FOLDERS.values()}
+    behind = -means.pop(CIFAR)
+    low, high = min(means.values()), max(means.values())
+    assert says(README, f"ahead on average on three of four datasets, by {low:.1f} to {high:.1f}")
+    assert says(README, f"{behind:.1f} behind on CIFAR images")
+    p = [scipy.stats.ttest_1samp(mean_of_all(folder), 0).pvalue for folder in FOLDERS.values()]
+    assert says(README, f"none of this is settled (p = {min(p):.2f} to {max(p):.2f})")
+
+
+def test_equal_time_on_tiny_imagenet():
     gaps = [gap for pattern in IN_2D for gap in differences(TINY, pattern)]
-    low, high = min(gaps), max(gaps)
-    assert says(README, f"2D neighborhoods end {low:.0f} to {high:.0f} points ahead")
+    rates = [rate for pattern in IN_2D for rate in speedups(TINY, pattern)]
+    said = f"2D neighborhoods end {min(gaps):.0f} to {max(gaps):.0f} points ahead in both seeds"
+    assert says(README, f"{said}, and train {min(rates):.1f} to {max(rates):.1f} times as fast")
 
-    low, high = sorted(differences(TINY, "square of 9"))
-    assert says(README, f"ends {low:.1f} and {high:.1f} points above")
-    rates = zip(summaries(TINY, "square of 9"), summaries(TINY, "full attention"), strict=True)
-    key = "train_images_per_second"
-    low, high = sorted(ours[key] / theirs[key] for ours, theirs in rates)
-    assert says(README, f"trains {low:.1f} to {high:.1f} times as fast")
 
+def test_fashion_mnist():
     gaps = [gap for pattern in local_patterns(FASHION) for gap in differences(FASHION, pattern)]
-    assert len(gaps) == 2 * 5
-    assert says(README, f"five patterns end {min(gaps):.1f} to {max(gaps):.1f} points above")
+    said = f"{min(gaps):.1f} to {max(gaps):.1f} points"
+    assert says(README, f"five patterns end {said} ahead after three epochs")
+    assert says(EXPERIMENTS, f"All five local patterns are ahead in both seeds**, by {said}")
+
+    test = scipy.stats.ttest_1samp(mean_of_all(FASHION), 0)
+    mean, (low, high) = fmean(mean_of_all(FASHION)), test.confidence_interval()
+    interval = f"{mean:.2f} points above full attention ({low:.2f} to +{high:.2f}"
+    assert says(EXPERIMENTS, f"Their mean is {interval}, p = {test.pvalue:.2f})")
 
 
 def test_the_patterns_with_64_patches():
-    """Those of 5 neighbors too, which only these parts have."""
-    means = {}
-    for folder in (CIFAR, DIGITS):
-        reference = accuracies(folder, "full attention")
-        means[folder] = [
-            statistics.fmean(final_accuracies(run)) - statistics.fmean(reference)
-            for run in (LOGS / folder).glob("*_expansion_*")
-        ]
-        assert len(means[folder]) == 7
+    means = {
+        folder: [fmean(differences(folder, name)) for name in local_patterns(folder)]
+        for folder in (CIFAR, DIGITS)
+    }
     low, high = min(means[CIFAR]), max(means[CIFAR])
-    assert says(README, f"from {-low:.1f} points below to {high:.1f} above on CIFAR images")
-    assert says(README, f"{min(means[DIGITS]):.1f} to {max(means[DIGITS]):.1f} above on digits")
-
-
-def final_accuracies(folder):
-    files = folder.glob(f"seed_*/{utils.SUMMARY}")
-    return [utils.read_json(file)["final"]["eval_accuracy"] for file in files]
+    assert says(README, f"from {-low:.1f} points behind to {high:.1f} ahead on CIFAR images")
+    assert says(README, f"{min(means[DIGITS]):.1f} to {max(means[DIGITS]):.1f} ahead on digits")
 
 
 @pytest.mark.parametrize("folder", [CIFAR, FASHION, TINY])
 def test_the_accuracy_of_full_attention(folder):
-    values = accuracies(folder, "full attention")
-    interval = scipy.stats.ttest_1samp(values, 0).confidence_interval()
-    mean, (low, high) = statistics.fmean(values), interval
-    assert says(README, f"{mean:.2f} % ({low:.2f} to {high:.2f})")
+    values = list(finals(folder, "full attention").values())
+    low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    assert says(README, f"{fmean(values):.2f} % ({low:.2f} to {high:.2f})")
 
 
 def test_the_gap_at_equal_training_accuracy():
     """At the first epoch that reaches it."""
-    gaps = []
-    for index in range(2):
-        for accuracy in range(75, 82):
-            full = at_training_accuracy("full attention", index, accuracy)
-            gaps += [at_training_accuracy(name, index, accuracy) - full for name in IN_2D]
-    said = f"{min(gaps):.1f} to {max(gaps):.1f} points"
-    assert says(README, f"is {said} behind the 2D patterns")
-    assert says(EXPERIMENTS, f"by {said} in the first epochs that reach 75, 76, ... 81 %")
+    gaps = {accuracy: gaps_at(accuracy) for accuracy in range(70, 82)}
+    low, high = min(min(gaps.values(), key=min)), max(max(gaps.values(), key=max))
+    assert says(README, f"is {low:.1f} to {high:.1f} points behind the 2D patterns")
+    assert says(EXPERIMENTS, f"by {low:.1f} to {high:.1f} points in the first epochs")
+    later = min(min(gaps[accuracy]) for accuracy in range(75, 82))
+    assert says(EXPERIMENTS, f"from 75 % on, by {later:.1f} or more")
 
 
-def at_training_accuracy(pattern, seed, accuracy):
-    rows = utils.read_json_lines(LOGS / TINY / PATTERNS[pattern] / f"seed_{seed}" / utils.METRICS)
+def gaps_at(accuracy):
+    """Of the 2D patterns to full attention, in points, when they reach a training accuracy."""
+    return [
+        accuracy_at(accuracy, name, seed) - accuracy_at(accuracy, "full attention", seed)
+        for name, seed in itertools.product(IN_2D, runs(TINY, "full attention"))
+    ]
+
+
+def accuracy_at(accuracy, pattern, seed):
+    rows = utils.read_json_lines(runs(TINY, pattern)[seed] / utils.METRICS)
     return next(row["eval_accuracy"] for row in rows if row["train_accuracy"] >= accuracy)
 
 
@@ -127,10 +173,11 @@ def at_training_accuracy(pattern, seed, accuracy):
 
 
 def table_under(heading):
-    """The cells of the first table of a section, without its header."""
-    section = EXPERIMENTS.split(f"### {heading}\n")[1].split("\n#")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    """The rows of the first table of a section: the first cell, and the others by column."""
+    section = EXPERIMENTS.split(f"\n### {heading}\n")[1]
+    lines = re.search(r"(^\|.*\n)+", section, flags=re.MULTILINE)[0].splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -139,54 +186,46 @@ def table_under(heading):
 )
 def test_the_accuracies_of_both_seeds(heading, folder, decimals):
     rows = table_under(heading)
-    assert [row[0] for row in rows] == ["full attention", *local_patterns(folder)]
-    for pattern, *seeds, _ in rows:
-        assert seeds == [f"{value:.{decimals}f} %" for value in accuracies(folder, pattern)]
+    assert list(rows) == ["full attention", *local_patterns(folder)]
+    for pattern, row in rows.items():
+        cells = list(row.values())[:2]
+        assert cells == [f"{value:.{decimals}f} %" for value in finals(folder, pattern).values()]
 
 
 def test_the_training_accuracies_of_fashion_mnist():
-    for pattern, *_, cell in table_under("Fashion-MNIST"):
-        reached = [row["final"]["train_accuracy"] for row in summaries(FASHION, pattern)]
-        assert cell == ", ".join(f"{value:.1f}" for value in reached) + " %"
+    for pattern, row in table_under("Fashion-MNIST").items():
+        reached = finals(FASHION, pattern, "train_accuracy").values()
+        cell = ", ".join(f"{value:.1f}" for value in reached) + " %"
+        assert row["training accuracy, last epoch"] == cell
 
 
 def test_the_rates_of_tiny_imagenet():
-    def rates(pattern):
-        return [summary["train_images_per_second"] for summary in summaries(TINY, pattern)]
-
-    (_, *_, cell), *rows = table_under("Equal time on natural images")
-    full = rates("full attention")
-    assert cell == "1 ({:.0f} and {:.0f} images/s)".format(*full)
-    for pattern, *_, cell in rows:
-        ratios = [ours / theirs for ours, theirs in zip(rates(pattern), full, strict=True)]
-        assert cell == ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    rows = table_under("Equal time on natural images")
+    column = "images/s, times those of full attention"
+    del rows["full attention"]
+    for pattern, row in rows.items():
+        assert row[column] == ", ".join(f"{rate:.2f}" for rate in speedups(TINY, pattern))
 
 
-def test_the_plus_against_its_window():
-    gaps = []
-    folders = (DIGITS, CIFAR, FASHION, TINY)
-    for folder, row in zip(folders, table_under("Does the shape matter?"), strict=True):
-        data, grid, neighbors, cell, mean = row
-        found = differences(folder, "plus of 9", "1D window of 9")
-        assert cell == ", ".join(f"{gap:.2f}" for gap in found), data
-        assert mean == f"{statistics.fmean(found):.2f}"
-        assert (grid, neighbors) == budget_of(folder)
-        gaps.append(found)
+def test_the_shapes_against_their_windows():
+    *rows, (last, counts) = table_under("Does the shape matter?").items()
+    assert [name.partition(",")[0] for name, _ in rows] == list(FOLDERS)
+    assert last == "ahead of its window"
 
-    means = [statistics.fmean(found) for found in gaps]
-    gaps = [gap for found in gaps for gap in found]
-    ahead, level = sum(gap > 0 for gap in gaps), sum(gap == 0 for gap in gaps)
-    assert (ahead, level, len(gaps)) == (11, 1, 12)
-    assert says(EXPERIMENTS, "ahead in 11 of 12 pairs and level in one")
-    assert says(README, "12 pairs of runs on four datasets")
-    assert says(README, "beats the 1D window of 9 in 11 and ties in one")
-    assert says(README, f"by {min(means):.1f} to {max(means):.1f} points on average")
+    everywhere = []
+    for shape, count in counts.items():
+        window = f"1D window of {shape.split()[-1]}"
+        gaps = []
+        for name, row in rows:
+            found = differences(FOLDERS[name.partition(",")[0]], shape, window)
+            assert row[shape] == (f"{fmean(found):+.2f}" if found else "–")
+            gaps += found
+        assert count == f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
+        if shape == "plus of 9":
+            assert min(gaps) == 0  # never behind
+            assert says(README, f"the plus of 9 in {count}")
+        everywhere += gaps
 
-
-def budget_of(folder):
-    """(grid, mean numbers of neighbors of the plus and the window) as the table has them."""
-    name = "1d_cardinal_expansion_2" if folder == DIGITS else PATTERNS["1D window of 9"]
-    runs = [LOGS / folder / run / "seed_0" for run in (PATTERNS["plus of 9"], name)]
-    attention = [utils.read_json(run / utils.CONFIG)["attention"] for run in runs]
-    numbers = ", ".join(f"{entry['num_neighbors_mean']:.1f}" for entry in attention)
-    return "{}×{}".format(*attention[0]["grid"]), numbers
+    count = f"{sum(gap > 0 for gap in everywhere)} of {len(everywhere)} pairs"
+    assert says(README, f"ahead of the 1D window of their size in {count} of runs")
+    assert says(EXPERIMENTS, f"The shape is ahead in {count}**")

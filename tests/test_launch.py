@@ -64,7 +64,8 @@ def test_a_run_that_another_process_finishes_meanwhile_is_not_started(monkeypatc
     monkeypatch.setattr(PlannedRun, "is_being_written", lambda run: is_finished.append(True))
     monkeypatch.setattr(PlannedRun, "is_finished", lambda run: bool(is_finished))
     job = Job(PlannedRun(MaskSpec(), 0, tmp_path, ()))
-    pool = launch.Pool([job], [""], launch.Rules(Path("main.py")), lambda: None, lambda: None)
+    rules = launch.Rules(tmp_path / "not_to_be_started.py")
+    pool = launch.Pool([job], [""], rules, lambda: None, lambda: None)
     assert pool.run() is None
     assert (job.state, job.note) == (launch.DONE, "finished by another process")
     assert not (tmp_path / utils.LOG).exists()
