@@ -67,7 +67,8 @@ def differences(folder, pattern, other="full attention"):
     if not ours or not theirs:
         return []
     assert ours.keys() <= theirs.keys()
-    return [ours[seed] - theirs[seed] for seed in ours]
+    # Accuracies have a few decimals: without the dust of floats, halves round as on the pages.
+    return [round(ours[seed] - theirs[seed], 9) for seed in ours]
 
 
 def local_patterns(folder):
@@ -101,13 +102,14 @@ def test_how_many_runs_there_are():
 
 
 def test_the_answer():
-    means = {folder: fmean(mean_of_all(folder)) for folder in FOLDERS.values()}
+    folders = [*FOLDERS.values(), PIXELS]
+    means = {folder: fmean(mean_of_all(folder)) for folder in folders}
     behind = -means.pop(CIFAR)
     low, high = min(means.values()), max(means.values())
-    assert says(README, f"ahead on average on three of four datasets, by {low:.1f} to {high:.1f}")
-    assert says(README, f"{behind:.1f} behind on CIFAR images")
-    p = [scipy.stats.ttest_1samp(mean_of_all(folder), 0).pvalue for folder in FOLDERS.values()]
-    assert says(README, f"none of this is settled (p = {min(p):.2f} to {max(p):.2f})")
+    assert says(README, f"ahead on average in four of five comparisons, by {low:.1f} to {high:.1f}")
+    assert says(README, f"{behind:.1f} behind on CIFAR images in 64 patches")
+    p = [scipy.stats.ttest_1samp(mean_of_all(folder), 0).pvalue for folder in folders]
+    assert says(README, f"none is settled (p = {min(p):.2f} to {max(p):.2f}, uncorrected)")
 
 
 def test_equal_time_on_tiny_imagenet():
@@ -123,16 +125,20 @@ def test_fashion_mnist():
     assert says(README, f"five patterns end {said} ahead after three epochs")
     assert says(EXPERIMENTS, f"All five local patterns are ahead in both seeds**, by {said}")
 
-    test = scipy.stats.ttest_1samp(mean_of_all(FASHION), 0)
-    mean, (low, high) = fmean(mean_of_all(FASHION)), test.confidence_interval()
-    interval = f"{mean:.2f} points above full attention ({low:.2f} to +{high:.2f}"
+
+@pytest.mark.parametrize("folder", [FASHION, PIXELS])
+def test_the_mean_of_all_patterns(folder):
+    test = scipy.stats.ttest_1samp(mean_of_all(folder), 0)
+    mean, (low, high) = fmean(mean_of_all(folder)), test.confidence_interval()
+    interval = f"{mean:.2f} points above full attention ({low:+.2f} to {high:+.2f}"
     assert says(EXPERIMENTS, f"Their mean is {interval}, p = {test.pvalue:.2f})")
 
 
 def test_pixels_as_tokens():
     gaps = [gap for pattern in local_patterns(PIXELS) for gap in differences(PIXELS, pattern)]
-    said = f"squares end {min(gaps):.0f} to {max(gaps):.0f} points ahead"
-    assert says(README, said)
+    assert says(README, f"squares end {min(gaps):.0f} to {max(gaps):.0f} points ahead")
+    said = f"Both squares are ahead in both seeds, by {min(gaps):.2f} to {max(gaps):.2f} points"
+    assert says(EXPERIMENTS, said)
     rates = [rate for pattern in local_patterns(PIXELS) for rate in speedups(PIXELS, pattern)]
     assert says(README, f"{min(rates):.1f} to {max(rates):.1f} times as often")
 
@@ -201,7 +207,7 @@ def test_the_accuracies_of_both_seeds(heading, folder, decimals):
     rows = table_under(heading)
     assert list(rows) == ["full attention", *local_patterns(folder)]
     for pattern, row in rows.items():
-        cells = [cell for cell in list(row.values())[:2] if cell != "not yet"]
+        cells = list(row.values())[:2]
         assert cells == [f"{value:.{decimals}f} %" for value in finals(folder, pattern).values()]
 
 
