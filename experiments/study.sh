@@ -6,7 +6,7 @@
 #   bash experiments/study.sh PART --dry_run   options go to run_experiments.py
 #
 # Parts that compare accuracy alone train two runs at a time, with half of the cores each. digits,
-# tiny and pixels compare time as well: one run at a time, on a machine with nothing else running.
+# tiny* and pixels compare time as well: one run at a time, on a machine with nothing else running.
 #
 #   PYTHON=...   the interpreter (default: .venv/bin/python if it exists, else python3)
 #   DATA=...     the folder of the datasets (default: data)
@@ -14,7 +14,7 @@
 
 set -eo pipefail
 
-PARTS=(digits cifar longer rates cutmix class_token fashion tiny pixels analyses)
+PARTS=(digits cifar longer rates cutmix class_token fashion tiny tiny_rates pixels analyses)
 
 usage() {
     cat <<'END'
@@ -28,6 +28,7 @@ usage: bash experiments/study.sh PART [OPTIONS of run_experiments.py]
   class_token   the same with a class token, full attention and the square of 9, 3 seeds
   fashion       Fashion-MNIST, a grid of 14x14, 6 patterns, 2 seeds
   tiny          20 classes of Tiny ImageNet, a grid of 16x16, 5 patterns, 2 seeds, 20 minutes a run
+  tiny_rates    the same at other learning rates, full attention and the square of 9, seed 1
   pixels        5,000 CIFAR images, a grid of 32x32 pixels, 3 patterns, 2 seeds, 20 minutes a run
   analyses      where the models of digits, cifar and cutmix look, and on which images some disagree
 END
@@ -76,10 +77,12 @@ MODEL+=(--dropout 0 --batch_size 128)
 
 IMAGES=(--dataset imagefolder)
 CIFAR=(--data_dir "$DATA/cifar10-jpeg" "${MODEL[@]}" --img_size 32 --patch_size 4)
+TINY=(--data_dir "$DATA/tiny-imagenet-20" "${MODEL[@]}" --img_size 64 --patch_size 4 --minutes 20)
 
 # A 1D window of 9 is the same under both names; it is trained under the first.
 ALL=(--mask_types '["full", "1d_all_neighbors", "1d_cardinal", "2d_cardinal", "2d_all_neighbors"]')
 ALL+=(--expansion_steps '[1, 2]')
+FULL=(--mask_types '["full"]' --expansion_steps '[1]')
 FULL_AND_SQUARE=(--mask_types '["full", "2d_all_neighbors"]' --expansion_steps '[1]')
 FULL_AND_SQUARES=(--mask_types '["full", "2d_all_neighbors"]' --expansion_steps '[1, 2]')
 FULL_AND_PLUS=(--mask_types '["full", "2d_cardinal"]' --expansion_steps '[2]')
@@ -155,8 +158,24 @@ tiny() {
 }
 
 tiny_of() { # SEED PATTERNS
-    sweep tiny-imagenet-20 "${IMAGES[@]}" --seeds "[$1]" "${@:2}" -- \
-        --data_dir "$DATA/tiny-imagenet-20" "${MODEL[@]}" --img_size 64 --patch_size 4 --minutes 20
+    sweep tiny-imagenet-20 "${IMAGES[@]}" --seeds "[$1]" "${@:2}" -- "${TINY[@]}"
+}
+
+# The rate of each pattern is halved and doubled until its accuracy falls, on test images.
+tiny_rates() {
+    local rate
+    for rate in 8e-3 2e-3; do
+        tiny_at "$rate" "${FULL_AND_SQUARE[@]}"
+    done
+    for rate in 16e-3 32e-3; do
+        tiny_at "$rate" "${FULL[@]}"
+    done
+}
+
+tiny_at() { # RATE PATTERNS
+    local folder="tiny-imagenet-20-lr-$1"
+    sweep "$folder" "${IMAGES[@]}" "${@:2}" --seeds '[1]' -- "${TINY[@]}" --lr "$1"
+    report "$folder"
 }
 
 pixels() {

@@ -21,6 +21,7 @@ RUNS = {  # of each part
     "class_token": 2 * 3,
     "fashion": 6 * 2,
     "tiny": 5 * 2,
+    "tiny_rates": 2 * 2 + 2,
     "pixels": 3 * 2,
 }
 
