@@ -208,8 +208,8 @@ def test_what_the_learning_rate_changes():
     def gap(folder, rate):
         return at_rate(folder, rate, "square of 9") - at_rate(folder, rate, "full attention")
 
-    left = f"{gap(TINY, '8e-3'):.1f} of its {gap(TINY, '4e-3'):.1f} points"
-    assert says(README, f"twice the rate leaves the square of 9 {left}")
+    lead = f"from {gap(TINY, '4e-3'):.1f} to {gap(TINY, '8e-3'):.1f} points"
+    assert says(README, f"twice the rate cuts the square of 9's lead {lead}")
 
     cifar = f"{gap(CIFAR, '2e-3') - gap(CIFAR, '8e-3'):.1f}"
     tiny = f"{gap(TINY, '4e-3') - gap(TINY, '8e-3'):.1f}"
