@@ -155,7 +155,16 @@ def configured(cluster, line, other):
         subprocess.run(["scontrol", "reconfigure"], check=True)
 
 
-def test_a_warning_before_the_task_listens_costs_nothing(tmp_path):
+SLOW_TO_LISTEN = """
+import sys, time
+if "submitit.core._submit" in sys.orig_argv:
+    time.sleep(3)
+"""
+
+
+def test_a_warning_before_the_task_listens_costs_nothing(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_LISTEN)  # imported when Python starts
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     sweep = start_sweep(tmp_path, "--", "--seconds", "1")
 
     def is_running():
